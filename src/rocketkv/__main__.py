@@ -1,0 +1,5 @@
+"""`python -m rocketkv`."""
+
+from rocketkv.cli import main
+
+main()

@@ -1,0 +1,266 @@
+"""Storage only: ragged rows of tokens that grow in steps. Knows neither eviction, selection nor any model."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
+
+
+class Index(Protocol):
+    """What a selection method keeps beside the keys to score them cheaply."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        ...
+
+    def extend(self, key: Tensor, slots: Tensor) -> None:
+        """Take in one token per row: `key` `[B, Hkv, 1, D]`, standing at `slots` `[B, Hkv]` int64."""
+        ...
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        ...
+
+
+class RaggedTokens:
+    """Parallel per-token arrays, left aligned, each (batch row, KV head) with a length of its own.
+
+    Attributes:
+        fields: the arrays, each `[B, Hkv, capacity, ...]`; what lies beyond a length is undefined.
+        lengths: `[B, Hkv]` int64, tokens in use.
+        max_length: the largest length, on the host.
+        is_ragged: whether lengths differ; False lets every reader skip masks.
+    """
+
+    def __init__(self, fields: Sequence[Tensor], lengths: Tensor, max_length: int, is_ragged: bool) -> None:
+        self.fields = list(fields)
+        self.lengths = lengths
+        self.max_length = max_length
+        self.is_ragged = is_ragged
+
+    @classmethod
+    def empty_like(cls, tokens: Sequence[Tensor]) -> "RaggedTokens":
+        """No tokens yet, in the batch, heads, widths and dtypes of `tokens` (each `[B, Hkv, T, ...]`)."""
+        fields = [x.new_empty(*x.shape[:2], 0, *x.shape[3:]) for x in tokens]
+        return cls(fields, torch.zeros(fields[0].shape[:2], dtype=torch.int64, device=fields[0].device), 0, False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, spare capacity included."""
+        return self.lengths.nbytes + sum(x.nbytes for x in self.fields)
+
+    def views(self) -> list[Tensor]:
+        """The arrays without their spare capacity, each `[B, Hkv, max_length, ...]`."""
+        return [x[:, :, : self.max_length] for x in self.fields]
+
+    def append(self, *tokens: Tensor, counts: Tensor | None = None) -> None:
+        """Add tokens at the end of every row.
+
+        Args:
+            tokens: one `[B, Hkv, T, ...]` per field.
+            counts: `[B]` int64, how many of the T belong to each row, the first ones; all of them if None.
+        """
+        num_new = tokens[0].shape[2]
+        if self.max_length + num_new > self.fields[0].shape[2]:
+            self._reallocate(self.max_length + num_new + max(GROWTH, self.max_length // 8))
+        if not self.is_ragged:
+            for field, new in zip(self.fields, tokens, strict=True):
+                field[:, :, self.max_length : self.max_length + num_new] = new
+        else:
+            rows, heads = self.lengths.shape
+            device = self.lengths.device
+            slots = self.lengths[..., None] + torch.arange(num_new, device=device)  # [B, Hkv, T]
+            row = torch.arange(rows, device=device)[:, None, None]
+            head = torch.arange(heads, device=device)[:, None]
+            for field, new in zip(self.fields, tokens, strict=True):
+                field[row, head, slots] = new
+        if counts is None:
+            self.lengths = self.lengths + num_new
+            self.max_length += num_new
+        else:
+            self.set_lengths(self.lengths + counts[:, None])
+
+    def keep(self, mask: Tensor | None, num_new: int = 0) -> "RaggedTokens":
+        """Copy the tokens marked True, in order, with room for `num_new` more.
+
+        Args:
+            mask: `[B, Hkv, max_length]` bool, False beyond the lengths; None keeps everything.
+            num_new: tokens expected to follow.
+        """
+        if mask is None:
+            views, lengths = self.views(), self.lengths
+        else:
+            lengths = mask.sum(2)
+            slots = (~mask).to(torch.uint8).argsort(dim=2, stable=True)[:, :, : int(lengths.max())]
+            views = [take_tokens(x, slots) for x in self.fields]
+        kept = RaggedTokens.empty_like(views)
+        kept._reallocate(views[0].shape[2] + max(GROWTH, num_new))
+        kept.append(*views)
+        kept.set_lengths(lengths)
+        return kept
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Take over `[B, Hkv]` lengths and what the host knows of them."""
+        self.lengths = lengths
+        self.max_length = int(lengths.max())
+        self.is_ragged = int(lengths.min()) != self.max_length
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
+        self.fields = [x.index_select(0, rows) for x in self.fields]
+        self.lengths = self.lengths.index_select(0, rows)
+
+    def _reallocate(self, capacity: int) -> None:
+        for i, old in enumerate(self.fields):
+            new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new[:, :, : self.max_length] = old[:, :, : self.max_length]
+            self.fields[i] = new
+
+
+class WorkingSet:
+    """What decode chooses from: the prompt tokens kept by stage 1 and the tokens since.
+
+    Single-turn: a compact copy of keys, values and positions. Multi-turn: positions only, pointing into the archive.
+
+    Attributes:
+        tokens: the fields `keys, values, positions` or, with an archive, `positions` alone (`[B, Hkv, N]` int32).
+        archive: every token seen, fields `keys, values`; None in single-turn.
+        index: what the selection method keeps beside the keys; None where nothing is to be selected.
+        row_seen: tokens seen by each row, padding left out.
+        key_bytes: bytes of one key in one KV head.
+    """
+
+    def __init__(self, key: Tensor, *, archived: bool) -> None:
+        """Start empty, in the batch, heads, head_dim and dtype of `key` (`[B, Hkv, T, D]`)."""
+        positions = key.new_empty(*key.shape[:2], 0, dtype=torch.int32)
+        self.tokens = RaggedTokens.empty_like([positions] if archived else [key, key, positions])
+        self.archive = RaggedTokens.empty_like([key, key]) if archived else None
+        self.index: Index | None = None
+        self.row_seen = [0] * key.shape[0]
+        self.key_bytes = key.shape[3] * key.element_size()
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[B, Hkv]` int64, tokens in each row's working set."""
+        return self.tokens.lengths
+
+    @property
+    def max_length(self) -> int:
+        """The largest of the lengths."""
+        return self.tokens.max_length
+
+    @property
+    def positions(self) -> Tensor:
+        """`[B, Hkv, max_length]` int64, each token's position in its row; undefined beyond the lengths."""
+        return self.tokens.views()[-1].long()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys, values, positions, archive and index, spare capacity included."""
+        return sum(part.num_bytes for part in (self.tokens, self.archive, self.index) if part is not None)
+
+    def append_prompt(self, key: Tensor, value: Tensor, padding: Tensor | None) -> RaggedTokens:
+        """Take in a prompt or the next turn.
+
+        Args:
+            key: `[B, Hkv, T, D]` float.
+            value: like `key`.
+            padding: `[B]` int64, padded columns at the left of each row.
+
+        Returns:
+            All that the turn may see, fields `keys, values, positions`: the archive, or what is left and what is new.
+        """
+        batch, num_kv_heads, num_new, _ = key.shape
+        counts = None if padding is None else num_new - padding
+        new = [align_left(key, padding), align_left(value, padding), self._next_positions(num_new, key)]
+        self.row_seen = [n + num_new for n in self.row_seen]
+        if padding is not None:
+            self.row_seen = [n - pad for n, pad in zip(self.row_seen, padding.tolist(), strict=True)]
+        if self.archive is not None:
+            self.archive.append(*new[:2], counts=counts)
+            every = torch.arange(self.archive.max_length, dtype=torch.int32, device=key.device)
+            fields = [*self.archive.views(), every.expand(batch, num_kv_heads, -1)]
+            return RaggedTokens(fields, self.archive.lengths, self.archive.max_length, self.archive.is_ragged)
+        if self.tokens.max_length > 0:
+            self.tokens.append(*new, counts=counts)
+            return self.tokens
+        tokens = RaggedTokens(new, self.lengths + num_new, num_new, False)  # no copy: most of it is about to go
+        if padding is not None:
+            tokens.set_lengths(tokens.lengths - padding[:, None])
+        return tokens
+
+    def keep(self, tokens: RaggedTokens, mask: Tensor | None, new_tokens: int) -> None:
+        """Let the working set be the `tokens` seen by a turn where `mask` (`[B, Hkv, S]` bool; None: all) is True."""
+        if self.archive is not None:
+            tokens = RaggedTokens(tokens.fields[2:], tokens.lengths, tokens.max_length, tokens.is_ragged)
+        self.tokens = tokens.keep(mask, new_tokens)
+        self.index = None
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Add one token per row to working set, index and archive: `key`, `value` `[B, Hkv, 1, D]`."""
+        positions = self._next_positions(1, key)
+        self.row_seen = [n + 1 for n in self.row_seen]
+        if self.index is not None:
+            self.index.extend(key, self.lengths)
+        if self.archive is None:
+            self.tokens.append(key, value, positions)
+        else:
+            self.archive.append(key, value)
+            self.tokens.append(positions)
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if they lie in the archive."""
+        if self.archive is None:
+            keys, values, _ = self.tokens.views()
+            return keys, values
+        slots = self.positions.clamp(0, self.archive.max_length - 1)  # beyond the lengths anything may stand
+        keys, values = self.archive.views()
+        return take_tokens(keys, slots), take_tokens(values, slots)
+
+    def storage(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the chosen tokens lie.
+
+        Args:
+            chosen: `[B, Hkv, K]` int64, places in the working set, within the lengths.
+
+        Returns:
+            Keys and values as stored, each `[B, Hkv, S, D]`, and the slots `[B, Hkv, K]` of the chosen tokens in them.
+        """
+        if self.archive is None:
+            keys, values, _ = self.tokens.views()
+            return keys, values, chosen
+        keys, values = self.archive.views()
+        return keys, values, take_tokens(self.positions, chosen)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
+        self.row_seen = [self.row_seen[row] for row in rows.tolist()]
+        for part in (self.tokens, self.archive, self.index):
+            if part is not None:
+                part.select_rows(rows)
+
+    def _next_positions(self, num_new: int, key: Tensor) -> Tensor:
+        """Positions `[B, Hkv, num_new]` int32 of the tokens that come next."""
+        first = torch.tensor(self.row_seen, dtype=torch.int32, device=key.device)
+        positions = first[:, None] + torch.arange(num_new, dtype=torch.int32, device=key.device)
+        return positions[:, None].expand(-1, key.shape[1], -1)
+
+
+def take_tokens(field: Tensor, slots: Tensor) -> Tensor:
+    """Gather tokens: `field` `[B, Hkv, S, ...]` at `slots` `[B, Hkv, K]` int64 gives `[B, Hkv, K, ...]`."""
+    if field.dim() == 3:
+        return field.gather(2, slots)
+    return field.gather(2, slots[..., None].expand(*slots.shape, field.shape[3]))
+
+
+def align_left(tokens: Tensor, padding: Tensor | None) -> Tensor:
+    """Move each row's tokens to the front, its `padding` (`[B]` int64) columns, undefined now, to the end."""
+    if padding is None:
+        return tokens
+    width = tokens.shape[2]
+    columns = (torch.arange(width, device=tokens.device) + padding[:, None]).clamp(max=width - 1)  # [B, T]
+    return take_tokens(tokens, columns[:, None].expand(-1, tokens.shape[1], -1))

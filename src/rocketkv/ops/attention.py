@@ -1,0 +1,127 @@
+"""Exact attention: dense with causality, and over chosen tokens only."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rocketkv.cache import take_tokens
+
+QUERY_BLOCK = 512  # query tokens per masked block: a mask is never larger than [B, H, QUERY_BLOCK, S]
+
+
+def dense_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    num_queries: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """Causal attention of a row's last tokens to all its tokens.
+
+    Distances are counted from the end of each row, so earlier turns, left padding and ragged heads are one case.
+
+    Args:
+        query: `[B, Hq, T, D]` float; right aligned, a row's last column is its last token.
+        keys: `[B, Hkv, S, D]` float; left aligned; the T newest tokens included.
+        values: like `keys`.
+        lengths: `[B, Hkv]` int64, tokens in each row; None: all S of them, and T equals S or 1.
+        num_queries: `[B]` int64, how many of the T query columns are real, the last ones; None: all.
+        scale: factor on the dot products.
+
+    Returns:
+        `[B, Hq, T, D]` in the dtype of `query`; zero in padded columns.
+
+    Reads `2 * B * Hkv * S * D` elements of keys and values for each block of `QUERY_BLOCK` query tokens.
+    """
+    num_tokens = query.shape[2]
+    if lengths is None:
+        return scaled_dot_product_attention(
+            query, keys, values, is_causal=num_tokens > 1, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+    if bool((lengths != keys.shape[2]).any()):
+        keys, values = _zero_beyond(keys, lengths), _zero_beyond(values, lengths)
+    if bool((lengths == lengths[:, :1]).all()):
+        lengths = lengths[:, :1]  # one mask for all heads
+    else:
+        lengths = lengths.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    slots = torch.arange(keys.shape[2], device=query.device)
+    key_from_end = lengths[..., None] - 1 - slots  # [B, 1 | Hq, S]; negative where there is no token
+    output = torch.empty_like(query)
+    for start in range(0, num_tokens, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, num_tokens)
+        query_from_end = num_tokens - 1 - torch.arange(start, stop, device=query.device)  # [T]
+        seen = keys.shape[2] - (num_tokens - stop)  # no query of this block sees a later slot
+        output[:, :, start:stop] = scaled_dot_product_attention(
+            query[:, :, start:stop],
+            keys[:, :, :seen],
+            values[:, :, :seen],
+            attn_mask=key_from_end[:, :, None, :seen] >= query_from_end[:, None],
+            scale=scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+    if num_queries is not None:
+        from_end = num_tokens - 1 - torch.arange(num_tokens, device=query.device)
+        output = output.masked_fill((from_end >= num_queries[:, None])[:, None, :, None], 0.0)
+    return output
+
+
+def sparse_attention(
+    query: Tensor, keys: Tensor, values: Tensor, *, slots: Tensor, counts: Tensor | None, scale: float
+) -> Tensor:
+    """Exact attention of one token to the chosen tokens only.
+
+    RocketKV, section "Hybrid Sparse Attention", step 3.
+
+    Args:
+        query: `[B, Hq, 1, D]` float.
+        keys: `[B, Hkv, S, D]` float.
+        values: like `keys`.
+        slots: `[B, Hkv, K]` int64, the chosen tokens, shared by the query heads of a KV head.
+        counts: `[B, Hkv]` int64, how many of the K are chosen, the first ones, >= 1; None: all.
+        scale: factor on the dot products.
+
+    Returns:
+        `[B, Hq, 1, D]` in the dtype of `query`.
+
+    Reads `2 * B * Hkv * K * D` elements; dense attention reads `2 * B * Hkv * S * D`.
+    """
+    mask = None
+    if counts is not None:
+        chosen = torch.arange(slots.shape[2], device=slots.device) < counts[..., None]
+        slots, mask = slots.where(chosen, slots[..., :1]), chosen[:, :, None]
+    grouped = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])  # [B, Hkv, G, D]
+    output = scaled_dot_product_attention(
+        grouped, take_tokens(keys, slots), take_tokens(values, slots), attn_mask=mask, scale=scale
+    )
+    return output.reshape(query.shape)
+
+
+def dense_decode(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor | None, scale: float) -> Tensor:
+    """Exact attention of one token to every token of its row.
+
+    Args:
+        query: `[B, Hq, 1, D]` float.
+        keys: `[B, Hkv, S, D]` float.
+        values: like `keys`.
+        lengths: `[B, Hkv]` int64, tokens in each row; None: all S.
+        scale: factor on the dot products.
+
+    Returns:
+        `[B, Hq, 1, D]` in the dtype of `query`.
+
+    Reads `2 * B * Hkv * S * D` elements, once for all query heads of a KV head.
+    """
+    mask = None
+    if lengths is not None:
+        keys, values = _zero_beyond(keys, lengths), _zero_beyond(values, lengths)
+        mask = (torch.arange(keys.shape[2], device=keys.device) < lengths[..., None])[:, :, None]
+    grouped = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])  # [B, Hkv, G, D]
+    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(query.shape)
+
+
+def _zero_beyond(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Zero what lies beyond `[B, Hkv]` lengths: undefined memory may hold NaN, which no mask removes."""
+    beyond = torch.arange(tokens.shape[2], device=tokens.device) >= lengths[..., None]
+    return tokens.masked_fill(beyond[..., None], 0.0)

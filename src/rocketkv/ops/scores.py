@@ -1,0 +1,99 @@
+"""From logits to decisions: attention mass of the observation window, and the best tokens of a row."""
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 23  # float32 logits held at once while scoring a window: 32 MiB
+
+
+def window_scores(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:
+    """Attention mass that a row's last queries give to each of its tokens.
+
+    SnapKV as RocketKV uses it (section "SnapKV with GQA support"): softmax over all tokens in float32, causal inside
+    the window, summed over the window's queries and over the query heads of a KV head.
+
+    Args:
+        query: `[B, Hq, W, D]` float, right aligned.
+        keys: `[B, Hkv, S, D]` float, left aligned, the window's own keys included.
+        lengths: `[B, Hkv]` int64, tokens in each row.
+        num_queries: `[B]` int64, how many of the W columns count, the last ones.
+        scale: factor on the dot products.
+
+    Returns:
+        `[B, Hkv, S]` float32, zero beyond the lengths.
+
+    Reads `B * Hkv * S * D` elements of keys for each block of queries; holds at most `BLOCK_ELEMENTS` logits.
+    """
+    batch, num_heads, window, head_dim = query.shape
+    num_kv_heads, num_tokens = keys.shape[1:3]
+    grouped = query.float().reshape(batch, num_kv_heads, -1, window, head_dim)
+    transposed = keys.float().transpose(2, 3)[:, :, None]  # [B, Hkv, 1, D, S]
+    key_from_end = lengths[..., None] - 1 - torch.arange(num_tokens, device=keys.device)  # [B, Hkv, S]
+    scores = torch.zeros(batch, num_kv_heads, num_tokens, device=keys.device)
+    block = max(1, BLOCK_ELEMENTS // (batch * num_heads * num_tokens))
+    for start in range(0, window, block):
+        stop = min(start + block, window)
+        query_from_end = window - 1 - torch.arange(start, stop, device=keys.device)  # [w]
+        visible = key_from_end[:, :, None] >= query_from_end[:, None]  # [B, Hkv, w, S]
+        visible &= (query_from_end < num_queries[:, None])[:, None, :, None]
+        logits = (grouped[:, :, :, start:stop] @ transposed) * scale  # [B, Hkv, G, w, S]
+        logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
+        scores += logits.softmax(-1).nan_to_num(0.0).sum((2, 3))  # a query that is padding sees nothing: NaN
+    return scores
+
+
+def top_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tensor:
+    """Mark the best of each row's first tokens; of equal scores those that `torch.topk` takes.
+
+    Max-pooling makes plateaus, so ties are common; they are broken as in the published results, row by row, and thus
+    in a batch as alone.
+
+    Args:
+        scores: `[B, Hkv, S]` float.
+        candidates: `[B, Hkv]` int64, how many tokens compete, the first ones.
+        num_tokens: `[B]` int64, how many to mark; all candidates if they are fewer.
+
+    Returns:
+        `[B, Hkv, S]` bool.
+    """
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for row, (ends, count) in enumerate(zip(candidates.tolist(), num_tokens.tolist(), strict=True)):
+        for head, end in enumerate(ends):
+            best = scores[row, head, :end].topk(min(count, end), sorted=False).indices
+            mask[row, head, best] = True
+    return mask
+
+
+def token_probabilities(logits: Tensor, lengths: Tensor) -> Tensor:
+    """Turn logits into the score of each token: softmax per query head, mean over the heads of a KV head.
+
+    Args:
+        logits: `[B, Hkv, G, S]` float; anything beyond the lengths.
+        lengths: `[B, Hkv]` int64.
+
+    Returns:
+        `[B, Hkv, S]` float32, zero beyond the lengths.
+    """
+    beyond = torch.arange(logits.shape[3], device=logits.device) >= lengths[..., None]
+    return logits.float().masked_fill(beyond[:, :, None], -torch.inf).softmax(-1).mean(2)
+
+
+def best_tokens(scores: Tensor, *, lengths: Tensor, top_k: Tensor, sinks: Tensor, recents: Tensor) -> Tensor:
+    """Choose the tokens to attend to: the pinned ones, then the best scores; of equal scores the earlier token wins.
+
+    With page scores this walks pages from best to worst and takes their tokens in order.
+
+    Args:
+        scores: `[B, Hkv, S]` float, >= 0.
+        lengths: `[B, Hkv]` int64, tokens in each row.
+        top_k: `[B]` int64, tokens to choose, the pinned ones included.
+        sinks: `[B]` int64, first tokens pinned.
+        recents: `[B]` int64, last tokens pinned.
+
+    Returns:
+        `[B, Hkv, max(top_k)]` int64 slots; row b's choice is its first `min(top_k[b], lengths[b, h])`.
+    """
+    slots = torch.arange(scores.shape[2], device=scores.device)
+    pinned = (slots < sinks[:, None, None]) | (slots >= lengths[..., None] - recents[:, None, None])
+    scores = scores.masked_fill(pinned, torch.inf).masked_fill(slots >= lengths[..., None], -torch.inf)
+    return scores.argsort(dim=2, descending=True, stable=True)[:, :, : int(top_k.max())]

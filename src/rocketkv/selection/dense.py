@@ -1,0 +1,32 @@
+"""No selection: every held token is attended, so stage 1 alone must meet the budget."""
+
+import sys
+
+from torch import Tensor
+
+from rocketkv.budget import Split
+from rocketkv.cache import WorkingSet
+
+
+class Dense:
+    """Attend to everything; with `snapkv` eviction this is SnapKV at `token_budget` tokens per KV head."""
+
+    def held_tokens(self, seq_len: int, token_budget: int) -> int:
+        """The budget itself; see `SelectionMethod`."""
+        return token_budget
+
+    def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
+        """Nothing is scored; see `SelectionMethod`."""
+        return Split(1, head_dim, sys.maxsize)
+
+    def build_index(self, working: WorkingSet, page_size: Tensor) -> None:
+        """No index; see `SelectionMethod`."""
+        return
+
+    def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> None:
+        """None: attend to everything; see `SelectionMethod`."""
+        return
+
+    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+        """Nothing is scored; see `SelectionMethod`."""
+        return lengths * 0

@@ -1,0 +1,22 @@
+"""SparQ (arXiv:2312.04985): every token's logit along the query's largest channels."""
+
+import torch
+from torch import Tensor
+
+from rocketkv.budget import Split
+from rocketkv.cache import WorkingSet
+from rocketkv.ops import PageBounds
+from rocketkv.selection.hybrid import Hybrid
+
+
+class SparQ(Hybrid):
+    """Hybrid selection with pages of one token, whose bounds are the keys themselves, held channel-major."""
+
+    def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
+        """Half of the budget scores, along few channels; see `SelectionMethod`."""
+        num_channels = max(1, int(head_dim * token_budget / max(num_tokens, token_budget)))
+        return Split(1, num_channels, max(1, token_budget // 2))
+
+    def build_index(self, working: WorkingSet, page_size: Tensor) -> PageBounds:
+        """A channel-major copy of the keys; see `SelectionMethod`."""
+        return super().build_index(working, torch.ones_like(page_size))

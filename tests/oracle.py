@@ -1,0 +1,85 @@
+"""The method in plain loops over numpy float64, one row at a time, written from the paper and nothing else."""
+
+import math
+
+import numpy as np
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def dense(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Causal attention of the last T of S tokens: query [Hq, T, D], keys and values [Hkv, S, D] -> [Hq, T, D]."""
+    num_heads, num_tokens, head_dim = query.shape
+    group, past = num_heads // keys.shape[0], keys.shape[1] - num_tokens
+    out = np.zeros_like(query)
+    for h in range(num_heads):
+        for t in range(num_tokens):
+            seen = past + t + 1
+            weights = softmax(keys[h // group, :seen] @ query[h, t] / math.sqrt(head_dim))
+            out[h, t] = weights @ values[h // group, :seen]
+    return out
+
+
+def window_scores(query: np.ndarray, keys: np.ndarray, window: int) -> np.ndarray:
+    """Attention mass from the last `window` queries: query [Hq, T, D], keys [Hkv, S, D] -> [Hkv, S]."""
+    num_heads, num_tokens, head_dim = query.shape
+    group, total = num_heads // keys.shape[0], keys.shape[1]
+    scores = np.zeros(keys.shape[:2])
+    for h in range(num_heads):
+        for i in range(window):
+            seen = total - window + i + 1
+            logits = keys[h // group, :seen] @ query[h, num_tokens - window + i] / math.sqrt(head_dim)
+            scores[h // group, :seen] += softmax(logits)
+    return scores
+
+
+def pooled(scores: np.ndarray, window: int, kernel: int) -> np.ndarray:
+    """Max-pool what lies before the window: [Hkv, S] -> [Hkv, S - window]."""
+    before = scores[:, : scores.shape[1] - window]
+    half = kernel // 2
+    return np.array([[row[max(0, i - half) : i + half + 1].max() for i in range(len(row))] for row in before])
+
+
+def hybrid_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int, num_channels: int) -> np.ndarray:
+    """Approximate attention of each token for one KV head: query [G, D], keys [N, D] -> [N]."""
+    head_dim = query.shape[1]
+    channels = np.argsort(-np.abs(query).mean(0), kind="stable")[:num_channels]
+    positive = query.sum(0) > 0
+    scores = np.zeros(len(keys))
+    for q in query:
+        logits = np.zeros(len(keys))
+        share = np.abs(q[channels]).sum() / np.abs(q).sum()
+        for start in range(0, len(keys), page_size):
+            page = keys[start : start + page_size]
+            bound = np.where(positive, page.max(0), page.min(0))
+            logits[start : start + page_size] = (q[channels] @ bound[channels]) / math.sqrt(head_dim * share)
+        scores += softmax(logits) / len(query)
+    return scores
+
+
+def quest_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int) -> np.ndarray:
+    """Quest's upper bounds as attention of each token for one KV head: query [G, D], keys [N, D] -> [N]."""
+    scores = np.zeros(len(keys))
+    for q in query:
+        logits = np.zeros(len(keys))
+        for start in range(0, len(keys), page_size):
+            page = keys[start : start + page_size]
+            logits[start : start + page_size] = np.maximum(q * page.max(0), q * page.min(0)).sum()
+        scores += softmax(logits / math.sqrt(query.shape[1])) / len(query)
+    return scores
+
+
+def choose(scores: np.ndarray, top_k: int, sinks: int = 0, recents: int = 0) -> list[int]:
+    """Pinned tokens first, then the best; of equal scores the earlier token."""
+    count = len(scores)
+    pinned = [i for i in range(count) if i < sinks or i >= count - recents]
+    rest = sorted((i for i in range(count) if i not in pinned), key=lambda i: (-scores[i], i))
+    return sorted([*pinned, *rest][:top_k])
+
+
+def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, chosen: list[int]) -> np.ndarray:
+    """Exact attention to the chosen tokens for one KV head: query [G, D], keys and values [N, D] -> [G, D]."""
+    return np.stack([softmax(keys[chosen] @ q / math.sqrt(query.shape[1])) @ values[chosen] for q in query])

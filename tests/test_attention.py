@@ -1,0 +1,414 @@
+"""The laws of `LayerCache`, against plain loops and against itself, on ragged batches and poisoned memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import oracle
+from inputs import Inputs, make_inputs
+from rocketkv import Budget, InputError, LayerCache, RocketKVConfig, UnsupportedError
+from rocketkv.eviction import EVICTION_POLICIES, KeepAll
+from rocketkv.selection import SELECTION_METHODS, Hybrid
+
+ALL_METHODS = [(e, s) for e in EVICTION_POLICIES for s in SELECTION_METHODS]
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh floating-point memory is NaN: a read of what was never written shows in the output."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        fresh = new_empty(self, *size, **options)
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh.fill_(1 << 20)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+def decode_all(cache: LayerCache, x: Inputs, start: int, stop: int) -> Tensor:
+    return torch.cat([cache.decode(*x.part(t, t + 1)) for t in range(start, stop)], dim=2)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(6, 2, 64), (3, 3, 80), (8, 1, 96)])
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_rocketkv_is_the_method_in_plain_loops(
+    seeded: torch.Generator, mode: str, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    x = make_inputs(seeded, 1, num_heads, num_kv_heads, 420, head_dim)
+    config = RocketKVConfig(
+        token_budget=64, mode=mode, window_size=16, kernel_size=5, sink_tokens=3, recent_tokens=5, new_tokens=20
+    )
+    cache = LayerCache(config)
+    prompt = x.part(0, 400)
+    output = cache.prefill(*prompt)
+    q, k, v = (a[0].double().numpy() for a in x)
+    np.testing.assert_allclose(output[0], oracle.dense(q[:, :400], k[:, :400], v[:, :400]), atol=1e-5)
+
+    kept_count = int(cache.num_stored[0, 0])
+    assert kept_count == 192  # 420 tokens at 64: c = 6.56, r = 0.363, 212 held, 20 of them new
+    scores = oracle.pooled(oracle.window_scores(q[:, :400], k[:, :400], 16), 16, 5)
+    group = num_heads // num_kv_heads
+    for head in range(num_kv_heads):
+        kept = cache.positions[0, head].tolist()
+        assert kept == sorted(kept)
+        assert kept[-16:] == list(range(384, 400))
+        best = np.sort(scores[head])[::-1][: kept_count - 16]
+        np.testing.assert_allclose(np.sort(scores[head][kept[:-16]])[::-1], best, rtol=1e-4)
+
+    plan = cache.plan
+    for t in range(400, 420):
+        output = cache.decode(*x.part(t, t + 1))
+        for head in range(num_kv_heads):
+            held = cache.positions[0, head].tolist()
+            assert held[kept_count:] == list(range(400, t + 1))
+            heads = slice(group * head, group * head + group)
+            approximate = oracle.hybrid_token_scores(
+                q[heads, t], k[head, held], int(plan.page_size[0]), int(plan.num_channels[0])
+            )
+            chosen = oracle.choose(approximate, int(plan.top_k[0]), 3, 5)
+            expected = oracle.attend(q[heads, t], k[head, held], v[head, held], chosen)
+            np.testing.assert_allclose(output[0, heads, 0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("eviction", "selection"), ALL_METHODS)
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_a_budget_for_everything_is_the_dense_path_to_the_bit(
+    seeded: torch.Generator, mode: str, eviction: str, selection: str
+) -> None:
+    x = make_inputs(seeded, 2, 6, 2, 90, 64)
+    cache = LayerCache(RocketKVConfig(token_budget=90, mode=mode, eviction=eviction, selection=selection))
+    prompt = scaled_dot_product_attention(*x.part(0, 80), is_causal=True, enable_gqa=True)
+    assert torch.equal(cache.prefill(*x.part(0, 80)), prompt)
+    for t in range(80, 90):
+        key, value = x.key[:, :, : t + 1], x.value[:, :, : t + 1]
+        expected = scaled_dot_product_attention(x.query[:, :, t].reshape(2, 2, 3, 64), key, value)
+        assert torch.equal(cache.decode(*x.part(t, t + 1)), expected.reshape(2, 6, 1, 64))
+    assert cache.working is not None
+    assert cache.working.index is None  # nothing to select: no index is paid for
+
+
+@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
+def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) -> None:
+    x = make_inputs(seeded, 2, 6, 2, 300, 64)
+    # the first row is long, so that a selection is made; the second holds fewer than top_k tokens
+    config = RocketKVConfig(token_budget=150, eviction="keep_all", selection=selection, budget=Budget(290, 2, 64, 100))
+    selecting = LayerCache(config)
+    dense = LayerCache(RocketKVConfig(token_budget=150, eviction="keep_all", selection="dense"))
+    for cache in (selecting, dense):
+        cache.prefill(*x.part(0, 290), padding=torch.tensor([0, 200]))
+    output, expected = decode_all(selecting, x, 290, 300), decode_all(dense, x, 290, 300)
+    torch.testing.assert_close(output[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(output[0], expected[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("eviction", "selection"), ALL_METHODS)
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_padded_rows_are_what_they_are_alone(seeded: torch.Generator, mode: str, eviction: str, selection: str) -> None:
+    x = make_inputs(seeded, 4, 6, 2, 400, 64)
+    config = RocketKVConfig(
+        token_budget=48, mode=mode, eviction=eviction, selection=selection, window_size=16, kernel_size=7
+    )
+    padding = torch.tensor([0, 130, 345, 180])  # the third row fits in the budget
+    batch = LayerCache(config)
+    batch_prompt = batch.prefill(*x.part(0, 380), padding=padding)
+    positions, stored = batch.positions, batch.num_stored.clone()
+    batch_new = decode_all(batch, x, 380, 400)
+    for row, pad in enumerate(padding.tolist()):
+        alone, y = LayerCache(config), x.row(row, start=pad)
+        prompt = alone.prefill(*y.part(0, 380 - pad))
+        torch.testing.assert_close(batch_prompt[row, :, pad:], prompt[0], rtol=1e-4, atol=1e-5)
+        assert not batch_prompt[row, :, :pad].any()
+        for head in range(2):
+            count = int(alone.num_stored[0, head])
+            assert stored[row, head] == count
+            assert positions[row, head, :count].tolist() == alone.positions[0, head].tolist()
+            assert (positions[row, head, count:] == -1).all()
+        new = decode_all(alone, y, 380 - pad, 400 - pad)
+        torch.testing.assert_close(batch_new[row], new[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_padded_later_turns_are_what_they_are_alone(seeded: torch.Generator, mode: str) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 500, 64)
+    config = RocketKVConfig(token_budget=40, mode=mode, window_size=16, kernel_size=7)
+    turns = [(0, 300, (0, 120), 8), (308, 60, (25, 0), 8), (376, 9, (0, 3), 5)]  # start, width, padding, new tokens
+    batch = LayerCache(config)
+    outputs = []
+    for start, width, padding, new in turns:
+        outputs.append(batch.prefill(*x.part(start, start + width), padding=torch.tensor(padding)))
+        outputs.append(decode_all(batch, x, start + width, start + width + new))
+    for row in range(2):
+        alone = LayerCache(config)
+        for turn, (start, width, padding, new) in enumerate(turns):
+            pad = padding[row]
+            prompt = alone.prefill(*(a[row : row + 1] for a in x.part(start + pad, start + width)))
+            torch.testing.assert_close(outputs[2 * turn][row, :, pad:], prompt[0], rtol=1e-3, atol=1e-4)
+            part = Inputs(*(a[row : row + 1] for a in x))
+            tokens = decode_all(alone, part, start + width, start + width + new)
+            torch.testing.assert_close(outputs[2 * turn + 1][row], tokens[0], rtol=1e-3, atol=1e-4)
+        assert batch.row_seen[row] == alone.row_seen[0]
+
+
+def test_multi_turn_attends_densely_and_chooses_anew(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 700, 64)
+    config = RocketKVConfig(token_budget=48, mode="multi_turn", window_size=16, kernel_size=7)
+    turns, single = LayerCache(config), LayerCache(config)
+    turns.prefill(*x.part(0, 500))
+    decode_all(turns, x, 500, 520)
+    second = turns.prefill(*x.part(520, 700))
+    whole = single.prefill(*x)
+    torch.testing.assert_close(second, whole[:, :, 520:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(turns.positions, single.positions)
+    assert turns.num_seen == single.num_seen == 700
+
+
+def test_single_turn_sees_what_is_left_and_evicts_again(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 500, 64)
+    cache = LayerCache(RocketKVConfig(token_budget=48, window_size=16, kernel_size=7))
+    cache.prefill(*x.part(0, 400))
+    left = cache.positions[0]
+    output = cache.prefill(*x.part(400, 500))
+    for head in range(2):
+        held = torch.cat([left[head], torch.arange(400, 500)])
+        q, k, v = (a[0].double().numpy() for a in x)
+        expected = oracle.dense(q[2 * head : 2 * head + 2, 400:], k[[head]][:, held], v[[head]][:, held])
+        np.testing.assert_allclose(output[0, 2 * head : 2 * head + 2], expected, atol=1e-5)
+        assert set(cache.positions[0, head].tolist()) <= set(held.tolist())
+    assert cache.num_seen == 500
+    assert int(cache.num_stored[0, 0]) < left.shape[1] + 100
+
+
+def test_the_budget_holds_however_long_the_answer_gets(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 700, 64)
+    cache = LayerCache(RocketKVConfig(token_budget=64, window_size=16))
+    token_bytes = 2 * 64 * 2 * 4  # keys and values of two KV heads
+    cache.prefill(*x.part(0, 30))
+    for t in range(30, 700):
+        cache.decode(*x.part(t, t + 1))
+        assert cache.read_bytes <= 1.2 * 64 * token_bytes, t
+    assert int(cache.num_stored[0, 0]) == 700
+
+
+def test_read_bytes_count_what_the_method_reads(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 512, 64)
+    expected = {
+        "dense": 2 * 64 * 64,
+        "exact": 512 * 64 + 2 * 64 * 64,
+        "quest": 32 * 2 * 64 + 2 * 32 * 64,
+        "sparq": 512 * 8 + 2 * 32 * 64,
+        "hybrid": -(-512 // 3) * 24 + 2 * 32 * 64,
+    }
+    for selection, elements in expected.items():
+        eviction = "snapkv" if selection == "dense" else "keep_all"
+        cache = LayerCache(RocketKVConfig(token_budget=64, eviction=eviction, selection=selection, new_tokens=1))
+        cache.prefill(*x.part(0, 511))
+        cache.decode(*x.part(511, 512))
+        assert cache.read_bytes == 2 * 2 * 4 * elements, selection  # two rows, two KV heads, four bytes
+        if selection != "exact":  # within the budget, but for the last page, which may be partly empty
+            assert cache.read_bytes <= 2 * 2 * 4 * (2 * 64 * 64 + 24), selection
+
+
+class HeadsOfTheirOwn(KeepAll):
+    """An eviction policy from outside: each head keeps a number of tokens of its own."""
+
+    def keep(self, query: Tensor, keys: Tensor, *, lengths: Tensor, **_: Any) -> Tensor:
+        slots = torch.arange(keys.shape[2])
+        first = torch.tensor([10, 150])[: keys.shape[1]]
+        return (slots >= lengths[..., None] - 40) & (slots < lengths[..., None]) | (slots < first[:, None])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+@pytest.mark.parametrize("selection", list(SELECTION_METHODS))
+def test_heads_may_keep_different_numbers(seeded: torch.Generator, mode: str, selection: str) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 330, 64)
+    config = RocketKVConfig(
+        token_budget=48, mode=mode, eviction=HeadsOfTheirOwn(), selection=selection, budget=Budget(60, 2, 32, 30)
+    )
+    cache = LayerCache(config)
+    cache.prefill(*x.part(0, 300))
+    assert cache.num_stored.tolist() == [[50, 190]]
+    together = decode_all(cache, x, 300, 310)
+    second = cache.prefill(*x.part(310, 320))
+    together = torch.cat([together, second, decode_all(cache, x, 320, 330)], dim=2)
+    assert torch.isfinite(together).all()
+    for head in range(2):  # each head is what it is alone
+        first = [10, 150][head]
+
+        class Alone(KeepAll):
+            def keep(self, query: Tensor, keys: Tensor, *, lengths: Tensor, first: int = first, **_: Any) -> Tensor:
+                slots = torch.arange(keys.shape[2])
+                return (slots >= lengths[..., None] - 40) & (slots < lengths[..., None]) | (slots < first)
+
+        alone = LayerCache(
+            RocketKVConfig(
+                token_budget=48, mode=mode, eviction=Alone(), selection=selection, budget=Budget(60, 2, 32, 30)
+            )
+        )
+        y = Inputs(x.query[:, 2 * head : 2 * head + 2], x.key[:, [head]], x.value[:, [head]])
+        alone.prefill(*y.part(0, 300))
+        tokens = decode_all(alone, y, 300, 310)
+        tokens = torch.cat([tokens, alone.prefill(*y.part(310, 320)), decode_all(alone, y, 320, 330)], dim=2)
+        torch.testing.assert_close(together[:, 2 * head : 2 * head + 2], tokens, rtol=1e-3, atol=1e-4)
+
+
+def test_a_selection_method_from_outside_works(seeded: torch.Generator) -> None:
+    class OtherHybrid(Hybrid):
+        calls = 0
+
+        def logits(self, *args: Any, **options: Any) -> Tensor:
+            self.calls += 1
+            return super().logits(*args, **options)
+
+    x = make_inputs(seeded, 1, 4, 2, 210, 64)
+    method = OtherHybrid()
+    cache = LayerCache(RocketKVConfig(token_budget=48, selection=method))
+    same = LayerCache(RocketKVConfig(token_budget=48))
+    for c in (cache, same):
+        c.prefill(*x.part(0, 200))
+    assert torch.equal(decode_all(cache, x, 200, 210), decode_all(same, x, 200, 210))
+    assert method.calls == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_in_give_dtypes_out(seeded: torch.Generator, dtype: torch.dtype) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 300, 64, dtype)
+    single = make_inputs(torch.Generator().manual_seed(0), 1, 4, 2, 300, 64)
+    config = RocketKVConfig(token_budget=64, eviction="keep_all", selection="exact")
+    cache, reference = LayerCache(config), LayerCache(config)
+    assert cache.prefill(*x.part(0, 290)).dtype == dtype
+    reference.prefill(*single.part(0, 290))
+    output = decode_all(cache, x, 290, 300)
+    assert output.dtype == dtype
+    expected = decode_all(reference, single, 290, 300)
+    assert cache.read_bytes * 4 == reference.read_bytes * x.key.element_size()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_select_rows_is_a_batch_of_those_rows(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 3, 4, 2, 300, 64)
+    padding = torch.tensor([0, 50, 200])
+    for mode in ("single_turn", "multi_turn"):
+        config = RocketKVConfig(token_budget=40, window_size=16, kernel_size=7, mode=mode)
+        cache = LayerCache(config)
+        cache.prefill(*x.part(0, 280), padding=padding)
+        decode_all(cache, x, 280, 285)
+        cache.select_rows(torch.tensor([2, 0, 0]))
+        chosen = Inputs(*(a[[2, 0, 0]] for a in x))
+        expected = LayerCache(config)
+        expected.prefill(*chosen.part(0, 280), padding=padding[[2, 0, 0]])
+        decode_all(expected, chosen, 280, 285)
+        torch.testing.assert_close(
+            decode_all(cache, chosen, 285, 300), decode_all(expected, chosen, 285, 300), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 420, 64)
+    shared = LayerCache(RocketKVConfig(token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense"))
+    shared.prefill(*x.part(0, 368))
+    for selection in SELECTION_METHODS:
+        config = RocketKVConfig(token_budget=48, mode="multi_turn", selection=selection)
+        fork, alone = shared.fork(config), LayerCache(config)
+        fork.prefill(*x.part(368, 400))
+        alone.prefill(*x.part(0, 400))
+        assert torch.equal(fork.positions, alone.positions)
+        torch.testing.assert_close(decode_all(fork, x, 400, 420), decode_all(alone, x, 400, 420), rtol=1e-4, atol=1e-5)
+    assert shared.num_seen == 368
+    with pytest.raises(InputError, match="only a multi_turn cache can be forked"):
+        LayerCache(RocketKVConfig(token_budget=48)).fork(config)
+
+
+def test_reset_forgets(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 300, 64)
+    cache = LayerCache(RocketKVConfig(token_budget=48))
+    first = cache.prefill(*x)
+    cache.reset()
+    assert (cache.num_seen, cache.kv_bytes, cache.read_bytes) == (0, 0, 0)
+    assert torch.equal(cache.prefill(*x), first)
+
+
+def test_scale_replaces_the_default(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 300, 64)
+    config = RocketKVConfig(token_budget=48)
+    scaled, plain = LayerCache(config), LayerCache(config)
+    doubled = Inputs(x.query * 2, x.key, x.value)
+    torch.testing.assert_close(scaled.prefill(*x.part(0, 290), scale=0.25), plain.prefill(*doubled.part(0, 290)))
+    for t in range(290, 300):
+        torch.testing.assert_close(scaled.decode(*x.part(t, t + 1), scale=0.25), plain.decode(*doubled.part(t, t + 1)))
+
+
+def bad(change: Callable[[Inputs], Inputs]) -> Callable[[LayerCache, Inputs], Any]:
+    return lambda cache, x: cache.prefill(*change(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (bad(lambda x: x._replace(key=x.key[:, :, 1:])), "do not fit; give"),
+        (bad(lambda x: x._replace(value=x.value[..., 1:])), "key and value differ"),
+        (bad(lambda x: x._replace(query=x.query[:, :3])), "Hq must be a multiple of Hkv"),
+        (bad(lambda x: x._replace(value=x.value.half())), "give one floating-point dtype"),
+        (bad(lambda x: Inputs(*(a[:, :, :0] for a in x))), "nothing may be empty"),
+        (lambda c, x: c.prefill(*x, padding=torch.tensor([50])), r"padding=\[50\] does not fit; .* from 0 to 49"),
+        (lambda c, x: c.prefill(*x, padding=torch.tensor([1, 1])), "one number per row, 1 in all"),
+        (lambda c, x: c.decode(*x.part(0, 1)), "this cache is empty; call prefill"),
+        (lambda c, x: (c.prefill(*x), c.decode(*x)), "decode takes one token per row, not 50"),
+        (lambda c, x: (c.prefill(*x), c.prefill(*(a.repeat(2, 1, 1, 1) for a in x))), "the cache holds batch 1"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    seeded: torch.Generator, call: Callable[[LayerCache, Inputs], Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        call(LayerCache(RocketKVConfig(token_budget=48)), make_inputs(seeded, 1, 4, 2, 50, 64))
+
+
+def test_gradients_are_refused(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 50, 64)
+    with pytest.raises(UnsupportedError, match="has no gradients"):
+        LayerCache(RocketKVConfig(token_budget=48)).prefill(x.query.requires_grad_(), x.key, x.value)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from(ALL_METHODS),
+    st.sampled_from(["single_turn", "multi_turn"]),
+    st.lists(st.tuples(st.integers(1, 120), st.integers(0, 12)), min_size=1, max_size=4),
+    st.integers(8, 80),
+)
+def test_any_conversation_stays_finite_and_consistent(
+    seed: int, method: tuple[str, str], mode: str, turns: list[tuple[int, int]], budget: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cache = LayerCache(
+        RocketKVConfig(
+            token_budget=budget, mode=mode, eviction=method[0], selection=method[1], window_size=8, kernel_size=3
+        )
+    )
+    seen = 0
+    for prompt, new in turns:
+        x = make_inputs(generator, 2, 4, 2, prompt + new, 16)
+        padding = torch.randint(prompt, (2,), generator=generator)
+        outputs = [cache.prefill(*x.part(0, prompt), padding=padding)]
+        outputs += [cache.decode(*x.part(t, t + 1)) for t in range(prompt, prompt + new)]
+        seen += prompt + new
+        assert all(torch.isfinite(output).all() for output in outputs)
+        assert cache.num_seen == seen
+        positions = cache.positions
+        for row in range(2):
+            for head in range(2):
+                held = positions[row, head, : int(cache.num_stored[row, head])].tolist()
+                assert held == sorted(set(held))
+                assert held[-1] == cache.row_seen[row] - 1

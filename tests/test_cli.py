@@ -1,0 +1,181 @@
+"""The command line as a user meets it: real processes for start-up and exits, the runner for the rest."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rocketkv import disable
+from rocketkv.cli import app
+from rocketkv.errors import RocketKVError
+from rocketkv.models import LoadedModel
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def invoke(*arguments: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, arguments, input=stdin)
+
+    return invoke
+
+
+@pytest.fixture
+def loaded(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The real model, loaded once for all tests instead of once a command."""
+    monkeypatch.setattr("rocketkv.models.load", lambda name, dtype: smollm2)
+    yield smollm2
+    disable(smollm2.model)
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> str:
+    path = tmp_path / "licence.txt"
+    path.write_text(Path(__file__).parents[1].joinpath("LICENSE").read_text()[:4000])
+    return str(path)
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from rocketkv.cli import app\n"
+        "for command in ([], ['generate'], ['chat'], ['budget'], ['info'], ['eval', 'facts']):\n"
+        "    result = CliRunner().invoke(app, [*command, '--help'])\n"
+        "    assert result.exit_code == 0, result.output\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_budget_explains_the_split(run: Any) -> None:
+    result = run("budget", "--seq-len", "131072", "--token-budget", "512")
+    assert result.exit_code == 0
+    for part in ("256.0 x", "3019", "1007 pages", "65 of 128", "512 tokens' worth"):
+        assert part in result.stdout
+    record = json.loads(run("budget", "--seq-len", "131072", "--token-budget", "512", "--json").stdout)
+    assert record == {"prompt_tokens": 3019, "page_size": 3, "num_channels": 65, "top_k": 256}
+    assert "nothing is compressed" in run("budget", "--seq-len", "100").stdout
+
+
+def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
+    facts = json.loads(run("info", "--json").stdout)
+    assert {"rocketkv", "python", "torch", "transformers", "cpu", "threads", "backends", "model cache"} <= set(facts)
+    assert "transformers" in run("info").stdout
+
+
+def test_generate_answers_and_compares(run: Any, loaded: LoadedModel, document: str) -> None:
+    question = "What does the license say?"
+    arguments = ("generate", "-f", document, "-q", question, "-t", "128", "--max-new-tokens", "6", "--compare")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    for part in ("RocketKV t=128", "full cache", "held MiB", "read MiB"):
+        assert part in result.stdout
+    record = json.loads(run(*arguments, "--json").stdout)
+    ours, full = record["RocketKV t=128"], record["full cache"]
+    assert ours["prompt_tokens"] == full["prompt_tokens"] > 800
+    assert ours["new_tokens"] == 6
+    assert ours["text"] in result.stdout.replace("\n", " ") or ours["text"].split("\n")[0] in result.stdout
+    assert ours["stats"]["total"]["read_bytes"] < full["stats"]["total"]["read_bytes"] / 4
+    assert ours["stats"]["total"]["full_read_bytes"] == full["stats"]["total"]["read_bytes"]
+    assert len(ours["stats"]["layers"]) == 30
+
+
+def test_chat_keeps_history_and_obeys(run: Any, loaded: LoadedModel, document: str) -> None:
+    stdin = "What is this?\n/stats\nAnd who wrote it?\n/nonsense\n/reset\n/stats\nWhat is this?\n/quit\n"
+    result = run("chat", "-f", document, "-t", "128", "--max-new-tokens", "5", stdin=stdin)
+    assert result.exit_code == 0, result.output
+    assert "RocketKV-MT t=128" in result.stdout
+    assert "There is no command /nonsense" in result.stdout
+    assert "The conversation is forgotten" in result.stdout
+    assert "Nothing was asked yet." in result.stdout
+    assert run("chat", "-f", document, stdin="").exit_code == 0  # end of input quits
+
+
+def test_chat_survives_a_message_that_does_not_fit(run: Any, loaded: LoadedModel, document: str) -> None:
+    stdin = f"What is this?\n{'too long ' * 9000}\nAnd now?\n"
+    result = run("chat", "-f", document, "-t", "128", "--max-new-tokens", "3", stdin=stdin)
+    assert result.exit_code == 0, result.output
+    assert "more than the 8192 that the model was made for" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-t", "16"), "token_budget=16 is smaller than window_size=32; raise token_budget or lower window_size."),
+        (("-f", "missing.txt"), "missing.txt cannot be read (No such file or directory)"),
+        (("-f", "folder"), "folder cannot be read (Is a directory)"),
+        (("-f", "binary.txt"), "binary.txt is not UTF-8 text (invalid start byte at byte 0)"),
+        (("-f", "empty.txt"), "empty.txt is empty; give a file with text."),
+        (("-m", "/no/model"), "model '/no/model' is neither a folder nor a GGUF file"),
+        (("-m", "no-such-model"), "model 'no-such-model' cannot be loaded"),
+        (("--dtype", "int3"), "dtype='int3' does not exist"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("A text.")
+    Path("folder").mkdir()
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    Path("empty.txt").write_text(" \n")
+    result = run("generate", "-f", "text.txt", "-q", "What?", *arguments)
+    assert result.exit_code == 2
+    assert "error: " + message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_a_text_longer_than_the_context_is_refused(run: Any, loaded: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 9000)
+    result = run("generate", "-f", str(path), "-q", "What?")
+    assert result.exit_code == 2
+    assert "more than the 8192 that the model was made for; give a shorter text or another model." in result.stderr
+
+
+def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rocketkv", "generate", "-f", str(tmp_path / "missing"), "-q", "What?"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_every_error_has_one_home() -> None:
+    assert issubclass(RocketKVError, Exception)
+
+
+def test_facts_reports_resumes_and_refuses(run: Any, loaded: LoadedModel, tmp_path: Path) -> None:
+    out = tmp_path / "facts.jsonl"
+    arguments = ("eval", "facts", "--lengths", "300", "--budgets", "64", "--cases", "2", "--out", str(out))
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "of full cache's finds" in result.stdout
+    lines = out.read_text().splitlines()
+    assert len(lines) == 4
+    out.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # as a killed run leaves it
+    again = run(*arguments)
+    assert again.stdout == result.stdout
+    assert out.read_text().splitlines() == lines
+    for option, value, message in [
+        ("--budgets", "64,many", "budgets='64,many' is no list of numbers"),
+        ("--lengths", "0", "lengths='0' has a number below 1"),
+        ("--methods", "magic", "method 'magic' does not exist; choose from full, exact_topk"),
+        ("--pins", "4", "pins='4' is no list of pairs"),
+        ("--lengths", "900000", "fewer than length=900000"),
+    ]:
+        result = run(*arguments, option, value)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    out.write_text("nonsense\n")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "line 1 is no result" in result.stderr

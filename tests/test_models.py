@@ -1,0 +1,65 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, T5Config
+
+from rocketkv import InputError
+from rocketkv.models import LoadedModel, embedded_path, load
+from tiny import tiny_model
+
+
+def test_the_embedded_model_loads_and_its_tokenizer_round_trips(smollm2: LoadedModel) -> None:
+    assert smollm2.context_length == 8192
+    assert not smollm2.model.training
+    text = 'Leading  spaces, "quotes" and 1,234 numbers\nsurvive.'
+    assert smollm2.tokenizer.decode(smollm2.tokenizer.encode(text)) == text
+
+
+def test_a_folder_loads(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet))}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    assert load(str(tmp_path)).model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "is neither a folder nor a GGUF file"),
+        ("./model.gguf", "there is no file './model.gguf'; give the path of a GGUF file."),
+        ("broken.gguf", "cannot be loaded"),
+        ("t5", "is an encoder-decoder \\(t5\\); give a decoder-only model."),
+        ("empty", "cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.gguf").write_bytes(b"GGUF and then nonsense" * 100)
+    T5Config().save_pretrained("t5")
+    Path("empty").mkdir()
+    with pytest.raises(InputError, match=message) as error:
+        load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dtype_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InputError, match="dtype='int3' does not exist; choose from auto, float32"):
+        load("smollm2", "int3")
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path, smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = embedded_path()
+    assert path is not None
+    copy = tmp_path / "copy.gguf"
+    shutil.copy(path, copy)
+    kind = type(smollm2.tokenizer)
+    decode = kind.decode
+    monkeypatch.setattr(kind, "decode", lambda self, *a, **o: decode(self, *a, **o).replace(" ", "#"))
+    with pytest.raises(InputError, match="does not give back the text it encodes"):
+        load(str(copy))

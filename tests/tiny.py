@@ -1,0 +1,70 @@
+"""Tiny random models of the architectures that users bring: for shapes and laws, not for accuracy."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # far from uniform logits, so that greedy choices are no ties
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral": MistralConfig(**GROUPED, sliding_window=None),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=32),
+    "phi3": Phi3Config(**GROUPED),
+    "olmo2": Olmo2Config(**GROUPED),
+    "gpt_neox": GPTNeoXConfig(**COMMON),
+    "gemma3": Gemma3TextConfig(
+        **GROUPED,
+        head_dim=32,
+        sliding_window=16,
+        query_pre_attn_scalar=48,  # a scale other than 1 / sqrt(head_dim)
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+}
+
+REFUSED: dict[str, PreTrainedConfig] = {
+    "gemma2": Gemma2Config(**GROUPED, head_dim=32),
+}
+
+
+def tiny_model(name: str) -> PreTrainedModel:
+    """A random model, the same at every call."""
+    torch.manual_seed(0)
+    config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def prompts(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random left-padded prompts of these lengths and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths), width, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(3, 128, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return ids, mask
