@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import oracle
 from inputs import Inputs, make_inputs
-from rocketkv import Budget, InputError, LayerCache, RocketKVConfig, UnsupportedError
+from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError, split_budget
 from rocketkv.eviction import EVICTION_POLICIES, KeepAll
 from rocketkv.selection import SELECTION_METHODS, Hybrid
 
@@ -75,6 +75,42 @@ def test_rocketkv_is_the_method_in_plain_loops(
             chosen = oracle.choose(approximate, int(plan.top_k[0]), 3, 5)
             expected = oracle.attend(q[heads, t], k[head, held], v[head, held], chosen)
             np.testing.assert_allclose(output[0, heads, 0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_every_selection_method_is_its_plain_loop(seeded: torch.Generator, mode: str, selection: str) -> None:
+    x = make_inputs(seeded, 1, 6, 2, 230, 64)
+    config = RocketKVConfig.paper(40, mode=mode, eviction="streaming_llm", selection=selection)
+    cache = LayerCache(config)
+    cache.prefill(*x.part(0, 210))
+    q, k, v = (a[0].double().numpy() for a in x)
+    assert cache.plan is not None
+    split = cache.plan.splits[0]
+    for t in range(210, 230):
+        output = cache.decode(*x.part(t, t + 1))
+        held = cache.positions[0, 0].tolist()
+        for head in range(2):
+            queries, keys, values = q[3 * head : 3 * head + 3, t], k[head, held], v[head, held]
+            if selection == "quest":
+                scores = oracle.quest_token_scores(queries, keys, split.page_size)
+            else:
+                page_size = split.page_size if selection == "hybrid" else 1
+                num_channels = 64 if selection == "exact" else split.num_channels
+                scores = oracle.hybrid_token_scores(queries, keys, page_size, num_channels)
+            expected = oracle.attend(queries, keys, values, oracle.choose(scores, split.top_k))
+            np.testing.assert_allclose(output[0, 3 * head : 3 * head + 3, 0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("num_tokens", "kept"), [(20, [0, 1, 2, 3, *range(84, 100)]), (3, [0, 1, 99])])
+def test_streaming_llm_keeps_sinks_and_the_most_recent(
+    seeded: torch.Generator, num_tokens: int, kept: list[int]
+) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 100, 64)
+    budget = Budget(num_tokens, 1, 64, 50)
+    cache = LayerCache(RocketKVConfig(token_budget=50, eviction="streaming_llm", selection="dense", budget=budget))
+    cache.prefill(*x)
+    assert cache.positions.tolist() == [[kept, kept]]
 
 
 @pytest.mark.parametrize(("eviction", "selection"), ALL_METHODS)
@@ -198,6 +234,33 @@ def test_the_budget_holds_however_long_the_answer_gets(seeded: torch.Generator) 
     assert int(cache.num_stored[0, 0]) == 700
 
 
+@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
+def test_a_batch_reads_what_its_rows_read_alone(seeded: torch.Generator, selection: str) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 420, 64)
+    config = RocketKVConfig(token_budget=128, selection=selection)
+    batch = LayerCache(config)
+    batch.prefill(*x.part(0, 400), padding=torch.tensor([0, 290]))
+    rows = [LayerCache(config), LayerCache(config)]
+    for row, (cache, pad) in enumerate(zip(rows, (0, 290), strict=True)):
+        cache.prefill(*x.row(row, pad).part(0, 400 - pad))
+    for t in range(400, 420):
+        batch.decode(*x.part(t, t + 1))
+        for row, cache in enumerate(rows):
+            cache.decode(*x.row(row).part(t, t + 1))
+        if selection != "quest" or t < 418:  # the short row's page of one token is then indexed with both bounds
+            assert batch.read_bytes == sum(cache.read_bytes for cache in rows), t
+
+
+def test_what_is_kept_and_read_is_what_split_budget_says(seeded: torch.Generator) -> None:
+    for length, budget, new in [(400, 48, 0), (400, 48, 30), (130, 120, 0), (90, 100, 20), (60, 40, 200)]:
+        x = make_inputs(seeded, 1, 4, 2, length, 64)
+        cache = LayerCache(RocketKVConfig.paper(budget, new_tokens=new))
+        cache.prefill(*x)
+        split = split_budget(length, budget, 64, new_tokens=new)
+        assert cache.plan is not None
+        assert (int(cache.num_stored[0, 0]), *cache.plan.splits[0]) == split
+
+
 def test_read_bytes_count_what_the_method_reads(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 2, 4, 2, 512, 64)
     expected = {
@@ -215,6 +278,39 @@ def test_read_bytes_count_what_the_method_reads(seeded: torch.Generator) -> None
         assert cache.read_bytes == 2 * 2 * 4 * elements, selection  # two rows, two KV heads, four bytes
         if selection != "exact":  # within the budget, but for the last page, which may be partly empty
             assert cache.read_bytes <= 2 * 2 * 4 * (2 * 64 * 64 + 24), selection
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda keys: torch.ones(keys.shape[:3]), r"returned torch.float32 \[1, 2, 200\]; return torch.bool"),
+        (lambda keys: torch.ones(1, 2, 7, dtype=torch.bool), r"returned torch.bool \[1, 2, 7\]; return"),
+        (lambda keys: torch.zeros(keys.shape[:3], dtype=torch.bool), "left a row without tokens; keep one at least"),
+    ],
+)
+def test_policies_that_return_nonsense_are_refused(
+    seeded: torch.Generator, returned: Callable[[Tensor], Tensor], message: str
+) -> None:
+    class Nonsense(KeepAll):
+        def keep(self, query: Tensor, keys: Tensor, **_: Any) -> Tensor:
+            return returned(keys)
+
+    with pytest.raises(InputError, match=message):
+        LayerCache(RocketKVConfig(token_budget=48, eviction=Nonsense())).prefill(*make_inputs(seeded))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": Budget(50, 2, 65, 20)}, "budget.num_channels=65 is more than head_dim=64"),
+        ({"sink_tokens": 19}, "21 first and last tokens are to be attended always, more than top_k=20"),
+    ],
+)
+def test_options_that_do_not_fit_the_layer_are_refused(
+    seeded: torch.Generator, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LayerCache(RocketKVConfig(token_budget=40, **options)).prefill(*make_inputs(seeded))
 
 
 class HeadsOfTheirOwn(KeepAll):
@@ -325,7 +421,11 @@ def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Genera
         assert torch.equal(fork.positions, alone.positions)
         torch.testing.assert_close(decode_all(fork, x, 400, 420), decode_all(alone, x, 400, 420), rtol=1e-4, atol=1e-5)
     assert shared.num_seen == 368
-    with pytest.raises(InputError, match="only a multi_turn cache can be forked"):
+    empty = LayerCache(config).fork(config)
+    assert torch.equal(empty.prefill(*x), LayerCache(config).prefill(*x))
+    with pytest.raises(
+        InputError, match="a single_turn cache cannot be forked into a multi_turn one; set mode='multi_turn' in both"
+    ):
         LayerCache(RocketKVConfig(token_budget=48)).fork(config)
 
 

@@ -11,7 +11,6 @@ from typer.testing import CliRunner, Result
 
 from rocketkv import disable
 from rocketkv.cli import app
-from rocketkv.errors import RocketKVError
 from rocketkv.models import LoadedModel
 
 
@@ -147,10 +146,6 @@ def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
-
-
-def test_every_error_has_one_home() -> None:
-    assert issubclass(RocketKVError, Exception)
 
 
 def test_facts_reports_resumes_and_refuses(run: Any, loaded: LoadedModel, tmp_path: Path) -> None:

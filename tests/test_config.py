@@ -32,12 +32,16 @@ from rocketkv.selection import Exact
             "kernel_size=64 is even; a pooling window has a centre, so give an odd one.",
         ),
         (
-            {"token_budget": 256, "sink_tokens": 100, "recent_tokens": 29},
-            "sink_tokens + recent_tokens = 129 is more than the 128 tokens attended exactly; "
+            {"token_budget": 256, "sink_tokens": 200, "recent_tokens": 57},
+            "sink_tokens + recent_tokens = 257 is more than the 256 tokens that a step may attend to; "
             "pin fewer or raise token_budget.",
         ),
         ({"token_budget": 256, "sink_tokens": -1}, "sink_tokens=-1 is too small; give 0 or more."),
         ({"token_budget": 256, "new_tokens": -1}, "new_tokens=-1 is too small; give 0 or more."),
+        (
+            {"token_budget": 256, "budget": (9, 1, 1, 9)},
+            "budget=(9, 1, 1, 9) is no rocketkv.Budget; make one, or leave it to the formulas.",
+        ),
         ({"token_budget": 256, "budget": Budget(9, 0, 1, 9)}, "budget.page_size=0 is too small; give 1 or more."),
         (
             {"token_budget": 256, "window": 16},
@@ -54,7 +58,9 @@ def test_errors_are_full_sentences(options: dict[str, Any], message: str) -> Non
 def test_objects_without_the_methods_are_refused() -> None:
     with pytest.raises(ConfigError, match="has no method keep"):
         RocketKVConfig(token_budget=256, eviction=object())
-    with pytest.raises(ConfigError, match="lacks split, build_index or logits"):
+    with pytest.raises(
+        ConfigError, match="lacks held_tokens, split, build_index, logits, scored_elements; give a name"
+    ):
         RocketKVConfig(token_budget=256, selection=object())
 
 

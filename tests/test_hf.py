@@ -1,6 +1,8 @@
 """The cache inside transformers' own `generate`, on tiny models of every architecture that is named as supported."""
 
 import gc
+import subprocess
+import sys
 import threading
 from copy import deepcopy
 from typing import Any
@@ -13,6 +15,8 @@ from transformers import (
     BloomConfig,
     DeepseekV3Config,
     DynamicCache,
+    Gemma2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -31,7 +35,7 @@ from rocketkv import (
     enable,
 )
 from rocketkv.eviction import KeepAll, SnapKV
-from tiny import CONFIGS, GROUPED, REFUSED, prompts, tiny_model
+from tiny import CONFIGS, GROUPED, prompts, tiny_model
 
 SMALL = {"window_size": 8, "kernel_size": 5}
 EVERYTHING = RocketKVConfig(token_budget=4096)
@@ -95,24 +99,24 @@ def test_memory_goes_and_stats_tell(name: str) -> None:
     model = enable(tiny_model(name))
     ids, mask = prompts(600, 600)
     cache = RocketKVCache(model.config, COMPRESSED)
-    assert cache.stats().total.held_bytes == 0
+    assert cache.stats().total.kv_bytes == 0
     generate(model, ids, mask, past_key_values=cache)
     stats = cache.stats()
     full = DynamicCache(config=model.config)
     generate(model, ids, mask, past_key_values=full)
     for layer, layer_stats, full_layer in zip(cache.layers, stats.layers, full.layers, strict=True):
         full_bytes = full_layer.keys.nbytes + full_layer.values.nbytes
-        assert layer_stats.full_held_bytes == layer_stats.full_read_bytes == full_bytes
+        assert layer_stats.full_kv_bytes == layer_stats.full_read_bytes == full_bytes
         if layer.is_sliding:
-            assert layer_stats.held_bytes == layer_stats.read_bytes == full_bytes
+            assert layer_stats.kv_bytes == layer_stats.read_bytes == full_bytes
         else:
-            assert layer_stats.tokens_seen == 611
-            assert layer_stats.tokens_held == int(layer.cache.num_stored[0, 0])
-            assert layer_stats.held_bytes == layer.cache.kv_bytes < 0.6 * full_bytes
+            assert layer_stats.num_seen == 611
+            assert layer_stats.num_stored == int(layer.cache.num_stored[0, 0])
+            assert layer_stats.kv_bytes == layer.cache.kv_bytes < 0.6 * full_bytes
             assert layer_stats.read_bytes == layer.cache.read_bytes < 0.06 * full_bytes
     total = stats.total
-    assert total.held_bytes == sum(layer.held_bytes for layer in stats.layers)
-    assert total.retained_fraction == total.held_bytes / total.full_held_bytes
+    assert total.kv_bytes == sum(layer.kv_bytes for layer in stats.layers)
+    assert total.retained_fraction == total.kv_bytes / total.full_kv_bytes
     assert total.compression_factor == total.full_read_bytes / total.read_bytes
 
 
@@ -139,6 +143,19 @@ def test_ways_of_generating(config: RocketKVConfig, options: dict[str, Any]) -> 
     if config is EVERYTHING:
         torch.manual_seed(1)
         assert torch.equal(outputs[0], generate(model, ids, mask, **options))
+
+
+@pytest.mark.parametrize("config", [COMPRESSED, COMPRESSED_MT], ids=["single_turn", "multi_turn"])
+def test_beams_of_padded_rows_are_what_they_are_alone(config: RocketKVConfig) -> None:
+    model = enable(tiny_model("llama"))
+    lengths = (120, 77, 20)
+    ids, mask = prompts(*lengths)
+    options = {"num_beams": 3, "new": 20}
+    together = generate(model, ids, mask, past_key_values=RocketKVCache(model.config, config), **options)
+    for row, length in enumerate(lengths):
+        cache = RocketKVCache(model.config, config)
+        alone = generate(model, ids[row : row + 1, 120 - length :], past_key_values=cache, **options)
+        assert together[row, 120:].tolist() == alone[0, length:].tolist()
 
 
 def test_beam_search_reorders_the_cache() -> None:
@@ -233,7 +250,7 @@ def test_reset_and_reuse() -> None:
     first = generate(model, ids, mask, past_key_values=cache)
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert cache.stats().total.held_bytes == 0
+    assert cache.stats().total.kv_bytes == 0
     assert torch.equal(generate(model, ids, mask, past_key_values=cache), first)
 
 
@@ -262,12 +279,33 @@ def test_two_models_two_caches_two_threads() -> None:
 
 
 def test_importing_changes_nothing() -> None:
-    from transformers import AttentionInterface
+    code = (
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "from transformers.models.llama import modeling_llama\n"
+        "def state(): return dict(AttentionInterface()), dict(AttentionMaskInterface()), dict(vars(modeling_llama))\n"
+        "before = state()\n"
+        "import rocketkv.hf\n"
+        "assert state() == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
-    model = tiny_model("llama")
-    assert not model.get_decoder()._forward_pre_hooks
-    assert model.config._attn_implementation == "sdpa"
-    assert "sdpa" in AttentionInterface()
+
+def test_a_prompt_in_chunks_is_exact_in_multi_turn_and_warned_of_in_single_turn() -> None:
+    model = enable(tiny_model("llama"))
+    ids, _ = prompts(120)
+    whole = generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED_MT))
+    chunked = RocketKVCache(model.config, COMPRESSED_MT)
+    assert torch.equal(generate(model, ids, past_key_values=chunked, prefill_chunk_size=50), whole)
+    with pytest.warns(UserWarning, match="a second prompt before any token was decoded"):
+        generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), prefill_chunk_size=50)
+
+
+def test_a_window_as_long_as_the_context_is_full_attention_until_it_is_outgrown() -> None:
+    model = enable(tiny_model("phi3_long_window"))
+    cache = RocketKVCache(model.config, COMPRESSED)
+    ids, _ = prompts(2040)
+    with pytest.raises(UnsupportedError, match="2049 tokens are more than this model's sliding window of 2048"):
+        generate(model, ids, past_key_values=cache, new=12)
 
 
 def test_a_fork_of_a_shared_prefill_gives_the_same_tokens() -> None:
@@ -327,11 +365,11 @@ def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest() -> None:
 def test_no_quadratic_mask_when_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = enable(tiny_model("llama"))
     largest = 0
-    ones, arange = torch.Tensor.__ge__, torch.arange
+    compare = torch.Tensor.__ge__
 
     def watched(self: Tensor, other: Any) -> Tensor:
         nonlocal largest
-        result = ones(self, other)
+        result = compare(self, other)
         largest = max(largest, result.numel())
         return result
 
@@ -341,7 +379,6 @@ def test_no_quadratic_mask_when_nothing_is_padded(monkeypatch: pytest.MonkeyPatc
     cache = RocketKVCache(model.config, COMPRESSED)
     generate(model, ids, past_key_values=cache, new=2)
     assert largest <= 8 * 2 * 1800  # the window's own mask, per KV head
-    assert arange is torch.arange
 
 
 # Refusals
@@ -354,8 +391,11 @@ def refused(model: PreTrainedModel) -> str:
 
 
 def test_architectures_that_do_not_fit_are_refused_by_name() -> None:
-    gemma2 = AutoModelForCausalLM.from_config(REFUSED["gemma2"])
-    assert refused(gemma2) == "Gemma2ForCausalLM is not supported: it caps attention logits (softcap)."
+    gemma2 = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=32))
+    assert refused(gemma2) == (
+        "Gemma2ForCausalLM is not supported: it caps attention logits (softcap); "
+        "use it with transformers' own DynamicCache."
+    )
     small = {
         "hidden_size": 64,
         "intermediate_size": 64,
@@ -377,11 +417,15 @@ def test_architectures_that_do_not_fit_are_refused_by_name() -> None:
         AutoModelForCausalLM.from_config(mla)
     )
     t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=64))
-    assert refused(t5) == "T5ForConditionalGeneration is not supported: it is an encoder-decoder."
+    assert "T5ForConditionalGeneration is not supported: it is an encoder-decoder" in refused(t5)
     bloom = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64))
     assert refused(bloom).startswith("BloomForCausalLM is not supported:")
     sliding = AutoModelForCausalLM.from_config(MistralConfig(**GROUPED, sliding_window=16))
-    assert "mistral has sliding-window layers only, so there is nothing to compress" in refused(sliding)
+    assert "it has sliding-window layers only, so there is nothing to compress" in refused(sliding)
+    sinks = AutoModelForCausalLM.from_config(
+        GptOssConfig(**GROUPED, head_dim=32, num_local_experts=2, num_experts_per_tok=1)
+    )
+    assert "GptOssForCausalLM was loaded with attn_implementation='eager'" in refused(sinks)
 
 
 def test_a_model_that_is_not_enabled_is_refused() -> None:

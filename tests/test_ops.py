@@ -7,7 +7,7 @@ import torch
 import oracle
 from inputs import make_inputs
 from rocketkv import ops
-from rocketkv.ops.scores import BLOCK_ELEMENTS
+from rocketkv.cache import PageIndex
 
 SIZES = [(1, 1, 64), (63, 3, 80), (100, 4, 96), (257, 8, 128), (130, 2, 256)]  # S, G, D
 
@@ -28,11 +28,11 @@ def test_dense_attention_is_causal_attention(seeded: torch.Generator, size: int,
     x = make_inputs(seeded, 1, 2 * group, 2, size, head_dim)
     scale = head_dim**-0.5
     expected = oracle.dense(*(a[0] for a in arrays(*x)))
-    np.testing.assert_allclose(ops.dense_attention(*x, scale=scale)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(ops.prefill_densely(*x, scale=scale)[0], expected, atol=1e-5)
     # the newest tokens only, by the general path
     new = max(1, size // 3)
     lengths = torch.full((1, 2), size)
-    output = ops.dense_attention(x.query[:, :, -new:], x.key, x.value, lengths=lengths, scale=scale)
+    output = ops.prefill_densely(x.query[:, :, -new:], x.key, x.value, lengths=lengths, scale=scale)
     np.testing.assert_allclose(output[0], expected[:, -new:], atol=1e-5)
 
 
@@ -40,7 +40,7 @@ def test_dense_attention_of_ragged_rows_and_heads(seeded: torch.Generator) -> No
     x = make_inputs(seeded, 3, 6, 2, 700, 64)
     lengths = torch.tensor([[700, 650], [40, 33], [600, 600]])
     num_queries = torch.tensor([600, 21, 300])
-    output = ops.dense_attention(
+    output = ops.prefill_densely(
         x.query[:, :, :600],
         poisoned(x.key, lengths),
         poisoned(x.value, lengths),
@@ -63,7 +63,7 @@ def test_dense_attention_of_ragged_rows_and_heads(seeded: torch.Generator) -> No
 def test_window_scores(seeded: torch.Generator, size: int, group: int, head_dim: int) -> None:
     x = make_inputs(seeded, 1, 2 * group, 2, size, head_dim)
     window = min(32, size)
-    scores = ops.window_scores(
+    scores = ops.score_window(
         x.query[:, :, -window:],
         x.key,
         lengths=torch.full((1, 2), size),
@@ -78,8 +78,8 @@ def test_window_scores(seeded: torch.Generator, size: int, group: int, head_dim:
 def test_window_scores_in_blocks_and_of_ragged_rows(seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_inputs(seeded, 2, 4, 2, 120, 64)
     lengths, num_queries = torch.tensor([[120, 100], [9, 9]]), torch.tensor([32, 5])
-    monkeypatch.setattr("rocketkv.ops.scores.BLOCK_ELEMENTS", 7 * 2 * 4 * 125)
-    scores = ops.window_scores(
+    monkeypatch.setattr("rocketkv.ops.scores.BLOCK_ELEMENTS", 7 * 2 * 2 * 125)  # seven queries at a time
+    scores = ops.score_window(
         x.query[:, :, -32:], poisoned(x.key, lengths), lengths=lengths, num_queries=num_queries, scale=0.125
     )
     for row, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:
@@ -87,15 +87,14 @@ def test_window_scores_in_blocks_and_of_ragged_rows(seeded: torch.Generator, mon
         q, k = arrays(x.query[row, 2 * head : 2 * head + 2], x.key[row, [head], :count])
         np.testing.assert_allclose(scores[row, head, :count], oracle.window_scores(q, k, window)[0], atol=1e-5)
         assert not scores[row, head, count:].any()
-    assert BLOCK_ELEMENTS == 1 << 23
 
 
 def test_top_mask_takes_the_best_of_the_candidates() -> None:
     scores = torch.tensor([[[5.0, 1, 4, 9, 3], [1.0, 1, 1, 1, 1]]])
-    mask = ops.top_mask(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([2]))
+    mask = ops.mark_best(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([2]))
     assert mask[0, 0].tolist() == [True, False, True, False, False]
     assert mask[0, 1].sum() == 2
-    assert ops.top_mask(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([9])).sum(2).tolist() == [
+    assert ops.mark_best(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([9])).sum(2).tolist() == [
         [3, 5]
     ]
 
@@ -105,14 +104,23 @@ def test_top_mask_takes_the_best_of_the_candidates() -> None:
 def test_page_logits(seeded: torch.Generator, size: int, group: int, head_dim: int, page_size: int) -> None:
     x = make_inputs(seeded, 1, 2 * group, 2, size, head_dim)
     lengths = torch.full((1, 2), size)
-    pages = ops.PageBounds(x.key, lengths, torch.tensor([page_size]))
+    pages = PageIndex(x.key, lengths, torch.tensor([page_size]))
     query = x.query[:, :, -1].reshape(1, 2, group, head_dim)
     num_channels = max(1, head_dim // 3)
-    hybrid = ops.token_probabilities(
-        pages.hybrid_logits(query, num_tokens=size, num_channels=torch.tensor([num_channels]), scale=head_dim**-0.5),
+    hybrid = ops.score_tokens(
+        ops.hybrid_logits(
+            query,
+            pages.bounds,
+            page_size=pages.page_size,
+            num_tokens=size,
+            num_channels=torch.tensor([num_channels]),
+            scale=head_dim**-0.5,
+        ),
         lengths,
     )
-    quest = ops.token_probabilities(pages.bound_logits(query, num_tokens=size, scale=head_dim**-0.5), lengths)
+    quest = ops.score_tokens(
+        ops.bound_logits(query, pages.bounds, page_size=pages.page_size, num_tokens=size, scale=head_dim**-0.5), lengths
+    )
     for head in range(2):
         q, k = arrays(query[0, head], x.key[0, head])
         np.testing.assert_allclose(
@@ -123,9 +131,9 @@ def test_page_logits(seeded: torch.Generator, size: int, group: int, head_dim: i
 
 def test_quest_bounds_every_dot_product_from_above(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 8, 2, 101, 64)
-    pages = ops.PageBounds(x.key, torch.full((1, 2), 101), torch.tensor([4]))
+    pages = PageIndex(x.key, torch.full((1, 2), 101), torch.tensor([4]))
     query = torch.randn(1, 2, 4, 64, generator=seeded)
-    bound = pages.bound_logits(query, num_tokens=101, scale=1.0)
+    bound = ops.bound_logits(query, pages.bounds, page_size=pages.page_size, num_tokens=101, scale=1.0)
     assert (bound >= query @ x.key.transpose(2, 3) - 1e-3).all()
 
 
@@ -134,7 +142,7 @@ def test_an_extended_index_equals_a_rebuilt_one_at_every_step(seeded: torch.Gene
     x = make_inputs(seeded, 3, 4, 2, 150, 32, dtype)
     page_size = torch.tensor([1, 3, 4])
     lengths = torch.tensor([[10, 12], [3, 3], [7, 1]])
-    grown = ops.PageBounds(x.key[:, :, :12], lengths, page_size)
+    grown = PageIndex(x.key[:, :, :12], lengths, page_size)
     everything = poisoned(x.key, lengths)
     for step in range(100):
         key = x.key[:, :, 20 + step : 21 + step]
@@ -143,7 +151,7 @@ def test_an_extended_index_equals_a_rebuilt_one_at_every_step(seeded: torch.Gene
                 everything[row, head, lengths[row, head]] = key[row, head, 0]
         grown.extend(key, lengths)
         lengths = lengths + 1
-        rebuilt = ops.PageBounds(everything, lengths, page_size)
+        rebuilt = PageIndex(everything, lengths, page_size)
         for row in range(3):
             for head in range(2):
                 pages = -(-int(lengths[row, head]) // int(page_size[row]))
@@ -155,8 +163,8 @@ def test_an_extended_index_equals_a_rebuilt_one_at_every_step(seeded: torch.Gene
 def test_pages_of_one_token_are_stored_once(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 2, 2, 500, 64)
     lengths = torch.full((1, 2), 500)
-    single = ops.PageBounds(x.key, lengths, torch.tensor([1]))
-    pairs = ops.PageBounds(x.key, lengths, torch.tensor([2]))
+    single = PageIndex(x.key, lengths, torch.tensor([1]))
+    pairs = PageIndex(x.key, lengths, torch.tensor([2]))
     assert single.num_bytes < 1.2 * x.key.nbytes
     assert pairs.num_bytes < 1.3 * x.key.nbytes
 
@@ -164,9 +172,16 @@ def test_pages_of_one_token_are_stored_once(seeded: torch.Generator) -> None:
 def test_a_zero_query_chooses_without_nan(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 2, 1, 50, 64)
     lengths = torch.full((1, 1), 50)
-    pages = ops.PageBounds(x.key, lengths, torch.tensor([2]))
-    logits = pages.hybrid_logits(torch.zeros(1, 1, 2, 64), num_tokens=50, num_channels=torch.tensor([8]), scale=0.125)
-    scores = ops.token_probabilities(logits, lengths)
+    pages = PageIndex(x.key, lengths, torch.tensor([2]))
+    logits = ops.hybrid_logits(
+        torch.zeros(1, 1, 2, 64),
+        pages.bounds,
+        page_size=pages.page_size,
+        num_tokens=50,
+        num_channels=torch.tensor([8]),
+        scale=0.125,
+    )
+    scores = ops.score_tokens(logits, lengths)
     torch.testing.assert_close(scores, torch.full((1, 1, 50), 1 / 50))
 
 
@@ -174,7 +189,7 @@ def test_best_tokens_pin_and_break_ties_by_position() -> None:
     scores = torch.tensor([[[0.1, 0.3, 0.3, 0.3, 0.0, 0.2, 9.9]]])
 
     def chosen(top_k: int, sinks: int = 0, recents: int = 0, length: int = 6) -> list[int]:
-        best = ops.best_tokens(
+        best = ops.choose_tokens(
             scores,
             lengths=torch.tensor([[length]]),
             top_k=torch.tensor([top_k]),
@@ -197,7 +212,7 @@ def test_sparse_attention(seeded: torch.Generator, dtype: torch.dtype, size: int
     counts = torch.tensor([[max(1, size // 4), max(1, size // 2)]])
     slots = torch.stack([torch.randperm(size, generator=seeded) for _ in range(2)])[None, :, : int(counts.max())]
     query = x.query[:, :, -1:]
-    output = ops.sparse_attention(query, x.key, x.value, slots=slots, counts=counts, scale=head_dim**-0.5)
+    output = ops.decode_sparsely(query, x.key, x.value, slots=slots, counts=counts, scale=head_dim**-0.5)
     for head in range(2):
         heads = slice(group * head, group * head + group)
         chosen = slots[0, head, : int(counts[0, head])].tolist()
@@ -213,7 +228,7 @@ def test_sparse_attention(seeded: torch.Generator, dtype: torch.dtype, size: int
 def test_dense_decode_ignores_what_lies_beyond(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 2, 4, 2, 80, 64)
     lengths = torch.tensor([[80, 60], [1, 33]])
-    output = ops.dense_decode(
+    output = ops.decode_densely(
         x.query[:, :, -1:], poisoned(x.key, lengths), poisoned(x.value, lengths), lengths=lengths, scale=0.125
     )
     for row, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:

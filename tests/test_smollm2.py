@@ -98,5 +98,5 @@ def test_a_session_of_the_full_cache_is_plain_generate(smollm2: LoadedModel) -> 
     for message in (PROSE[10000:12000] + "\n\nWhat is this about?", "And why?"):
         one, other = dense.send(message), full.send(message)
         assert one.text == other.text
-        assert one.stats.total.tokens_seen == other.stats.total.tokens_seen
+        assert one.stats.total.num_seen == other.stats.total.num_seen
         assert other.stats.total.retained_fraction == 1.0

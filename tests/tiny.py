@@ -3,7 +3,6 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -36,6 +35,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=32),
     "phi3": Phi3Config(**GROUPED),
+    "phi3_long_window": Phi3Config(**{**GROUPED, "sliding_window": 2048}),  # as long as the context: no window at all
     "olmo2": Olmo2Config(**GROUPED),
     "gpt_neox": GPTNeoXConfig(**COMMON),
     "gemma3": Gemma3TextConfig(
@@ -45,10 +45,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         query_pre_attn_scalar=48,  # a scale other than 1 / sqrt(head_dim)
         layer_types=["sliding_attention", "full_attention", "full_attention"],
     ),
-}
-
-REFUSED: dict[str, PreTrainedConfig] = {
-    "gemma2": Gemma2Config(**GROUPED, head_dim=32),
 }
 
 

@@ -13,7 +13,7 @@ from rocketkv import ops
 from rocketkv.cache import WorkingSet
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
-from rocketkv.plan import plan_outgrown, plan_prefilled, select_plan_rows, tokens_to_keep
+from rocketkv.plan import SelectionPlan, plan_eviction, plan_outgrown, plan_prefilled, select_plan_rows
 
 
 class LayerCache:
@@ -24,8 +24,12 @@ class LayerCache:
 
     Attributes:
         config: how it compresses.
+        eviction: stage 1.
+        selection: stage 2.
         working: what decode chooses from, with its index and archive; None before the first prefill.
+        plan: how stage 2 spends the budget in each row; None before the first prefill.
         num_seen: columns seen so far, left padding included.
+        just_prefilled: whether nothing was decoded since the last prefill.
         read_bytes: bytes of index, keys and values that the last decode step had to read, all rows and heads.
     """
 
@@ -38,7 +42,9 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         self.working: WorkingSet | None = None
+        self.plan: SelectionPlan | None = None
         self.num_seen = 0
+        self.just_prefilled = False
         self.read_bytes = 0
 
     def prefill(
@@ -65,29 +71,23 @@ class LayerCache:
         """
         padding = self._check(query, key, value, padding)
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        num_queries = query.shape[2] - (key.new_zeros(key.shape[0], dtype=torch.int64) if padding is None else padding)
-        if self.working is None:
-            self.working = WorkingSet(key, archived=self.config.mode == "multi_turn")
-        working = self.working
-        tokens = working.append_prompt(key, value, padding)
-        self.num_seen += query.shape[2]
+        num_queries = torch.full((key.shape[0],), key.shape[2], device=key.device)
+        num_queries = num_queries if padding is None else num_queries - padding
+        working = self.working or WorkingSet(key, archived=self.config.mode == "multi_turn")
+        is_first = self.working is None and padding is None
 
+        tokens = working.append_prompt(key, value, padding)
+        self.working = working
+        self.num_seen += key.shape[2]
+        self.just_prefilled = True
         keys, values, _ = tokens.views()
-        is_first = padding is None and self.num_seen == query.shape[2]
-        output = ops.dense_attention(
-            query, keys, values, lengths=None if is_first else tokens.lengths, num_queries=num_queries, scale=scale
-        )
-        kept = torch.tensor(tokens_to_keep(self.config, self.selection, working.row_seen), device=key.device)
-        mask = None
-        if bool((tokens.lengths > kept[:, None]).any()):
-            mask = self.eviction.keep(
-                query, keys, lengths=tokens.lengths, num_queries=num_queries, num_tokens=kept, scale=scale
-            )
-        working.keep(tokens, mask, self.config.new_tokens)
+        lengths = None if is_first else tokens.lengths
+        output = ops.prefill_densely(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
+        working.keep(tokens, self._evict(query, keys, tokens.lengths, num_queries, scale), self.config.new_tokens)
         self.plan = plan_prefilled(
             self.config, self.selection, seen=working.row_seen, held=working.lengths, head_dim=key.shape[3]
         )
-        self._index_if_needed(working)
+        self._index_if_needed(working, self.plan)
         return output
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
@@ -106,57 +106,73 @@ class LayerCache:
             InputError: shapes or dtypes do not fit, or nothing was prefilled.
             UnsupportedError: gradients are asked for.
         """
-        working = self._prefilled()
+        working, plan = self._prefilled()
         self._check(query, key, value, None)
         if query.shape[2] != 1:
             raise InputError(f"decode takes one token per row, not {query.shape[2]}; use prefill for a prompt.")
         scale = query.shape[3] ** -0.5 if scale is None else scale
+
         working.append(key, value)
         self.num_seen += 1
-        self.plan.steps_left -= 1
-        if self.plan.steps_left < 0:
-            self.plan = plan_outgrown(
-                self.config, self.selection, self.plan, held=working.lengths, head_dim=key.shape[3]
+        self.just_prefilled = False
+        if plan.outgrown_by_a_step():
+            plan = self.plan = plan_outgrown(
+                self.config, self.selection, plan, held=working.lengths, head_dim=key.shape[3]
             )
             working.index = None
-        self._index_if_needed(working)
-
-        plan, lengths = self.plan, working.lengths
+        self._index_if_needed(working, plan)
+        lengths = working.lengths
         logits = None
         if working.max_length > plan.dense_length:
             grouped = query.reshape(*key.shape[:2], -1, key.shape[3])  # [B, Hkv, G, D]
             logits = self.selection.logits(grouped, working, plan.num_channels, scale)
         if logits is None:
             keys, values = working.keys_and_values()
-            self._count_read(attended=lengths, scored=None, key=key)
-            is_ragged = working.tokens.is_ragged
-            return ops.dense_decode(query, keys, values, lengths=lengths if is_ragged else None, scale=scale)
-        scores = ops.token_probabilities(logits, lengths)
-        chosen = ops.best_tokens(scores, lengths=lengths, top_k=plan.top_k, sinks=plan.sinks, recents=plan.recents)
+            self.read_bytes = int(lengths.sum()) * 2 * working.key_bytes
+            ragged = lengths if working.tokens.is_ragged else None
+            return ops.decode_densely(query, keys, values, lengths=ragged, scale=scale)
+        chosen = ops.choose_tokens(
+            ops.score_tokens(logits, lengths),
+            lengths=lengths,
+            top_k=plan.top_k,
+            sinks=plan.sinks,
+            recents=plan.recents,
+        )
+        self.read_bytes = self._count_read_bytes(lengths, plan, key)
+        keys, values, slots = working.locate(chosen)
         counts = lengths.minimum(plan.top_k[:, None])
-        self._count_read(attended=counts, scored=lengths, key=key)
-        keys, values, slots = working.storage(chosen)
-        return ops.sparse_attention(query, keys, values, slots=slots, counts=counts, scale=scale)
+        return ops.decode_sparsely(query, keys, values, slots=slots, counts=counts, scale=scale)
 
     @property
     def positions(self) -> Tensor:
         """Original positions of the tokens that decode chooses from, `[B, Hkv, N]` int64, ascending.
 
         Each row counts its own tokens from 0, padding left out. Where a row or head holds fewer than N: -1.
+
+        Raises:
+            InputError: nothing was prefilled.
         """
-        working = self._prefilled()
+        working, _ = self._prefilled()
         beyond = torch.arange(working.max_length, device=working.lengths.device) >= working.lengths[..., None]
         return working.positions.masked_fill(beyond, -1)
 
     @property
     def num_stored(self) -> Tensor:
-        """Tokens that decode chooses from, `[B, Hkv]` int64; the archive of `multi_turn` is not counted."""
-        return self._prefilled().lengths
+        """Tokens that decode chooses from, `[B, Hkv]` int64; the archive of `multi_turn` is not counted.
+
+        Raises:
+            InputError: nothing was prefilled.
+        """
+        return self._prefilled()[0].lengths
 
     @property
     def row_seen(self) -> list[int]:
-        """Tokens seen by each row, padding left out."""
-        return self._prefilled().row_seen
+        """Tokens seen by each row, padding left out.
+
+        Raises:
+            InputError: nothing was prefilled.
+        """
+        return self._prefilled()[0].row_seen
 
     @property
     def kv_bytes(self) -> int:
@@ -164,10 +180,14 @@ class LayerCache:
         return 0 if self.working is None else self.working.num_bytes
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come: beam search."""
-        working = self._prefilled()
+        """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come: beam search.
+
+        Raises:
+            InputError: nothing was prefilled.
+        """
+        working, plan = self._prefilled()
         working.select_rows(rows)
-        self.plan = select_plan_rows(self.config, self.plan, rows.tolist(), working.lengths)
+        self.plan = select_plan_rows(self.config, plan, rows.tolist(), working.lengths)
 
     def fork(self, config: RocketKVConfig) -> "LayerCache":
         """A cache with a copy of this archive that compresses as `config` says from its next prefill on.
@@ -177,7 +197,7 @@ class LayerCache:
         """
         if self.config.mode != "multi_turn" or config.mode != "multi_turn":
             raise InputError(
-                "only a multi_turn cache can be forked, and only into another; set mode='multi_turn' in both."
+                f"a {self.config.mode} cache cannot be forked into a {config.mode} one; set mode='multi_turn' in both."
             )
         forked = LayerCache(config)
         forked.working = deepcopy(self.working)
@@ -185,25 +205,46 @@ class LayerCache:
         forked.num_seen = self.num_seen
         return forked
 
-    def _index_if_needed(self, working: WorkingSet) -> None:
-        """Build the index of the selection method as soon as there is anything to select."""
-        if working.index is None and working.max_length > self.plan.dense_length:
-            working.index = self.selection.build_index(working, self.plan.page_size)
-
-    def _count_read(self, attended: Tensor, scored: Tensor | None, key: Tensor) -> None:
-        """Count what a step reads for `attended` and `scored` tokens (`[B, Hkv]` int64)."""
-        elements = 2 * attended * key.shape[3]
-        if scored is not None:
-            plan = self.plan
-            elements = elements + self.selection.scored_elements(
-                scored, plan.page_size[:, None], plan.num_channels[:, None], key.shape[3]
+    def _evict(self, query: Tensor, keys: Tensor, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor | None:
+        """Stage 1: mark what stays, `[B, Hkv, S]` bool; None if every row may keep all it has."""
+        assert self.working is not None
+        kept = plan_eviction(self.config, self.selection, self.working.row_seen)
+        num_tokens = torch.tensor(kept, device=keys.device)
+        if not bool((lengths > num_tokens[:, None]).any()):
+            return None
+        mask = self.eviction.keep(
+            query, keys, lengths=lengths, num_queries=num_queries, num_tokens=num_tokens, scale=scale
+        )
+        if mask is None:
+            return None
+        if mask.dtype != torch.bool or mask.shape != keys.shape[:3]:
+            raise InputError(
+                f"{type(self.eviction).__name__}.keep returned {mask.dtype} {list(mask.shape)}; "
+                f"return torch.bool {list(keys.shape[:3])} or None."
             )
-        self.read_bytes = int(elements.sum()) * key.element_size()
+        mask = mask & (torch.arange(keys.shape[2], device=keys.device) < lengths[..., None])
+        if not bool(mask.any(2).all()):
+            raise InputError(f"{type(self.eviction).__name__}.keep left a row without tokens; keep one at least.")
+        return mask
 
-    def _prefilled(self) -> WorkingSet:
-        if self.working is None:
+    def _index_if_needed(self, working: WorkingSet, plan: SelectionPlan) -> None:
+        """Build the index of the selection method as soon as there is anything to select."""
+        if working.index is None and working.max_length > plan.dense_length:
+            working.index = self.selection.build_index(working, plan.page_size)
+
+    def _count_read_bytes(self, lengths: Tensor, plan: SelectionPlan, key: Tensor) -> int:
+        """Bytes of a selecting step; a row that holds no more than its top_k needs no scores."""
+        top_k = plan.top_k[:, None]
+        scored = self.selection.scored_elements(
+            lengths, plan.page_size[:, None], plan.num_channels[:, None], key.shape[3]
+        )
+        elements = scored.where(lengths > top_k, 0) + 2 * lengths.minimum(top_k) * key.shape[3]
+        return int(elements.sum()) * key.element_size()
+
+    def _prefilled(self) -> tuple[WorkingSet, SelectionPlan]:
+        if self.working is None or self.plan is None:
             raise InputError("this cache is empty; call prefill with the prompt before anything else.")
-        return self.working
+        return self.working, self.plan
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor | None:
         """Refuse tensors that do not fit together or with what is held; return padding as `[B]` int64, None if zero."""

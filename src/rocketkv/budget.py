@@ -47,6 +47,19 @@ def held_tokens(seq_len: int, token_budget: int) -> int:
     return math.floor(seq_len / math.pow(factor, exponent))
 
 
+def kept_tokens(held: int, seq_len: int, new_tokens: int) -> int:
+    """Prompt tokens that stage 1 keeps if `held` tokens are to be held in all, `new_tokens` included.
+
+    As many prompt tokens as new ones are kept at least, or all `seq_len` of them.
+    """
+    return max(held, min(2 * new_tokens, seq_len + new_tokens)) - new_tokens
+
+
+def dense_split(token_budget: int, head_dim: int) -> Split:
+    """The split of a row that fits in the budget: all of it is attended, nothing is scored."""
+    return Split(1, head_dim, token_budget)
+
+
 def split_selection(num_tokens: int, token_budget: int, head_dim: int) -> Split:
     """Split stage 2 between page size and channels so that scoring costs half of the budget.
 
@@ -91,8 +104,7 @@ def split_budget(seq_len: int, token_budget: int, head_dim: int, *, new_tokens: 
     ):
         if value < least:
             raise ConfigError(f"{name}={value} is too small; give {least} or more.")
-    total = seq_len + new_tokens
-    if total <= token_budget:
-        return Budget(seq_len, 1, head_dim, token_budget)
-    held = max(held_tokens(total, token_budget), min(2 * new_tokens, total))
-    return Budget(held - new_tokens, *split_selection(held, token_budget, head_dim))
+    if seq_len + new_tokens <= token_budget:
+        return Budget(seq_len, *dense_split(token_budget, head_dim))
+    kept = kept_tokens(held_tokens(seq_len + new_tokens, token_budget), seq_len, new_tokens)
+    return Budget(kept, *split_selection(kept + new_tokens, token_budget, head_dim))

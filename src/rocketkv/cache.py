@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rocketkv.ops import fold_into_pages, take_tokens
+
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
 
 
@@ -112,13 +114,54 @@ class RaggedTokens:
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
         self.fields = [x.index_select(0, rows) for x in self.fields]
-        self.lengths = self.lengths.index_select(0, rows)
+        self.set_lengths(self.lengths.index_select(0, rows))
 
     def _reallocate(self, capacity: int) -> None:
         for i, old in enumerate(self.fields):
             new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.max_length] = old[:, :, : self.max_length]
             self.fields[i] = new
+
+
+class PageIndex:
+    """The bounds of each page of consecutive tokens, grown in steps; see `ops/pages.py`.
+
+    Attributes:
+        bounds: `[B, Hkv, 2 * D, capacity]` in the dtype of the keys; `[B, Hkv, D, capacity]` if all pages are single.
+        page_size: `[B]` int64, tokens per page; rows of a batch may differ.
+    """
+
+    def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
+        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64."""
+        self.page_size = page_size
+        channels = keys.shape[3] if bool((page_size == 1).all()) else 2 * keys.shape[3]
+        self.bounds = keys.new_empty(*keys.shape[:2], channels, 0)
+        self._head_dim = keys.shape[3]
+        self._fold(keys, torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3]), lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, spare capacity included."""
+        return self.bounds.nbytes
+
+    def extend(self, key: Tensor, slots: Tensor) -> None:
+        """Take in one token per row, into the last, open page: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
+        self._fold(key, slots[..., None], slots + 1)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        self.bounds = self.bounds.index_select(0, rows)
+        self.page_size = self.page_size.index_select(0, rows)
+
+    def _fold(self, keys: Tensor, slots: Tensor, lengths: Tensor) -> None:
+        num_pages, used = int((slots // self.page_size[:, None, None]).max()) + 1, self.bounds.shape[3]
+        if num_pages > used:
+            grown = self.bounds.new_full((*self.bounds.shape[:3], num_pages + GROWTH), -torch.inf)
+            if grown.shape[2] > self._head_dim:
+                grown[:, :, : self._head_dim] = torch.inf
+            grown[..., :used] = self.bounds
+            self.bounds = grown
+        fold_into_pages(self.bounds, keys, slots=slots, lengths=lengths, page_size=self.page_size)
 
 
 class WorkingSet:
@@ -128,6 +171,7 @@ class WorkingSet:
 
     Attributes:
         tokens: the fields `keys, values, positions` or, with an archive, `positions` alone (`[B, Hkv, N]` int32).
+        is_whole: whether nothing was left out by the last `keep`.
         archive: every token seen, fields `keys, values`; None in single-turn.
         index: what the selection method keeps beside the keys; None where nothing is to be selected.
         row_seen: tokens seen by each row, padding left out.
@@ -140,6 +184,7 @@ class WorkingSet:
         self.tokens = RaggedTokens.empty_like([positions] if archived else [key, key, positions])
         self.archive = RaggedTokens.empty_like([key, key]) if archived else None
         self.index: Index | None = None
+        self.is_whole = True
         self.row_seen = [0] * key.shape[0]
         self.key_bytes = key.shape[3] * key.element_size()
 
@@ -198,6 +243,7 @@ class WorkingSet:
         if self.archive is not None:
             tokens = RaggedTokens(tokens.fields[2:], tokens.lengths, tokens.max_length, tokens.is_ragged)
         self.tokens = tokens.keep(mask, new_tokens)
+        self.is_whole = mask is None
         self.index = None
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -213,15 +259,17 @@ class WorkingSet:
             self.tokens.append(positions)
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if they lie in the archive."""
+        """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen from an archive."""
         if self.archive is None:
             keys, values, _ = self.tokens.views()
             return keys, values
-        slots = self.positions.clamp(0, self.archive.max_length - 1)  # beyond the lengths anything may stand
         keys, values = self.archive.views()
+        if self.is_whole:
+            return keys, values
+        slots = self.positions.clamp(0, self.archive.max_length - 1)  # beyond the lengths anything may stand
         return take_tokens(keys, slots), take_tokens(values, slots)
 
-    def storage(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def locate(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where the chosen tokens lie.
 
         Args:
@@ -234,7 +282,8 @@ class WorkingSet:
             keys, values, _ = self.tokens.views()
             return keys, values, chosen
         keys, values = self.archive.views()
-        return keys, values, take_tokens(self.positions, chosen)
+        (positions,) = self.tokens.views()
+        return keys, values, take_tokens(positions, chosen).long()
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
@@ -248,13 +297,6 @@ class WorkingSet:
         first = torch.tensor(self.row_seen, dtype=torch.int32, device=key.device)
         positions = first[:, None] + torch.arange(num_new, dtype=torch.int32, device=key.device)
         return positions[:, None].expand(-1, key.shape[1], -1)
-
-
-def take_tokens(field: Tensor, slots: Tensor) -> Tensor:
-    """Gather tokens: `field` `[B, Hkv, S, ...]` at `slots` `[B, Hkv, K]` int64 gives `[B, Hkv, K, ...]`."""
-    if field.dim() == 3:
-        return field.gather(2, slots)
-    return field.gather(2, slots[..., None].expand(*slots.shape, field.shape[3]))
 
 
 def align_left(tokens: Tensor, padding: Tensor | None) -> Tensor:

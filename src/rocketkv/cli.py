@@ -401,8 +401,8 @@ def _answer_table(answers: "dict[str, Answer]") -> Table:
         speed = answer.decode_tokens_per_second
         table.add_row(
             name,
-            f"{total.tokens_seen:.0f}",
-            f"{total.held_bytes / 2**20:.1f}",
+            f"{total.num_seen:.0f}",
+            f"{total.kv_bytes / 2**20:.1f}",
             f"{total.retained_fraction:.0%}",
             f"{total.read_bytes / 2**20:.1f}",
             f"{total.compression_factor:.1f} x",

@@ -10,6 +10,7 @@ from rocketkv.eviction import EVICTION_POLICIES, EvictionPolicy
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
+_SELECTION_NAMES = ("held_tokens", "split", "build_index", "logits", "scored_elements")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,10 @@ class RocketKVConfig:
             )
         if isinstance(self.selection, str):
             _check_choice("selection", self.selection, tuple(SELECTION_METHODS))
-        elif not all(callable(getattr(self.selection, name, None)) for name in ("split", "build_index", "logits")):
+        elif missing := [n for n in _SELECTION_NAMES if not callable(getattr(self.selection, n, None))]:
             raise ConfigError(
-                f"selection={self.selection!r} lacks split, build_index or logits; give a name "
-                f"({', '.join(SELECTION_METHODS)}) or an object like rocketkv.selection.SelectionMethod."
+                f"selection={self.selection!r} lacks {', '.join(missing)}; give a name "
+                f"({', '.join(SELECTION_METHODS)}) or derive from rocketkv.selection.SelectionMethod."
             )
         if self.kernel_size % 2 == 0:
             raise ConfigError(
@@ -88,19 +89,23 @@ class RocketKVConfig:
                 "raise token_budget or lower window_size."
             )
         if self.budget is not None:
+            if not isinstance(self.budget, Budget):
+                raise ConfigError(
+                    f"budget={self.budget!r} is no rocketkv.Budget; make one, or leave it to the formulas."
+                )
             for name, value in zip(Budget._fields, self.budget, strict=True):
                 _check_count(f"budget.{name}", value, 1)
-        top_k = self.budget.top_k if self.budget else max(1, self.token_budget // 2)
         pinned = (self.sink_tokens or 0) + (self.recent_tokens or 0)
-        if pinned > top_k:
+        most = self.budget.top_k if self.budget is not None else self.token_budget
+        if pinned > most:  # the plan checks them against the method's own top_k
             raise ConfigError(
-                f"sink_tokens + recent_tokens = {pinned} is more than the {top_k} tokens attended exactly; "
+                f"sink_tokens + recent_tokens = {pinned} is more than the {most} tokens that a step may attend to; "
                 "pin fewer or raise token_budget."
             )
 
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
-        """The method as published: nothing is pinned. Further options as for the class."""
+        """The method as published: nothing is pinned. Further options, and errors, as for the class."""
         return cls(**{"token_budget": token_budget, "sink_tokens": 0, "recent_tokens": 0, **options})
 
     def eviction_policy(self) -> EvictionPolicy:

@@ -6,8 +6,8 @@ registered; that function finds the layer's cache and calls its prefill or decod
 global: a model without a `RocketKVCache` among its arguments computes exactly what it computed before.
 """
 
+import warnings
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,64 +18,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rocketkv.attention import LayerCache
-from rocketkv.cache import take_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
+from rocketkv.ops import take_tokens
+from rocketkv.stats import CacheStats, LayerStats
 
 NAME = "rocketkv"  # our attention implementation in the registries of transformers
-_REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias", "sliding_window")  # what our attention would have to ignore
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """What one layer holds and reads, or all of them.
-
-    Attributes:
-        tokens_seen: tokens seen, padding left out; mean over rows (and layers).
-        tokens_held: tokens that decode chooses from, in a sliding-window layer its window; mean over rows and KV heads
-            (and layers).
-        held_bytes: bytes allocated: keys, values, positions, archive and index.
-        read_bytes: bytes that the last decode step had to read; 0 before the first.
-        full_held_bytes: what an uncompressed cache would hold.
-        full_read_bytes: what it would read in a step.
-    """
-
-    tokens_seen: float = 0.0
-    tokens_held: float = 0.0
-    held_bytes: int = 0
-    read_bytes: int = 0
-    full_held_bytes: int = 0
-    full_read_bytes: int = 0
-
-    @property
-    def retained_fraction(self) -> float:
-        """Bytes held as a fraction of what an uncompressed cache would hold."""
-        return self.held_bytes / max(1, self.full_held_bytes)
-
-    @property
-    def compression_factor(self) -> float:
-        """How many times fewer bytes a decode step reads than with an uncompressed cache."""
-        return self.full_read_bytes / max(1, self.read_bytes)
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What a cache holds and reads: layer by layer, and in all."""
-
-    layers: list[LayerStats]
-
-    @property
-    def total(self) -> LayerStats:
-        """Bytes summed over all layers, tokens averaged."""
-        count = max(1, len(self.layers))
-        return LayerStats(
-            tokens_seen=sum(layer.tokens_seen for layer in self.layers) / count,
-            tokens_held=sum(layer.tokens_held for layer in self.layers) / count,
-            held_bytes=sum(layer.held_bytes for layer in self.layers),
-            read_bytes=sum(layer.read_bytes for layer in self.layers),
-            full_held_bytes=sum(layer.full_held_bytes for layer in self.layers),
-            full_read_bytes=sum(layer.full_read_bytes for layer in self.layers),
-        )
+_REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias")  # what our attention would have to ignore
 
 
 class Call(NamedTuple):
@@ -93,9 +42,10 @@ class RocketKVLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: RocketKVConfig) -> None:
+    def __init__(self, config: RocketKVConfig, window: int | None = None) -> None:
         super().__init__()
         self.cache = LayerCache(config)
+        self.window = window  # of a sliding-window layer whose window covers the model's whole context
         self.call: Call | None = None  # set by the hook, taken by the attention function
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -170,11 +120,11 @@ class RocketKVLayer(CacheLayerMixin):
         num_kv_heads = working.lengths.shape[1]
         full_bytes = 2 * working.key_bytes * num_kv_heads * sum(working.row_seen)
         return LayerStats(
-            tokens_seen=sum(working.row_seen) / len(working.row_seen),
-            tokens_held=float(working.lengths.double().mean()),
-            held_bytes=self.cache.kv_bytes,
+            num_seen=sum(working.row_seen) / len(working.row_seen),
+            num_stored=float(working.lengths.double().mean()),
+            kv_bytes=self.cache.kv_bytes,
             read_bytes=self.cache.read_bytes,
-            full_held_bytes=full_bytes,
+            full_kv_bytes=full_bytes,
             full_read_bytes=full_bytes,
         )
 
@@ -194,23 +144,11 @@ class RocketKVCache(DynamicCache):
     """
 
     def __init__(self, config: PreTrainedConfig, rocketkv_config: RocketKVConfig) -> None:
-        _check_architecture(config)
+        _check_architecture(config, config.model_type)
         super().__init__(config=config)
         self.model_config = config
         self.config = rocketkv_config
-        for i, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[i] = RocketKVLayer(rocketkv_config)
-            elif type(layer) is not DynamicSlidingWindowLayer:
-                raise UnsupportedError(
-                    f"{config.model_type} is not supported: layer {i} keeps a {type(layer).__name__}; "
-                    "only full and sliding-window attention can be cached."
-                )
-        if not self.compressed_layers:
-            raise UnsupportedError(
-                f"{config.model_type} has sliding-window layers only, so there is nothing to compress; "
-                "use transformers' own DynamicCache."
-            )
+        self.layers[:] = [_compressed(layer, config, rocketkv_config) for layer in self.layers]
 
     @property
     def compressed_layers(self) -> list[RocketKVLayer]:
@@ -253,6 +191,19 @@ class RocketKVCache(DynamicCache):
         if any(layer.call is not None for layer in layers) or len({layer.get_seq_length() for layer in layers}) > 1:
             raise InputError(
                 "an earlier forward pass with this cache broke off half way; call cache.reset() and start anew."
+            )
+        seen = layers[0].get_seq_length()
+        for layer in layers:
+            if layer.window is not None and seen + num_new > layer.window:
+                raise UnsupportedError(
+                    f"{seen + num_new} tokens are more than this model's sliding window of {layer.window}; "
+                    "give a shorter text or use transformers' DynamicCache."
+                )
+        if self.config.mode == "single_turn" and num_new > 1 and layers[0].cache.just_prefilled:
+            warnings.warn(
+                "a second prompt before any token was decoded: in single_turn each forward pass is its own turn and "
+                "evicts, so a prompt given in chunks is not what it is in one piece; use mode='multi_turn' for that.",
+                stacklevel=2,
             )
         call = self._read_padding(num_new, attention_mask)
         for layer in layers:
@@ -308,7 +259,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model use a `RocketKVCache`; with any other cache, or none, it computes what it did before.
 
     Args:
-        model: a decoder of transformers 5.16 or newer with the `sdpa` or `eager` attention implementation.
+        model: a decoder of transformers 5.16 or newer, with the `sdpa` attention implementation.
 
     Returns:
         The same model.
@@ -318,17 +269,15 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     """
     if hasattr(model, "_rocketkv"):
         return model
-    _check_architecture(model.config, type(model).__name__)
+    name = type(model).__name__
+    _check_architecture(model.config, name)
     if not model._can_set_attn_implementation() or not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedError(
-            f"{type(model).__name__} is not supported: its attention bypasses transformers' attention interface."
-        )
+        raise _unsupported(name, "its attention bypasses transformers' attention interface")
     implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation != "sdpa":
         raise UnsupportedError(
-            f"{type(model).__name__} uses attn_implementation={implementation!r}; load it with 'sdpa' or 'eager'."
+            f"{name} was loaded with attn_implementation={implementation!r}; load it with attn_implementation='sdpa'."
         )
-    RocketKVCache(model.config, RocketKVConfig(token_budget=256))  # refuses what no cache can be made for
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
@@ -337,48 +286,57 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
         decoder.register_forward_hook(_after_forward, with_kwargs=True),
     ]
-    model._rocketkv = _Enabled(implementation, handles)
+    model._rocketkv = handles
     return model
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `enable`; a model that is not enabled stays as it is."""
     if hasattr(model, "_rocketkv"):
-        enabled = model._rocketkv
-        for handle in enabled.handles:
+        for handle in model._rocketkv:
             handle.remove()
-        model.set_attn_implementation(enabled.implementation)
+        model.set_attn_implementation("sdpa")
         del model._rocketkv
     return model
 
 
-@dataclass(frozen=True)
-class _Enabled:
-    """What `disable` needs to restore."""
-
-    implementation: str
-    handles: list[torch.utils.hooks.RemovableHandle]
+def _unsupported(name: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{name} is not supported: {reason}; use it with transformers' own DynamicCache.")
 
 
-def _check_architecture(config: PreTrainedConfig, name: str | None = None) -> None:
-    """Refuse, by name, what would be answered wrongly."""
-    name = name or config.model_type
+def _check_architecture(config: PreTrainedConfig, name: str) -> None:
+    """Refuse, by name, what would be answered wrongly or has nothing to compress."""
     text = config.get_text_config(decoder=True)
-    reason = None
     if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    elif getattr(text, "kv_lora_rank", None) is not None:
-        reason = "multi-head latent attention (MLA) caches no plain keys and values"
-    elif getattr(text, "attn_logit_softcapping", None) is not None:
-        reason = "it caps attention logits (softcap)"
-    elif getattr(text, "alibi", False):
-        reason = "it adds position biases to the attention logits (ALiBi)"
-    elif getattr(text, "num_kv_shared_layers", None):
-        reason = "some of its layers share the cache of others"
-    elif not getattr(text, "is_causal", True):
-        reason = "its attention is bidirectional"
-    if reason is not None:
-        raise UnsupportedError(f"{name} is not supported: {reason}.")
+        raise _unsupported(name, "it is an encoder-decoder")
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise _unsupported(name, "multi-head latent attention (MLA) caches no plain keys and values")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise _unsupported(name, "it caps attention logits (softcap)")
+    if getattr(text, "alibi", False):
+        raise _unsupported(name, "it adds position biases to the attention logits (ALiBi)")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise _unsupported(name, "some of its layers share the cache of others")
+    if not getattr(text, "is_causal", True):
+        raise _unsupported(name, "its attention is bidirectional")
+    layers = DynamicCache(config=config).layers
+    for i, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise _unsupported(name, f"layer {i} keeps a {type(layer).__name__}, not plain keys and values")
+    if not any(_is_full(layer, text) for layer in layers):
+        raise _unsupported(name, "it has sliding-window layers only, so there is nothing to compress")
+
+
+def _is_full(layer: DynamicLayer, config: PreTrainedConfig) -> bool:
+    """Whether a layer attends to everything, be it through a window as long as the model's context."""
+    return type(layer) is DynamicLayer or layer.sliding_window >= config.max_position_embeddings
+
+
+def _compressed(layer: DynamicLayer, config: PreTrainedConfig, rocketkv_config: RocketKVConfig) -> Any:
+    """The layer to use in place of one of transformers' own: a compressed one if it attends to everything."""
+    if not _is_full(layer, config.get_text_config(decoder=True)):
+        return layer
+    return RocketKVLayer(rocketkv_config, window=getattr(layer, "sliding_window", None))
 
 
 def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -413,9 +371,7 @@ def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
     """Make sure that every compressed layer did attend through its cache."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, RocketKVCache) and any(layer.call is not None for layer in cache.compressed_layers):
-        raise UnsupportedError(
-            f"{type(decoder).__name__} is not supported: some layers bypass transformers' attention interface."
-        )
+        raise _unsupported(type(decoder).__name__, "some layers bypass transformers' attention interface")
 
 
 def _attention(
@@ -453,14 +409,16 @@ def _attention(
         return output, None
     for option in _REFUSED_OPTIONS:
         if kwargs.get(option) is not None:
-            raise UnsupportedError(f"{type(module).__name__} is not supported: its attention needs {option}.")
+            raise _unsupported(type(module).__name__, f"its attention needs {option}")
+    if kwargs.get("sliding_window") != layer.window:
+        raise _unsupported(type(module).__name__, "its sliding window is not the one of its configuration")
     if attention_mask is not None or dropout > 0:
         raise UnsupportedError(
             f"{type(module).__name__} passes {'dropout' if dropout > 0 else 'a mask of its own'} "
             "to a compressed layer; use model.eval() and left padding only."
         )
     if layer.call is None:
-        raise UnsupportedError(f"{type(module).__name__} is not supported: it attends without updating its cache.")
+        raise _unsupported(type(module).__name__, "it attends without updating its cache")
     return layer.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 

@@ -7,26 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rocketkv.budget import Split
+from rocketkv.budget import Split, dense_split, kept_tokens
 from rocketkv.config import RocketKVConfig
+from rocketkv.errors import ConfigError
 from rocketkv.selection import SelectionMethod
 
 OUTGROWN = 1.25  # a row this much longer than planned is planned anew, so that the budget holds as it grows
 
 
-def tokens_to_keep(config: RocketKVConfig, selection: SelectionMethod, seen: Sequence[int]) -> list[int]:
+def plan_eviction(config: RocketKVConfig, selection: SelectionMethod, seen: Sequence[int]) -> list[int]:
     """Tokens that stage 1 keeps of each row, given the tokens each row has `seen`."""
-    return [_tokens_to_keep(config, selection, n) for n in seen]
-
-
-def _tokens_to_keep(config: RocketKVConfig, selection: SelectionMethod, seen: int) -> int:
-    if config.budget is not None:
-        return min(seen, config.budget.prompt_tokens)
-    total = seen + config.new_tokens
-    if total <= config.token_budget:
-        return seen
-    held = max(selection.held_tokens(total, config.token_budget), min(2 * config.new_tokens, total))
-    return max(1, held - config.new_tokens)
+    kept = []
+    for num_seen in seen:
+        total = num_seen + config.new_tokens
+        if config.budget is not None:
+            kept.append(config.budget.prompt_tokens)
+        elif total <= config.token_budget:
+            kept.append(num_seen)
+        else:
+            held = selection.held_tokens(total, config.token_budget)
+            kept.append(max(1, kept_tokens(held, num_seen, config.new_tokens)))
+    return kept
 
 
 @dataclass
@@ -55,6 +56,11 @@ class SelectionPlan:
     dense_length: int
     steps_left: int
 
+    def outgrown_by_a_step(self) -> bool:
+        """Count one decode step; whether some row has outgrown its split by it."""
+        self.steps_left -= 1
+        return self.steps_left < 0
+
 
 def plan_prefilled(
     config: RocketKVConfig,
@@ -72,11 +78,13 @@ def plan_prefilled(
             splits.append(Split(*config.budget[1:]))
             limits.append(sys.maxsize)
         elif num_seen + config.new_tokens <= config.token_budget:
-            splits.append(Split(1, head_dim, config.token_budget))  # dense while it fits
+            splits.append(dense_split(config.token_budget, head_dim))
             limits.append(config.token_budget)
         else:
             splits.append(selection.split(total, config.token_budget, head_dim))
             limits.append(int(OUTGROWN * total))
+    for split in splits:
+        _check(config, split, head_dim)
     return _plan(config, splits, limits, held)
 
 
@@ -97,19 +105,40 @@ def select_plan_rows(config: RocketKVConfig, plan: SelectionPlan, rows: Sequence
     return _plan(config, [plan.splits[row] for row in rows], [plan.limits[row] for row in rows], held)
 
 
+def _check(config: RocketKVConfig, split: Split, head_dim: int) -> None:
+    """Refuse what could only be checked now that head_dim and top_k are known."""
+    if split.num_channels > head_dim:
+        raise ConfigError(
+            f"budget.num_channels={split.num_channels} is more than head_dim={head_dim}; give at most that."
+        )
+    pinned = sum(_pins(config, split))
+    if pinned > split.top_k:
+        raise ConfigError(
+            f"{pinned} first and last tokens are to be attended always, more than top_k={split.top_k}; "
+            "lower sink_tokens or recent_tokens, or raise token_budget."
+        )
+
+
+def _pins(config: RocketKVConfig, split: Split) -> tuple[int, int]:
+    """First and last tokens always attended."""
+    sinks = split.top_k // 8 if config.sink_tokens is None else config.sink_tokens
+    recents = split.top_k // 8 if config.recent_tokens is None else config.recent_tokens
+    return sinks, recents
+
+
 def _plan(config: RocketKVConfig, splits: list[Split], limits: list[int], held: Tensor) -> SelectionPlan:
     def column(values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=held.device)
 
-    sinks, recents = config.sink_tokens, config.recent_tokens
+    pins = [_pins(config, split) for split in splits]
     return SelectionPlan(
         splits=splits,
         limits=limits,
         page_size=column(split.page_size for split in splits),
         num_channels=column(split.num_channels for split in splits),
         top_k=column(split.top_k for split in splits),
-        sinks=column(split.top_k // 8 if sinks is None else sinks for split in splits),
-        recents=column(split.top_k // 8 if recents is None else recents for split in splits),
+        sinks=column(sinks for sinks, _ in pins),
+        recents=column(recents for _, recents in pins),
         dense_length=min(split.top_k for split in splits),
         steps_left=min(limit - length for limit, length in zip(limits, held.amax(1).tolist(), strict=True)),
     )

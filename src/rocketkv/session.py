@@ -10,8 +10,9 @@ from transformers import DynamicCache, PreTrainedModel, TextStreamer
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError
-from rocketkv.hf import CacheStats, RocketKVCache, cache_stats, enable
+from rocketkv.hf import RocketKVCache, cache_stats, enable
 from rocketkv.models import LoadedModel
+from rocketkv.stats import CacheStats
 
 OnText = Callable[[str], None]
 OnLayer = Callable[[int, int], None]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from rocketkv.ops import top_mask, window_scores
+from rocketkv.ops import mark_best, score_window
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class SnapKV:
     ) -> Tensor | None:
         """Keep the window and the best of what lies before it; see `EvictionPolicy.keep`."""
         window = num_queries.clamp(max=self.window_size)  # [B]
-        scores = window_scores(query[:, :, -self.window_size :], keys, lengths=lengths, num_queries=window, scale=scale)
+        scores = score_window(query[:, :, -self.window_size :], keys, lengths=lengths, num_queries=window, scale=scale)
         before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv] tokens before the window
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)
         scores = max_pool1d(scores, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         stays = window.minimum(num_tokens)  # a budget smaller than the window keeps the window's end
         in_window = (slots >= (lengths - stays[:, None])[..., None]) & (slots < lengths[..., None])
-        return top_mask(scores, candidates=before, num_tokens=num_tokens - stays) | in_window
+        return mark_best(scores, candidates=before, num_tokens=num_tokens - stays) | in_window

@@ -21,6 +21,8 @@ class StreamingLLM:
     ) -> Tensor | None:
         """Keep the sinks and the most recent tokens; see `EvictionPolicy.keep`."""
         slots = torch.arange(keys.shape[2], device=keys.device)
-        first_recent = lengths - (num_tokens[:, None] - self.num_sinks).clamp(min=1)  # [B, Hkv]
+        num_sinks = (num_tokens - 1).clamp(max=self.num_sinks)  # [B], the newest token always stays
+        first_recent = lengths - (num_tokens - num_sinks)[:, None]  # [B, Hkv]
         is_recent = (slots >= first_recent[..., None]) & (slots < lengths[..., None])
-        return is_recent | (slots < lengths.clamp(max=self.num_sinks)[..., None])
+        is_sink = slots < lengths.minimum(num_sinks[:, None])[..., None]
+        return is_recent | is_sink

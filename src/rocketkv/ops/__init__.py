@@ -1,16 +1,20 @@
-"""The few tensor operations the method is made of; each docstring is its specification."""
+"""The few pure tensor operations the method is made of; each docstring is its specification."""
 
-from rocketkv.ops.attention import dense_attention, dense_decode, sparse_attention
-from rocketkv.ops.pages import PageBounds
-from rocketkv.ops.scores import best_tokens, token_probabilities, top_mask, window_scores
+from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
+from rocketkv.ops.gather import take_tokens
+from rocketkv.ops.pages import bound_logits, fold_into_pages, hybrid_logits
+from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
 
 __all__ = [
-    "PageBounds",
-    "best_tokens",
-    "dense_attention",
-    "dense_decode",
-    "sparse_attention",
-    "token_probabilities",
-    "top_mask",
-    "window_scores",
+    "bound_logits",
+    "choose_tokens",
+    "decode_densely",
+    "decode_sparsely",
+    "fold_into_pages",
+    "hybrid_logits",
+    "mark_best",
+    "prefill_densely",
+    "score_tokens",
+    "score_window",
+    "take_tokens",
 ]

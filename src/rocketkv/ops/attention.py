@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rocketkv.cache import take_tokens
+from rocketkv.ops.gather import take_tokens
 
 QUERY_BLOCK = 512  # query tokens per masked block: a mask is never larger than [B, H, QUERY_BLOCK, S]
 
 
-def dense_attention(
+def prefill_densely(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -26,7 +26,7 @@ def dense_attention(
         query: `[B, Hq, T, D]` float; right aligned, a row's last column is its last token.
         keys: `[B, Hkv, S, D]` float; left aligned; the T newest tokens included.
         values: like `keys`.
-        lengths: `[B, Hkv]` int64, tokens in each row; None: all S of them, and T equals S or 1.
+        lengths: `[B, Hkv]` int64, tokens in each row; None: all S of them, and T equals S.
         num_queries: `[B]` int64, how many of the T query columns are real, the last ones; None: all.
         scale: factor on the dot products.
 
@@ -38,7 +38,7 @@ def dense_attention(
     num_tokens = query.shape[2]
     if lengths is None:
         return scaled_dot_product_attention(
-            query, keys, values, is_causal=num_tokens > 1, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+            query, keys, values, is_causal=True, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
         )
     if bool((lengths != keys.shape[2]).any()):
         keys, values = _zero_beyond(keys, lengths), _zero_beyond(values, lengths)
@@ -67,8 +67,8 @@ def dense_attention(
     return output
 
 
-def sparse_attention(
-    query: Tensor, keys: Tensor, values: Tensor, *, slots: Tensor, counts: Tensor | None, scale: float
+def decode_sparsely(
+    query: Tensor, keys: Tensor, values: Tensor, *, slots: Tensor, counts: Tensor, scale: float
 ) -> Tensor:
     """Exact attention of one token to the chosen tokens only.
 
@@ -79,7 +79,7 @@ def sparse_attention(
         keys: `[B, Hkv, S, D]` float.
         values: like `keys`.
         slots: `[B, Hkv, K]` int64, the chosen tokens, shared by the query heads of a KV head.
-        counts: `[B, Hkv]` int64, how many of the K are chosen, the first ones, >= 1; None: all.
+        counts: `[B, Hkv]` int64, how many of the K are chosen, the first ones, >= 1.
         scale: factor on the dot products.
 
     Returns:
@@ -87,18 +87,16 @@ def sparse_attention(
 
     Reads `2 * B * Hkv * K * D` elements; dense attention reads `2 * B * Hkv * S * D`.
     """
-    mask = None
-    if counts is not None:
-        chosen = torch.arange(slots.shape[2], device=slots.device) < counts[..., None]
-        slots, mask = slots.where(chosen, slots[..., :1]), chosen[:, :, None]
+    is_chosen = torch.arange(slots.shape[2], device=slots.device) < counts[..., None]  # [B, Hkv, K]
+    slots = slots.where(is_chosen, slots[..., :1])  # beyond the counts memory may be undefined
     grouped = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])  # [B, Hkv, G, D]
     output = scaled_dot_product_attention(
-        grouped, take_tokens(keys, slots), take_tokens(values, slots), attn_mask=mask, scale=scale
+        grouped, take_tokens(keys, slots), take_tokens(values, slots), attn_mask=is_chosen[:, :, None], scale=scale
     )
     return output.reshape(query.shape)
 
 
-def dense_decode(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor | None, scale: float) -> Tensor:
+def decode_densely(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor | None, scale: float) -> Tensor:
     """Exact attention of one token to every token of its row.
 
     Args:
@@ -111,7 +109,7 @@ def dense_decode(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor
     Returns:
         `[B, Hq, 1, D]` in the dtype of `query`.
 
-    Reads `2 * B * Hkv * S * D` elements, once for all query heads of a KV head.
+    Reads `2 * B * Hkv * S * D` elements, once for all query heads of a KV head: this is what dense attention reads.
     """
     mask = None
     if lengths is not None:

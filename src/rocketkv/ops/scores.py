@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 23  # float32 logits held at once while scoring a window: 32 MiB
+BLOCK_ELEMENTS = 1 << 20  # float32 logits held at once while scoring a window: 4 MiB
 
 
-def window_scores(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:
+def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:
     """Attention mass that a row's last queries give to each of its tokens.
 
     SnapKV as RocketKV uses it (section "SnapKV with GQA support"): softmax over all tokens in float32, causal inside
@@ -22,27 +22,29 @@ def window_scores(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: 
     Returns:
         `[B, Hkv, S]` float32, zero beyond the lengths.
 
-    Reads `B * Hkv * S * D` elements of keys for each block of queries; holds at most `BLOCK_ELEMENTS` logits.
+    Reads `B * Hkv * S * D` elements of keys for each block of queries; holds `BLOCK_ELEMENTS` logits at a time.
     """
     batch, num_heads, window, head_dim = query.shape
     num_kv_heads, num_tokens = keys.shape[1:3]
-    grouped = query.float().reshape(batch, num_kv_heads, -1, window, head_dim)
-    transposed = keys.float().transpose(2, 3)[:, :, None]  # [B, Hkv, 1, D, S]
-    key_from_end = lengths[..., None] - 1 - torch.arange(num_tokens, device=keys.device)  # [B, Hkv, S]
+    grouped = query.reshape(batch, num_kv_heads, -1, window, head_dim)
+    slots = torch.arange(num_tokens, device=keys.device)
     scores = torch.zeros(batch, num_kv_heads, num_tokens, device=keys.device)
-    block = max(1, BLOCK_ELEMENTS // (batch * num_heads * num_tokens))
-    for start in range(0, window, block):
-        stop = min(start + block, window)
-        query_from_end = window - 1 - torch.arange(start, stop, device=keys.device)  # [w]
-        visible = key_from_end[:, :, None] >= query_from_end[:, None]  # [B, Hkv, w, S]
-        visible &= (query_from_end < num_queries[:, None])[:, None, :, None]
-        logits = (grouped[:, :, :, start:stop] @ transposed) * scale  # [B, Hkv, G, w, S]
-        logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
-        scores += logits.softmax(-1).nan_to_num(0.0).sum((2, 3))  # a query that is padding sees nothing: NaN
+    block = max(1, BLOCK_ELEMENTS // (batch * num_heads // num_kv_heads * num_tokens))
+    for head in range(num_kv_heads):
+        transposed = keys[:, head].float().transpose(1, 2)  # [B, D, S]
+        key_from_end = lengths[:, head, None] - 1 - slots  # [B, S]
+        for start in range(0, window, block):
+            queries = grouped[:, head, :, start : start + block].float()  # [B, G, w, D]
+            query_from_end = window - 1 - torch.arange(start, start + queries.shape[2], device=keys.device)  # [w]
+            visible = key_from_end[:, None] >= query_from_end[:, None]  # [B, w, S]
+            visible &= (query_from_end < num_queries[:, None])[..., None]
+            logits = (queries.flatten(1, 2) @ transposed).reshape(*queries.shape[:3], num_tokens)  # [B, G, w, S]
+            logits.mul_(scale).masked_fill_(~visible[:, None], -torch.inf)
+            scores[:, head] += logits.softmax(-1).nan_to_num_(0.0).sum((1, 2))  # NaN: a padded query sees nothing
     return scores
 
 
-def top_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tensor:
+def mark_best(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tensor:
     """Mark the best of each row's first tokens; of equal scores those that `torch.topk` takes.
 
     Max-pooling makes plateaus, so ties are common; they are broken as in the published results, row by row, and thus
@@ -64,7 +66,7 @@ def top_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tenso
     return mask
 
 
-def token_probabilities(logits: Tensor, lengths: Tensor) -> Tensor:
+def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
     """Turn logits into the score of each token: softmax per query head, mean over the heads of a KV head.
 
     Args:
@@ -78,7 +80,7 @@ def token_probabilities(logits: Tensor, lengths: Tensor) -> Tensor:
     return logits.float().masked_fill(beyond[:, :, None], -torch.inf).softmax(-1).mean(2)
 
 
-def best_tokens(scores: Tensor, *, lengths: Tensor, top_k: Tensor, sinks: Tensor, recents: Tensor) -> Tensor:
+def choose_tokens(scores: Tensor, *, lengths: Tensor, top_k: Tensor, sinks: Tensor, recents: Tensor) -> Tensor:
     """Choose the tokens to attend to: the pinned ones, then the best scores; of equal scores the earlier token wins.
 
     With page scores this walks pages from best to worst and takes their tokens in order.

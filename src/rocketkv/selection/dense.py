@@ -6,9 +6,10 @@ from torch import Tensor
 
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
+from rocketkv.selection.base import SelectionMethod
 
 
-class Dense:
+class Dense(SelectionMethod):
     """Attend to everything; with `snapkv` eviction this is SnapKV at `token_budget` tokens per KV head."""
 
     def held_tokens(self, seq_len: int, token_budget: int) -> int:
@@ -19,13 +20,8 @@ class Dense:
         """Nothing is scored; see `SelectionMethod`."""
         return Split(1, head_dim, sys.maxsize)
 
-    def build_index(self, working: WorkingSet, page_size: Tensor) -> None:
-        """No index; see `SelectionMethod`."""
-        return
-
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> None:
         """None: attend to everything; see `SelectionMethod`."""
-        return
 
     def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
         """Nothing is scored; see `SelectionMethod`."""

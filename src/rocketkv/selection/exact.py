@@ -2,24 +2,17 @@
 
 from torch import Tensor
 
-from rocketkv.budget import Split, held_tokens
+from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
+from rocketkv.selection.base import SelectionMethod
 
 
-class Exact:
+class Exact(SelectionMethod):
     """Choose `token_budget` tokens by true attention. Its scoring is not counted in the budget: it is a bound."""
-
-    def held_tokens(self, seq_len: int, token_budget: int) -> int:
-        """RocketKV's share for stage 1; see `SelectionMethod`."""
-        return held_tokens(seq_len, token_budget)
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """The whole budget attends; see `SelectionMethod`."""
         return Split(1, head_dim, token_budget)
-
-    def build_index(self, working: WorkingSet, page_size: Tensor) -> None:
-        """No index: the keys themselves are scored; see `SelectionMethod`."""
-        return
 
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor:
         """True logits; see `SelectionMethod`."""

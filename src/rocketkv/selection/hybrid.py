@@ -2,30 +2,35 @@
 
 from torch import Tensor
 
-from rocketkv.budget import Split, held_tokens, split_selection
-from rocketkv.cache import WorkingSet
-from rocketkv.ops import PageBounds
+from rocketkv.budget import Split, split_selection
+from rocketkv.cache import PageIndex, WorkingSet
+from rocketkv.ops import hybrid_logits
+from rocketkv.selection.base import SelectionMethod
 
 
-class Hybrid:
+class Hybrid(SelectionMethod):
     """Score pages by the bound that the query's sign picks, along few channels (section "Hybrid Sparse Attention")."""
-
-    def held_tokens(self, seq_len: int, token_budget: int) -> int:
-        """RocketKV's adaptive share for stage 1; see `SelectionMethod`."""
-        return held_tokens(seq_len, token_budget)
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores, half attends; see `SelectionMethod`."""
         return split_selection(num_tokens, token_budget, head_dim)
 
-    def build_index(self, working: WorkingSet, page_size: Tensor) -> PageBounds:
+    def build_index(self, working: WorkingSet, page_size: Tensor) -> PageIndex:
         """Bounds of every page; see `SelectionMethod`."""
-        return PageBounds(working.keys_and_values()[0], working.lengths, page_size)
+        return PageIndex(working.keys_and_values()[0], working.lengths, page_size)
 
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor:
         """The page's approximate logit for each of its tokens; see `SelectionMethod`."""
-        assert isinstance(working.index, PageBounds)
-        return working.index.hybrid_logits(query, num_tokens=working.max_length, num_channels=num_channels, scale=scale)
+        index = working.index
+        assert isinstance(index, PageIndex)
+        return hybrid_logits(
+            query,
+            index.bounds,
+            page_size=index.page_size,
+            num_tokens=working.max_length,
+            num_channels=num_channels,
+            scale=scale,
+        )
 
     def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
         """One bound per page and chosen channel; see `SelectionMethod`."""

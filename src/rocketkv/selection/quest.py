@@ -4,30 +4,24 @@ import math
 
 from torch import Tensor
 
-from rocketkv.budget import Split, held_tokens
-from rocketkv.cache import WorkingSet
-from rocketkv.ops import PageBounds
+from rocketkv.budget import Split
+from rocketkv.cache import PageIndex, WorkingSet
+from rocketkv.ops import bound_logits
+from rocketkv.selection.hybrid import Hybrid
 
 
-class Quest:
-    """Score pages by their upper bound; both bounds of all channels are read, so pages are twice as large as needed."""
-
-    def held_tokens(self, seq_len: int, token_budget: int) -> int:
-        """RocketKV's share for stage 1; see `SelectionMethod`."""
-        return held_tokens(seq_len, token_budget)
+class Quest(Hybrid):
+    """Score pages by their upper bound; both bounds of all channels are read, so pages are larger than hybrid ones."""
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores: one page's two bounds cost one token; see `SelectionMethod`."""
         return Split(max(1, math.ceil(2 * num_tokens / token_budget)), head_dim, max(1, token_budget // 2))
 
-    def build_index(self, working: WorkingSet, page_size: Tensor) -> PageBounds:
-        """Bounds of every page; see `SelectionMethod`."""
-        return PageBounds(working.keys_and_values()[0], working.lengths, page_size)
-
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor:
         """The page's upper bound for each of its tokens; see `SelectionMethod`."""
-        assert isinstance(working.index, PageBounds)
-        return working.index.bound_logits(query, num_tokens=working.max_length, scale=scale)
+        index = working.index
+        assert isinstance(index, PageIndex)
+        return bound_logits(query, index.bounds, page_size=index.page_size, num_tokens=working.max_length, scale=scale)
 
     def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
         """Both bounds of every page, one if all pages hold one token; see `SelectionMethod`."""

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.budget import Split
-from rocketkv.cache import WorkingSet
-from rocketkv.ops import PageBounds
+from rocketkv.cache import PageIndex, WorkingSet
 from rocketkv.selection.hybrid import Hybrid
 
 
@@ -17,6 +16,6 @@ class SparQ(Hybrid):
         num_channels = max(1, int(head_dim * token_budget / max(num_tokens, token_budget)))
         return Split(1, num_channels, max(1, token_budget // 2))
 
-    def build_index(self, working: WorkingSet, page_size: Tensor) -> PageBounds:
+    def build_index(self, working: WorkingSet, page_size: Tensor) -> PageIndex:
         """A channel-major copy of the keys; see `SelectionMethod`."""
         return super().build_index(working, torch.ones_like(page_size))

@@ -1,0 +1,50 @@
+"""What stage 2 asks of a selection method."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from rocketkv.budget import Split, held_tokens
+from rocketkv.cache import Index, WorkingSet
+
+
+class SelectionMethod(ABC):
+    """How one decode step decides which kept tokens to attend to.
+
+    A method of your own derives from this class, or has all of its methods.
+    """
+
+    def held_tokens(self, seq_len: int, token_budget: int) -> int:
+        """How many of `seq_len` tokens stage 1 should leave, so that this method fits in `token_budget`."""
+        return held_tokens(seq_len, token_budget)
+
+    @abstractmethod
+    def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
+        """Spend `token_budget` on scoring `num_tokens` tokens and attending to the best."""
+
+    def build_index(self, working: WorkingSet, page_size: Tensor) -> Index | None:
+        """Index the kept keys, if the method wants more than the keys themselves.
+
+        Args:
+            working: keys and lengths; keys beyond the lengths are undefined.
+            page_size: `[B]` int64, tokens per page.
+        """
+        return None
+
+    @abstractmethod
+    def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor | None:
+        """Estimate the logit of every token of the working set.
+
+        Args:
+            query: `[B, Hkv, G, D]` float, the query heads of each KV head.
+            working: keys, lengths and the index built by `build_index`.
+            num_channels: `[B]` int64, channels to read.
+            scale: factor on the dot products.
+
+        Returns:
+            `[B, Hkv, G, max_length]` float32, undefined beyond the lengths; None to attend to everything.
+        """
+
+    @abstractmethod
+    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+        """Elements that `logits` reads for rows of these `lengths` (`[B, Hkv]`), same shape; sizes are `[B, 1]`."""
