@@ -1,6 +1,7 @@
 """What the tests share: random attention inputs, the real small model, and data outside the repository."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,19 @@ def smollm2() -> LoadedModel:
 @pytest.fixture
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+Report = Callable[[str], None]
+
+
+@pytest.fixture
+def report(record_property: Callable[[str, object], None]) -> Report:
+    """Say something that the summary at the end of the run repeats."""
+    return lambda text: record_property("report", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for test in terminalreporter.getreports("passed"):
+        for name, text in test.user_properties:
+            if name == "report":
+                terminalreporter.write_line(f"MEASURED {text}")

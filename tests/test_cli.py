@@ -101,7 +101,7 @@ def test_chat_survives_a_message_that_does_not_fit(run: Any, loaded: LoadedModel
     stdin = f"What is this?\n{'too long ' * 9000}\nAnd now?\n"
     result = run("chat", "-f", document, "-t", "128", "--max-new-tokens", "3", stdin=stdin)
     assert result.exit_code == 0, result.output
-    assert "more than the 8192 that the model was made for" in result.stderr
+    assert "leaves no room for an answer in the 8192 that the model was made for" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_text_longer_than_the_context_is_refused(run: Any, loaded: LoadedModel
     path.write_text("word " * 9000)
     result = run("generate", "-f", str(path), "-q", "What?")
     assert result.exit_code == 2
-    assert "more than the 8192 that the model was made for; give a shorter text or another model." in result.stderr
+    assert "in the 8192 that the model was made for; give a shorter text or another model." in result.stderr
 
 
 def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
 
 
 def test_facts_reports_resumes_and_refuses(run: Any, loaded: LoadedModel, tmp_path: Path) -> None:
-    out = tmp_path / "facts.jsonl"
+    out = tmp_path / "new folder" / "facts.jsonl"
     arguments = ("eval", "facts", "--lengths", "300", "--budgets", "64", "--cases", "2", "--out", str(out))
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -166,6 +166,8 @@ def test_facts_reports_resumes_and_refuses(run: Any, loaded: LoadedModel, tmp_pa
         ("--methods", "magic", "method 'magic' does not exist; choose from full, exact_topk"),
         ("--pins", "4", "pins='4' is no list of pairs"),
         ("--lengths", "900000", "fewer than length=900000"),
+        ("--out", str(out / "more"), "cannot be written (Not a directory)"),
+        ("--out", str(tmp_path), "cannot be read (Is a directory)"),
     ]:
         result = run(*arguments, option, value)
         assert result.exit_code == 2

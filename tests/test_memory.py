@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from conftest import Report
+
 PREFILL = """
 import re, sys
 from pathlib import Path
@@ -45,7 +47,7 @@ def peak_mib(kind: str) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_a_32k_prompt_prefills_within_the_memory_of_dense_sdpa() -> None:
+def test_a_32k_prompt_prefills_within_the_memory_of_dense_sdpa(report: Report) -> None:
     dense, ours = peak_mib("dense"), peak_mib("rocketkv")
-    print(f"peak of a 32K prefill: dense {dense:.0f} MiB, RocketKV {ours:.0f} MiB")
+    report(f"peak of a 32K prefill: dense {dense:.0f} MiB, RocketKV {ours:.0f} MiB")
     assert ours <= dense

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import Report
 from rocketkv import RocketKVCache, RocketKVConfig, disable, enable
-from rocketkv.eval.facts import Method, default_text, make_prompt, prefill_shared, run, summarize
+from rocketkv.eval.facts import Method, answer, default_text, make_prompt, prefill_shared, run, summarize
 from rocketkv.eval.turns import run as run_turns
 from rocketkv.models import LoadedModel
 from rocketkv.session import Session
@@ -73,23 +74,25 @@ def test_a_shared_prefill_answers_as_a_prefill_of_ones_own(smollm2: LoadedModel)
     prompt, _, _ = make_prompt(smollm2, PROSE, 600, case=1, cases=4)
     config = RocketKVConfig(token_budget=96, mode="multi_turn")
     shared = prefill_shared(smollm2, prompt, config.window_size).fork(config)
-    alone = RocketKVCache(smollm2.model.config, config)
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        answers = [
-            smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=c, max_new_tokens=NEW)
-            for c in (shared, alone)
-        ]
-    assert torch.equal(*answers)
-    for a, b in zip(shared.compressed_layers, alone.compressed_layers, strict=True):
-        assert torch.equal(a.cache.positions, b.cache.positions)
+    alone = [
+        RocketKVCache(smollm2.model.config, RocketKVConfig(token_budget=96, mode=mode))
+        for mode in ("multi_turn", "single_turn")
+    ]
+    expected = answer(smollm2, prompt, shared)
+    for cache in alone:
+        assert answer(smollm2, prompt, cache) == expected
+        for a, b in zip(shared.compressed_layers, cache.compressed_layers, strict=True):
+            assert torch.equal(a.cache.positions, b.cache.positions)
 
 
-def test_multi_turn_finds_the_second_fact(smollm2: LoadedModel) -> None:
-    found = {row.cache: row.second for row in run_turns(smollm2, PROSE, 1000, 256, cases=[0])}
-    print("second fact found:", found)  # the single-turn variant's result is reported, not required
-    assert found["full"]
-    assert found["multi_turn"]
+def test_multi_turn_finds_the_second_fact(smollm2: LoadedModel, report: Report) -> None:
+    rows = list(run_turns(smollm2, PROSE, 1000, 256, cases=range(3)))
+    found = {
+        name: sum(row.second for row in rows if row.cache == name) for name in ("full", "multi_turn", "single_turn")
+    }
+    report(f"second of two facts found in 3 cases: {found}")  # the single-turn variant's result is not required
+    assert found["full"] >= 1
+    assert found["multi_turn"] >= found["full"]
 
 
 def test_a_session_of_the_full_cache_is_plain_generate(smollm2: LoadedModel) -> None:

@@ -86,22 +86,21 @@ class Session:
     def _encode(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         """Render the conversation and encode what the cache has not seen of it."""
         tokenizer = self.loaded.tokenizer
-        if tokenizer.chat_template is None:  # a base model continues a text
+        has_template = tokenizer.chat_template is not None
+        if has_template:
+            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        else:  # a base model continues a text
             rendered = "".join(
                 f"{m['content']}\n\nAnswer:" if m["role"] == "user" else f" {m['content']}\n\n" for m in messages
             )
-            rendered_ids = tokenizer(rendered, add_special_tokens=True).input_ids if not self.messages else None
-        else:
-            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            rendered_ids = tokenizer(rendered, add_special_tokens=False).input_ids if not self.messages else None
-        if rendered_ids is not None:
-            return rendered, rendered_ids
+        if not self.messages:
+            return rendered, tokenizer(rendered, add_special_tokens=not has_template).input_ids
         answer = self.messages[-1]["content"]
         start = rendered.find(answer, len(self._rendered))
         if not rendered.startswith(self._rendered) or start < 0:
             raise InputError(
                 "this model's chat template rewrites earlier turns, so its cache cannot be continued; "
-                "start anew with /reset for each question."
+                "reset the conversation before each question."
             )
         rest = rendered[start + len(answer) :]
         if self._token_ids[-1] == tokenizer.eos_token_id:
@@ -119,10 +118,10 @@ class Session:
         model, tokenizer = self.loaded
         token_ids = self._token_ids + new_ids
         context = self.loaded.context_length
-        if len(token_ids) + 1 > context:
+        if len(token_ids) >= context:
             raise InputError(
-                f"the conversation has {len(token_ids)} tokens, more than the {context} that the model was made for; "
-                "give a shorter text or another model."
+                f"the conversation has {len(token_ids)} tokens and leaves no room for an answer in the {context} that "
+                "the model was made for; give a shorter text or another model."
             )
         input_ids = torch.tensor([token_ids], device=model.device)
         streamer = _TimedStreamer(tokenizer, on_text)

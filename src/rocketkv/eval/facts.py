@@ -71,7 +71,7 @@ class Row:
 
 
 def default_text() -> str:
-    """Prose that every Python install has: the topics of its help system, about 0.7 MB."""
+    """Prose that every Python install has: the topics of its help system, about half a megabyte."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -163,16 +163,19 @@ def run(
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The results in a record file, none if it does not exist; a torn last line, as a killed run leaves it, is dropped.
+    """The results in a record file, none if it is new; a torn last line, as a killed run leaves it, is dropped.
 
     Raises:
-        InputError: a line is no result.
+        InputError: the file cannot be read and written, or a line is no result.
     """
-    if not path.exists():
-        return []
-    whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-    if torn:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            whole, newline, _ = file.read().rpartition("\n")
+            file.truncate(len((whole + newline).encode()))
+    except OSError as error:
+        raise InputError(f"{path} cannot be used ({error.strerror}); give the path of a file of results.") from None
     rows = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
