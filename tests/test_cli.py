@@ -166,8 +166,8 @@ def test_facts_reports_resumes_and_refuses(run: Any, loaded: LoadedModel, tmp_pa
         ("--methods", "magic", "method 'magic' does not exist; choose from full, exact_topk"),
         ("--pins", "4", "pins='4' is no list of pairs"),
         ("--lengths", "900000", "fewer than length=900000"),
-        ("--out", str(out / "more"), "cannot be written (Not a directory)"),
-        ("--out", str(tmp_path), "cannot be read (Is a directory)"),
+        ("--out", str(out / "more"), "cannot be used (File exists)"),
+        ("--out", str(tmp_path), "cannot be used (Is a directory)"),
     ]:
         result = run(*arguments, option, value)
         assert result.exit_code == 2
