@@ -313,6 +313,32 @@ def test_options_that_do_not_fit_the_layer_are_refused(
         LayerCache(RocketKVConfig(token_budget=40, **options)).prefill(*make_inputs(seeded))
 
 
+def test_sparq_reads_every_token_whatever_page_size_is_given(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 301, 16)
+    budget = Budget(300, 4, 4, 10)
+    config = RocketKVConfig(token_budget=100, eviction="keep_all", selection="sparq", budget=budget)
+    cache = LayerCache(config)
+    cache.prefill(*x.part(0, 300))
+    cache.decode(*x.part(300, 301))
+    assert cache.read_bytes == 2 * 4 * (301 * 4 + 10 * 2 * 16)
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_inference_mode_and_no_grad_may_alternate(seeded: torch.Generator, mode: str) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 300, 64)
+    config = RocketKVConfig(token_budget=48, mode=mode)
+    mixed, plain = LayerCache(config), LayerCache(config)
+    plain.prefill(*x.part(0, 200))
+    with torch.inference_mode():
+        mixed.prefill(*x.part(0, 200))
+        mixed.decode(*x.part(200, 201))
+        mixed.select_rows(torch.tensor([0, 1]))
+    plain.decode(*x.part(200, 201))
+    assert torch.equal(decode_all(mixed, x, 201, 240), decode_all(plain, x, 201, 240))
+    assert torch.equal(mixed.prefill(*x.part(240, 290)), plain.prefill(*x.part(240, 290)))
+    assert torch.equal(decode_all(mixed, x, 290, 300), decode_all(plain, x, 290, 300))
+
+
 class HeadsOfTheirOwn(KeepAll):
     """An eviction policy from outside: each head keeps a number of tokens of its own."""
 
@@ -421,6 +447,8 @@ def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Genera
         assert torch.equal(fork.positions, alone.positions)
         torch.testing.assert_close(decode_all(fork, x, 400, 420), decode_all(alone, x, 400, 420), rtol=1e-4, atol=1e-5)
     assert shared.num_seen == 368
+    with pytest.raises(InputError, match="nothing was prefilled since this cache was made or forked"):
+        shared.fork(config).decode(*x.part(368, 369))
     empty = LayerCache(config).fork(config)
     assert torch.equal(empty.prefill(*x), LayerCache(config).prefill(*x))
     with pytest.raises(
@@ -462,7 +490,10 @@ def bad(change: Callable[[Inputs], Inputs]) -> Callable[[LayerCache, Inputs], An
         (bad(lambda x: Inputs(*(a[:, :, :0] for a in x))), "nothing may be empty"),
         (lambda c, x: c.prefill(*x, padding=torch.tensor([50])), r"padding=\[50\] does not fit; .* from 0 to 49"),
         (lambda c, x: c.prefill(*x, padding=torch.tensor([1, 1])), "one number per row, 1 in all"),
-        (lambda c, x: c.decode(*x.part(0, 1)), "this cache is empty; call prefill"),
+        (
+            lambda c, x: c.decode(*x.part(0, 1)),
+            "nothing was prefilled since this cache was made or forked; call prefill",
+        ),
         (lambda c, x: (c.prefill(*x), c.decode(*x)), "decode takes one token per row, not 50"),
         (lambda c, x: (c.prefill(*x), c.prefill(*(a.repeat(2, 1, 1, 1) for a in x))), "the cache holds batch 1"),
     ],

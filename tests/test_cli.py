@@ -172,7 +172,15 @@ def test_facts_reports_resumes_and_refuses(run: Any, loaded: LoadedModel, tmp_pa
         result = run(*arguments, option, value)
         assert result.exit_code == 2
         assert message in result.stderr
-    out.write_text("nonsense\n")
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert "line 1 is no result" in result.stderr
+    run(*arguments, "--model", "another")  # has its own results, not those of the first model
+    assert len(out.read_text().splitlines()) == 8
+    for content, message in [
+        (b"nonsense\n", "line 1 is no result"),
+        (b"my only notes", "ends in what is no result ('my only notes')"),
+        (b"\xff\xfe", "cannot be used (not UTF-8)"),
+    ]:
+        out.write_bytes(content)
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert out.read_bytes() == content  # a user's file stays what it was

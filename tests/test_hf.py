@@ -296,8 +296,10 @@ def test_a_prompt_in_chunks_is_exact_in_multi_turn_and_warned_of_in_single_turn(
     whole = generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED_MT))
     chunked = RocketKVCache(model.config, COMPRESSED_MT)
     assert torch.equal(generate(model, ids, past_key_values=chunked, prefill_chunk_size=50), whole)
-    with pytest.warns(UserWarning, match="a second prompt before any token was decoded"):
-        generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), prefill_chunk_size=50)
+    for config, size in ((COMPRESSED, 50), (COMPRESSED_MT, 117)):  # a last chunk of 3 does not fill the window of 8
+        cache = RocketKVCache(model.config, config)
+        with pytest.warns(UserWarning, match="a second prompt before any token was decoded"):
+            generate(model, ids, past_key_values=cache, prefill_chunk_size=size)
 
 
 def test_a_window_as_long_as_the_context_is_full_attention_until_it_is_outgrown() -> None:
@@ -454,6 +456,14 @@ def test_static_caches_are_refused() -> None:
     assert torch.equal(generate(model, ids, past_key_values=StaticCache(config=model.config, max_cache_len=80)), plain)
 
 
+def test_a_compiled_forward_gives_the_same_tokens() -> None:
+    model = enable(tiny_model("llama"))
+    ids, _ = prompts(100)
+    plain = generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), new=5)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), new=5), plain)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -498,16 +508,26 @@ def test_other_misuse_is_refused() -> None:
             model(input_ids=ids, past_key_values=RocketKVCache(deeper, COMPRESSED))
         with pytest.raises(InputError, match="by keyword"):
             model.get_decoder()(ids, None, None, RocketKVCache(model.config, COMPRESSED))
+        with pytest.raises(InputError, match="attention_mask too"):
+            model.get_decoder()(ids, torch.ones_like(ids), past_key_values=RocketKVCache(model.config, COMPRESSED))
+        with pytest.raises(UnsupportedError, match="shares its configuration with a model that is enabled already"):
+            enable(AutoModelForCausalLM.from_config(model.config))
         with pytest.raises(UnsupportedError, match="rolled back"):
             RocketKVCache(model.config, COMPRESSED).crop(-1)
     with pytest.raises(UnsupportedError, match="has no gradients"):
         model(input_ids=ids, past_key_values=RocketKVCache(model.config, COMPRESSED))
 
 
-def test_a_cache_whose_pass_broke_off_says_so() -> None:
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_cache_whose_pass_broke_off_says_so(layer: int) -> None:
     class Breaks(KeepAll):
+        calls = 0
+
         def keep(self, *_: Any, **__: Any) -> Tensor | None:
-            raise RuntimeError("no luck")
+            self.calls += 1
+            if self.calls == layer + 1:
+                raise RuntimeError("no luck")
+            return None
 
     model = enable(tiny_model("llama"))
     ids, _ = prompts(50)
@@ -518,6 +538,14 @@ def test_a_cache_whose_pass_broke_off_says_so() -> None:
         with pytest.raises(InputError, match=r"broke off half way; call cache.reset\(\)"):
             model(input_ids=ids, past_key_values=cache)
         cache.reset()
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    config = CONFIGS["gemma3"].to_dict() | {"use_bidirectional_attention": True}
+    model = AutoModelForCausalLM.from_config(type(CONFIGS["gemma3"])(**config)).eval()
+    ids, _ = prompts(50)
+    with torch.inference_mode(), pytest.raises(UnsupportedError, match="its attention is bidirectional"):
+        enable(model)(input_ids=ids, past_key_values=RocketKVCache(model.config, COMPRESSED))
 
 
 def test_a_shared_config_that_was_disabled_elsewhere_is_noticed() -> None:

@@ -57,7 +57,7 @@ def test_padded_rows_give_the_tokens_they_give_alone(smollm2: LoadedModel, mode:
 
 def test_planted_facts_are_found_where_the_full_cache_finds_them(smollm2: LoadedModel) -> None:
     methods = [Method("full", 1), Method("rocketkv", 256)]
-    rows = list(run(smollm2, PROSE, [2000], methods, cases=4, done=[]))
+    rows = list(run(smollm2, PROSE, [2000], methods, cases=4, source="here", done=[]))
     full, ours = summarize(rows)
     assert full.found >= 3
     assert ours.kept is not None
@@ -66,7 +66,7 @@ def test_planted_facts_are_found_where_the_full_cache_finds_them(smollm2: Loaded
 
 
 def run_again(loaded: LoadedModel, rows: list[Any], methods: list[Method]) -> list[Any]:
-    return list(run(loaded, PROSE, [2000], methods, cases=4, done=rows))
+    return list(run(loaded, PROSE, [2000], methods, cases=4, source="here", done=rows))
 
 
 def test_a_shared_prefill_answers_as_a_prefill_of_ones_own(smollm2: LoadedModel) -> None:

@@ -201,7 +201,6 @@ class LayerCache:
             )
         forked = LayerCache(config)
         forked.working = deepcopy(self.working)
-        forked.plan = deepcopy(self.plan)
         forked.num_seen = self.num_seen
         return forked
 
@@ -243,7 +242,9 @@ class LayerCache:
 
     def _prefilled(self) -> tuple[WorkingSet, SelectionPlan]:
         if self.working is None or self.plan is None:
-            raise InputError("this cache is empty; call prefill with the prompt before anything else.")
+            raise InputError(
+                "nothing was prefilled since this cache was made or forked; call prefill with a prompt first."
+            )
         return self.working, self.plan
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor | None:

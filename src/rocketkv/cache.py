@@ -113,12 +113,14 @@ class RaggedTokens:
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
-        self.fields = [x.index_select(0, rows) for x in self.fields]
         self.set_lengths(self.lengths.index_select(0, rows))
+        with torch.inference_mode(False):
+            self.fields = [x.index_select(0, rows) for x in self.fields]
 
     def _reallocate(self, capacity: int) -> None:
         for i, old in enumerate(self.fields):
-            new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            with torch.inference_mode(False):  # ours to write to in whatever mode the next token comes
+                new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.max_length] = old[:, :, : self.max_length]
             self.fields[i] = new
 
@@ -150,13 +152,15 @@ class PageIndex:
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""
-        self.bounds = self.bounds.index_select(0, rows)
+        with torch.inference_mode(False):
+            self.bounds = self.bounds.index_select(0, rows)
         self.page_size = self.page_size.index_select(0, rows)
 
     def _fold(self, keys: Tensor, slots: Tensor, lengths: Tensor) -> None:
         num_pages, used = int((slots // self.page_size[:, None, None]).max()) + 1, self.bounds.shape[3]
         if num_pages > used:
-            grown = self.bounds.new_full((*self.bounds.shape[:3], num_pages + GROWTH), -torch.inf)
+            with torch.inference_mode(False):  # ours to write to in whatever mode the next token comes
+                grown = self.bounds.new_full((*self.bounds.shape[:3], num_pages + GROWTH), -torch.inf)
             if grown.shape[2] > self._head_dim:
                 grown[:, :, : self._head_dim] = torch.inf
             grown[..., :used] = self.bounds

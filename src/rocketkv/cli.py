@@ -1,5 +1,6 @@
 """The command line. Thin: it parses, calls, and prints; help imports neither torch nor transformers."""
 
+import io
 import json
 import os
 import sys
@@ -189,7 +190,7 @@ def facts(
     dtype: Dtype = "auto",
 ) -> None:
     """Hide facts in prose and count which ones are found, method by method."""
-    from rocketkv.eval.facts import Method, append_row, default_text, read_rows, run, summarize
+    from rocketkv.eval.facts import Method, append_row, default_text, describe_source, read_rows, run, summarize
     from rocketkv.eval.methods import method_config
 
     wanted = [Method("full", 1)]
@@ -204,9 +205,10 @@ def facts(
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err) as progress:
         task = progress.add_task("facts", total=len(length_list) * cases * len(wanted))
         labels = {(length, m.label, m.token_budget) for length in length_list for m in wanted}
-        rows = [row for row in rows if (row.length, row.method, row.token_budget) in labels and row.case < cases]
+        source = describe_source(model, prose, cases)
+        rows = [row for row in rows if row.source == source and (row.length, row.method, row.token_budget) in labels]
         progress.update(task, completed=len(rows))
-        for row in run(loaded, prose, length_list, wanted, cases, list(rows)):
+        for row in run(loaded, prose, length_list, wanted, cases, source=source, done=list(rows)):
             append_row(out_file, row)
             rows.append(row)
             progress.advance(task)
@@ -294,6 +296,9 @@ def info(as_json: AsJson = False) -> None:
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # before any library imports tqdm: our own bars are enough
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     app()
 
 

@@ -59,17 +59,21 @@ class RocketKVLayer(CacheLayerMixin):
             )
         return key_states, value_states
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped; our step runs uncompiled
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the new tokens, `[B, Hq, T, D]`, through the compressed cache."""
         assert self.call is not None
-        call, self.call = self.call, None
+        padding, order = self.call
         if query.shape[2] == 1 and self.cache.num_seen > 0:
-            return self.cache.decode(query, key, value, scale=scale)
-        if call.order is None:
-            return self.cache.prefill(query, key, value, padding=call.padding, scale=scale)
-        query, key, value = (take_columns(x, call.order) for x in (query, key, value))
-        output = self.cache.prefill(query, key, value, padding=call.padding, scale=scale)
-        return take_columns(output, call.order.argsort(1))
+            output = self.cache.decode(query, key, value, scale=scale)
+        elif order is None:
+            output = self.cache.prefill(query, key, value, padding=padding, scale=scale)
+        else:
+            query, key, value = (take_columns(x, order) for x in (query, key, value))
+            output = self.cache.prefill(query, key, value, padding=padding, scale=scale)
+            output = take_columns(output, order.argsort(1))
+        self.call = None  # only now: a call that is left tells of a pass that broke off
+        return output
 
     def get_seq_length(self) -> int:
         """Columns seen, padding included: what positions and masks of transformers count in."""
@@ -199,10 +203,11 @@ class RocketKVCache(DynamicCache):
                     f"{seen + num_new} tokens are more than this model's sliding window of {layer.window}; "
                     "give a shorter text or use transformers' DynamicCache."
                 )
-        if self.config.mode == "single_turn" and num_new > 1 and layers[0].cache.just_prefilled:
+        is_short = self.config.mode == "single_turn" or num_new < self.config.window_size
+        if num_new > 1 and layers[0].cache.just_prefilled and is_short:
             warnings.warn(
-                "a second prompt before any token was decoded: in single_turn each forward pass is its own turn and "
-                "evicts, so a prompt given in chunks is not what it is in one piece; use mode='multi_turn' for that.",
+                "a second prompt before any token was decoded: each forward pass is its own turn, so a prompt given in "
+                "chunks is not what it is in one piece; use mode='multi_turn' and a last chunk of window_size or more.",
                 stacklevel=2,
             )
         call = self._read_padding(num_new, attention_mask)
@@ -274,6 +279,13 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     if not model._can_set_attn_implementation() or not getattr(model, "_supports_attention_backend", False):
         raise _unsupported(name, "its attention bypasses transformers' attention interface")
     implementation = model.config._attn_implementation
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise _unsupported(name, "its decoder cannot be told apart from its head")
+    if implementation == NAME:
+        raise UnsupportedError(
+            f"{name} shares its configuration with a model that is enabled already; load or configure it on its own."
+        )
     if implementation != "sdpa":
         raise UnsupportedError(
             f"{name} was loaded with attn_implementation={implementation!r}; load it with attn_implementation='sdpa'."
@@ -281,7 +293,6 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
-    decoder = model.get_decoder()
     handles = [
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
         decoder.register_forward_hook(_after_forward, with_kwargs=True),
@@ -346,6 +357,8 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
         raise InputError("pass a RocketKVCache by keyword: model(..., past_key_values=cache).")
     if not isinstance(cache, RocketKVCache):
         return None
+    if len(args) > 1:
+        raise InputError("with a RocketKVCache pass everything but input_ids by keyword, attention_mask too.")
     if decoder.config._attn_implementation != NAME:
         raise UnsupportedError(
             f"{type(decoder).__name__} was enabled, but its attn_implementation is now "
@@ -410,6 +423,8 @@ def _attention(
     for option in _REFUSED_OPTIONS:
         if kwargs.get(option) is not None:
             raise _unsupported(type(module).__name__, f"its attention needs {option}")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise _unsupported(type(module).__name__, "its attention is bidirectional")
     if kwargs.get("sliding_window") != layer.window:
         raise _unsupported(type(module).__name__, "its sliding window is not the one of its configuration")
     if attention_mask is not None or dropout > 0:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, TextStreamer
 
 from rocketkv.config import RocketKVConfig
@@ -64,6 +65,7 @@ class Session:
         self.messages: list[dict[str, str]] = []
         self._token_ids: list[int] = []  # all that was prefilled or generated
         self._rendered = ""  # the text of the same, the last answer left out
+        self._end_of_turn = ""  # the special token that ended the last answer, if one did
 
     def send(self, text: str, *, on_text: OnText | None = None, on_layer: OnLayer | None = None) -> Answer:
         """Ask and answer, greedily.
@@ -74,21 +76,31 @@ class Session:
             on_layer: called with the layers prefilled so far and their number.
 
         Returns:
-            The answer; the conversation has grown by the message and by it.
+            The answer; the conversation has grown by the message and by it. Anything that breaks off a generation,
+            an interruption or an error of `on_text` too, resets the conversation.
 
         Raises:
-            InputError: the conversation would not fit in the model's context; it stays as it was.
+            InputError: the conversation does not fit in the model's context or chat template; it stays as it was.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered, new_ids = self._encode(messages)
-        return self._generate(messages, rendered, new_ids, on_text, on_layer)
+        try:
+            return self._generate(messages, rendered, new_ids, on_text, on_layer)
+        except InputError:
+            raise
+        except BaseException:  # the cache has seen more than the conversation says
+            self.reset()
+            raise
 
     def _encode(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         """Render the conversation and encode what the cache has not seen of it."""
         tokenizer = self.loaded.tokenizer
         has_template = tokenizer.chat_template is not None
         if has_template:
-            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            try:
+                rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            except TemplateError as error:
+                raise InputError(f"the model's chat template refuses this conversation ({error}).") from None
         else:  # a base model continues a text
             rendered = "".join(
                 f"{m['content']}\n\nAnswer:" if m["role"] == "user" else f" {m['content']}\n\n" for m in messages
@@ -102,9 +114,7 @@ class Session:
                 "this model's chat template rewrites earlier turns, so its cache cannot be continued; "
                 "reset the conversation before each question."
             )
-        rest = rendered[start + len(answer) :]
-        if self._token_ids[-1] == tokenizer.eos_token_id:
-            rest = rest.removeprefix(tokenizer.eos_token)
+        rest = rendered[start + len(answer) :].removeprefix(self._end_of_turn)
         return rendered, tokenizer(rest, add_special_tokens=False).input_ids
 
     def _generate(
@@ -140,6 +150,9 @@ class Session:
         text = tokenizer.decode(answer, skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": text}]
         self._rendered, self._token_ids = rendered, output
+        self._end_of_turn = (
+            tokenizer.decode(answer[-1:]) if tokenizer.decode(answer[-1:], skip_special_tokens=True) == "" else ""
+        )
         times = streamer.token_times
         return Answer(
             text=text,

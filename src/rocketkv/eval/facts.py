@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -59,8 +60,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Row:
-    """One case under one method: what a record file holds, a JSON object a line."""
+    """One case under one method: what a record file holds, a JSON object a line.
 
+    `source` names model, text and number of cases: results of another source are not resumed.
+    """
+
+    source: str
     length: int
     case: int
     depth: float
@@ -107,9 +112,10 @@ def make_prompt(loaded: LoadedModel, text: str, length: int, case: int, cases: i
         "A special magic number is hidden within the following text. Make sure to memorize it. "
         f"I will quiz you about the number afterwards.\n\n{prose}\n\n{QUESTION.format(key=key)}"
     )
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    rendered = content + "\n\n"
+    if tokenizer.chat_template is not None:
+        message = {"role": "user", "content": content}
+        rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(rendered + PREFIX.format(key=key), add_special_tokens=False).input_ids
     if len(prompt) + NEW_TOKENS > loaded.context_length:
         raise InputError(f"length={length} does not fit in the model's {loaded.context_length} tokens; give less.")
@@ -140,16 +146,28 @@ def answer(loaded: LoadedModel, prompt: Sequence[int], cache: RocketKVCache) -> 
     return str(loaded.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
 
 
+def describe_source(model: str, text: str, cases: int) -> str:
+    """What a result depends on beside the method: model, text and number of cases."""
+    return f"{model}, text {sha256(text.encode()).hexdigest()[:8]}, {cases} cases"
+
+
 def run(
-    loaded: LoadedModel, text: str, lengths: Sequence[int], methods: Sequence[Method], cases: int, done: Sequence[Row]
+    loaded: LoadedModel,
+    text: str,
+    lengths: Sequence[int],
+    methods: Sequence[Method],
+    cases: int,
+    *,
+    source: str,
+    done: Sequence[Row],
 ) -> Iterator[Row]:
-    """Run what is not `done`, case by case; yields each result as it comes.
+    """Run what is not `done` for this `source`, case by case; yields each result as it comes.
 
     Raises:
         InputError: see `make_prompt`.
     """
     enable(loaded.model)
-    finished = {(row.length, row.case, row.method, row.token_budget) for row in done}
+    finished = {(row.length, row.case, row.method, row.token_budget) for row in done if row.source == source}
     for length in lengths:
         for case in range(cases):
             missing = [m for m in methods if (length, case, m.label, m.token_budget) not in finished]
@@ -159,7 +177,9 @@ def run(
             shared = prefill_shared(loaded, prompt, window_size=missing[0].config().window_size)
             for method in missing:
                 reply = answer(loaded, prompt, shared.fork(method.config()))
-                yield Row(length, case, round(depth, 3), method.label, method.token_budget, number in reply, reply)
+                yield Row(
+                    source, length, case, round(depth, 3), method.label, method.token_budget, number in reply, reply
+                )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -170,18 +190,21 @@ def read_rows(path: Path) -> list[Row]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8") as file:
-            file.seek(0)
-            whole, newline, _ = file.read().rpartition("\n")
-            file.truncate(len((whole + newline).encode()))
-    except OSError as error:
-        raise InputError(f"{path} cannot be used ({error.strerror}); give the path of a file of results.") from None
+        path.open("a").close()
+        whole, newline, torn = path.read_text(encoding="utf-8").rpartition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InputError(f"{path} cannot be used ({reason}); give the path of a file of results.") from None
     rows = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             rows.append(Row(**json.loads(line)))
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number} is no result ({error}); give another file.") from None
+    if torn and not torn.startswith("{"):
+        raise InputError(f"{path} ends in what is no result ({torn[:20]!r}); give another file.")
+    if torn:
+        path.write_text(whole + newline, encoding="utf-8")
     return rows
 
 

@@ -19,3 +19,7 @@ class SparQ(Hybrid):
     def build_index(self, working: WorkingSet, page_size: Tensor) -> PageIndex:
         """A channel-major copy of the keys; see `SelectionMethod`."""
         return super().build_index(working, torch.ones_like(page_size))
+
+    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+        """The chosen channels of every token; see `SelectionMethod`."""
+        return lengths * num_channels
