@@ -2,12 +2,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, T5Config
+from transformers import T5Config
 
 from rocketkv import InputError
 from rocketkv.models import LoadedModel, embedded_path, load
-from tiny import tiny_model
 
 
 def test_the_embedded_model_loads_and_its_tokenizer_round_trips(smollm2: LoadedModel) -> None:
@@ -18,11 +16,7 @@ def test_the_embedded_model_loads_and_its_tokenizer_round_trips(smollm2: LoadedM
 
 
 def test_a_folder_loads(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet))}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    save_tiny(tmp_path)
     assert load(str(tmp_path)).model.config.num_hidden_layers == 3
 
 

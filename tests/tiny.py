@@ -1,6 +1,9 @@
 """Tiny random models of the architectures that users bring: for shapes and laws, not for accuracy."""
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -11,6 +14,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -48,10 +52,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def tiny_model(name: str) -> PreTrainedModel:
+def tiny_model(name: str, **changes: int) -> PreTrainedModel:
     """A random model, the same at every call."""
     torch.manual_seed(0)
-    config = type(CONFIGS[name])(**CONFIGS[name].to_dict())
+    config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -64,3 +68,12 @@ def prompts(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         ids[row, width - length :] = torch.randint(3, 128, (length,), generator=generator)
         mask[row, width - length :] = 1
     return ids, mask
+
+
+def save_tiny(folder: Path) -> None:
+    """A tiny Llama and a tokenizer of single bytes in a folder, as a user's own model would lie there."""
+    tiny_model("llama", vocab_size=256).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

@@ -84,10 +84,14 @@ class Session:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered, new_ids = self._encode(messages)
+        num_tokens, context = len(self._token_ids) + len(new_ids), self.loaded.context_length
+        if num_tokens >= context:
+            raise InputError(
+                f"the conversation has {num_tokens} tokens and leaves no room for an answer in the {context} that "
+                "the model was made for; give a shorter text or another model."
+            )
         try:
             return self._generate(messages, rendered, new_ids, on_text, on_layer)
-        except InputError:
-            raise
         except BaseException:  # the cache has seen more than the conversation says
             self.reset()
             raise
@@ -127,12 +131,6 @@ class Session:
     ) -> Answer:
         model, tokenizer = self.loaded
         token_ids = self._token_ids + new_ids
-        context = self.loaded.context_length
-        if len(token_ids) >= context:
-            raise InputError(
-                f"the conversation has {len(token_ids)} tokens and leaves no room for an answer in the {context} that "
-                "the model was made for; give a shorter text or another model."
-            )
         input_ids = torch.tensor([token_ids], device=model.device)
         streamer = _TimedStreamer(tokenizer, on_text)
         start = time.perf_counter()
@@ -141,7 +139,7 @@ class Session:
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 past_key_values=self.cache,
-                max_new_tokens=min(self.max_new_tokens, context - len(token_ids)),
+                max_new_tokens=min(self.max_new_tokens, self.loaded.context_length - len(token_ids)),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 streamer=streamer,

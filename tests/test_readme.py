@@ -1,0 +1,29 @@
+"""What the README shows must run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rocketkv.cli import app
+from tiny import save_tiny
+
+README = Path(__file__).parents[1].joinpath("README.md").read_text()
+
+
+def test_the_python_example_runs_and_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) < 10
+    save_tiny(tmp_path)
+    exec(example, {"name": str(tmp_path), "text": "A long text. " * 60})
+    assert "LayerStats(num_seen=" in capsys.readouterr().out
+
+
+def test_every_command_it_names_exists() -> None:
+    commands = re.findall(r"^    rocketkv (.*)$", README, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        options = [word for word in command.split() if word.startswith("--")]
+        help_text = CliRunner().invoke(app, [command.split()[0], "--help"]).output
+        assert all(option in help_text for option in options), command
