@@ -6,6 +6,7 @@ from transformers import T5Config
 
 from rocketkv import InputError
 from rocketkv.models import LoadedModel, embedded_path, load
+from tiny import save_tiny
 
 
 def test_the_embedded_model_loads_and_its_tokenizer_round_trips(smollm2: LoadedModel) -> None:
