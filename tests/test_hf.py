@@ -34,6 +34,7 @@ from rocketkv import (
     disable,
     enable,
 )
+from rocketkv.cache import PageIndex, RaggedTokens
 from rocketkv.eviction import KeepAll, SnapKV
 from tiny import CONFIGS, GROUPED, prompts, tiny_model
 
@@ -326,42 +327,51 @@ def test_a_fork_of_a_shared_prefill_gives_the_same_tokens() -> None:
 # Memory
 
 
-def live_token_bytes(num_tokens: int, head_dim: int) -> int:
-    """Bytes of all live storages that hold tensors shaped like this model's keys or values of about this length."""
+def live_token_bytes() -> int:
+    """Bytes of all live storages of four-dimensional tensors with this model's two KV heads: keys, values, indices."""
     storages = {}
     for thing in gc.get_objects():
-        if not issubclass(type(thing), Tensor) or thing.dim() != 4:
-            continue
-        if thing.shape[1] == 2 and thing.shape[2] >= num_tokens // 10 and thing.shape[3] == head_dim:
+        if issubclass(type(thing), Tensor) and thing.dim() == 4 and thing.shape[:2] == (1, 2):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
-def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest() -> None:
+def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layers, num_tokens = 12, 1500
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**GROUPED, "num_hidden_layers": layers})).eval()
     enable(model)
-    peaks: list[int] = []
+    samples: list[int] = []
 
-    class Measured(SnapKV):
-        def keep(self, *args: Any, **options: Any) -> Tensor | None:
-            peaks.append(live_token_bytes(num_tokens, 16))  # the fullest moment: prompt and past both there
-            return super().keep(*args, **options)
+    def measured(owner: type, name: str) -> None:
+        """Measure as `owner.name` is called, and again with its result beside its inputs."""
+        plain = getattr(owner, name)
 
-    config = RocketKVConfig(token_budget=32, eviction=Measured(8, 5), window_size=8)
-    cache = RocketKVCache(model.config, config)
+        def call(*args: Any, **options: Any) -> Any:
+            samples.append(live_token_bytes())
+            result = plain(*args, **options)
+            samples.append(live_token_bytes())
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    measured(SnapKV, "keep")
+    measured(RaggedTokens, "keep")
+    measured(PageIndex, "__init__")
+    cache = RocketKVCache(model.config, RocketKVConfig(token_budget=32, window_size=8, kernel_size=5))
     ids, _ = prompts(num_tokens)
+    before = live_token_bytes()
     with torch.inference_mode():
         model(input_ids=ids, past_key_values=cache)
     gc.collect()
     full_layer = 2 * 2 * num_tokens * 16 * 4
     compressed = [layer.cache.kv_bytes for layer in cache.compressed_layers]
-    assert len(peaks) == layers
-    assert max(peaks) > full_layer  # the measurement sees what there is
-    assert max(peaks) < 2 * full_layer + sum(compressed[1:-1])
-    assert live_token_bytes(num_tokens, 16) <= sum(compressed)  # after prefill nothing of full length is left
+    peak = max(samples) - before
+    assert len(samples) == 6 * layers
+    assert peak > full_layer  # the measurement sees what there is
+    assert peak < 2 * full_layer + sum(compressed[:-2])
+    assert live_token_bytes() - before <= sum(compressed)  # after prefill nothing of full length is left
 
 
 def test_no_quadratic_mask_when_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
