@@ -152,7 +152,7 @@ class LayerCache:
         Raises:
             InputError: nothing was prefilled.
         """
-        working, _ = self._prefilled()
+        working = self._started()
         beyond = torch.arange(working.max_length, device=working.lengths.device) >= working.lengths[..., None]
         return working.positions.masked_fill(beyond, -1)
 
@@ -163,7 +163,7 @@ class LayerCache:
         Raises:
             InputError: nothing was prefilled.
         """
-        return self._prefilled()[0].lengths
+        return self._started().lengths
 
     @property
     def row_seen(self) -> list[int]:
@@ -172,7 +172,7 @@ class LayerCache:
         Raises:
             InputError: nothing was prefilled.
         """
-        return self._prefilled()[0].row_seen
+        return self._started().row_seen
 
     @property
     def kv_bytes(self) -> int:
@@ -240,12 +240,17 @@ class LayerCache:
         elements = scored.where(lengths > top_k, 0) + 2 * lengths.minimum(top_k) * key.shape[3]
         return int(elements.sum()) * key.element_size()
 
+    def _started(self) -> WorkingSet:
+        if self.working is None:
+            raise InputError("this cache is empty; call prefill with a prompt first.")
+        return self.working
+
     def _prefilled(self) -> tuple[WorkingSet, SelectionPlan]:
-        if self.working is None or self.plan is None:
+        if self.plan is None:
             raise InputError(
                 "nothing was prefilled since this cache was made or forked; call prefill with a prompt first."
             )
-        return self.working, self.plan
+        return self._started(), self.plan
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor | None:
         """Refuse tensors that do not fit together or with what is held; return padding as `[B]` int64, None if zero."""

@@ -68,6 +68,8 @@ def load(name: str, dtype: str = "auto") -> LoadedModel:
             f"the tokenizer of {name!r} does not give back the text it encodes, so no answer could be trusted; "
             "load it from its original files."
         )
+    if tokenizer.pad_token is None:  # as some versions of transformers leave it when reading GGUF files
+        tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model, tokenizer)
 
 
