@@ -77,7 +77,8 @@ def test_generate_answers_and_compares(run: Any, loaded: LoadedModel, document: 
     for part in ("RocketKV t=128", "full cache", "held MiB", "read MiB"):
         assert part in result.stdout
     record = json.loads(run(*arguments, "--json").stdout)
-    ours, full = record["RocketKV t=128"], record["full cache"]
+    assert (record["model"], record["token_budget"]) == ("smollm2", 128)
+    ours, full = record["rocketkv"], record["full_cache"]
     assert ours["prompt_tokens"] == full["prompt_tokens"] > 800
     assert ours["new_tokens"] == 6
     assert ours["text"] in result.stdout.replace("\n", " ") or ours["text"].split("\n")[0] in result.stdout

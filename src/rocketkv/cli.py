@@ -88,7 +88,8 @@ def generate(
     for name, session in sessions.items():
         answers[name] = _ask(session, f"{text}\n\n{question}", title=name, quiet=as_json)
     if as_json:
-        print(json.dumps({name: _answer_record(answer) for name, answer in answers.items()}, indent=2))
+        records = dict(zip(("rocketkv", "full_cache"), map(_answer_record, answers.values()), strict=False))
+        print(json.dumps({"model": model, "token_budget": token_budget, **records}, indent=2))
     else:
         out.print(_answer_table(answers))
 
