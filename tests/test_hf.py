@@ -505,6 +505,22 @@ def test_a_mask_that_hides_what_was_taken_in_is_refused() -> None:
             model(input_ids=ids[:, :1], attention_mask=changed, past_key_values=cache)
 
 
+def test_a_mask_that_moves_the_padding_is_refused() -> None:
+    model = enable(tiny_model("llama"))
+    ids, mask = prompts(50, 30)
+    cache = RocketKVCache(model.config, COMPRESSED)
+    with torch.inference_mode():
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        moved = torch.cat([mask.flip(1), longer[:, -1:]], 1)  # as many zeros as before, in other columns
+        with pytest.raises(UnsupportedError, match="hides or reveals tokens"):
+            model(input_ids=ids[:, :1], attention_mask=moved, past_key_values=cache)
+        model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))  # the mask goes with its rows
+        longer = torch.cat([longer.flip(0), longer[:, -1:]], 1)
+        model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=cache)
+
+
 def test_other_misuse_is_refused() -> None:
     model = enable(tiny_model("llama"))
     ids, _ = prompts(50)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,6 +33,7 @@ class Call(NamedTuple):
 
     padding: Tensor | None = None  # [B] int64, padded columns among the new ones
     order: Tensor | None = None  # [B, T] int64, the new columns with the padded ones first; None: they are
+    mask: Tensor | None = None  # [B, seen + T] bool, False in padded columns; None: there are none
 
 
 class RocketKVLayer(CacheLayerMixin):
@@ -47,12 +49,17 @@ class RocketKVLayer(CacheLayerMixin):
         self.cache = LayerCache(config)
         self.window = window  # of a sliding-window layer whose window covers the model's whole context
         self.call: Call | None = None  # set by the hook, taken by the attention function
+        self.seen_mask: Tensor | None = None  # the mask of the last call, to tell when a later one contradicts it
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the layer starts with its first prompt."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Pass the new tokens `[B, Hkv, T, D]` on as they are; the attention function will store them."""
+        """Pass the new tokens `[B, Hkv, T, D]` on as they are; the attention function will store them.
+
+        Raises:
+            UnsupportedError: the model is not enabled.
+        """
         if self.call is None:
             raise UnsupportedError(
                 "a RocketKVCache was given to a model that is not enabled; call rocketkv.enable(model) first."
@@ -63,7 +70,7 @@ class RocketKVLayer(CacheLayerMixin):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the new tokens, `[B, Hq, T, D]`, through the compressed cache."""
         assert self.call is not None
-        padding, order = self.call
+        padding, order, self.seen_mask = self.call
         if query.shape[2] == 1 and self.cache.num_seen > 0:
             output = self.cache.decode(query, key, value, scale=scale)
         elif order is None:
@@ -90,23 +97,29 @@ class RocketKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.cache.reset()
-        self.call = None
+        self.call = self.seen_mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the batch by the rows `beam_idx` (`[B]` int64), as beam search does."""
-        self.cache.select_rows(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (`[B']` int64)."""
         self.cache.select_rows(indices)
+        if self.seen_mask is not None:
+            self.seen_mask = self.seen_mask.index_select(0, indices.to(self.seen_mask.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         rows = self.cache.num_stored.shape[0]
-        self.cache.select_rows(torch.arange(rows, device=self.cache.num_stored.device).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(rows, device=self.cache.num_stored.device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: evicted tokens do not come back."""
+        """Refused: evicted tokens do not come back.
+
+        Raises:
+            UnsupportedError: always.
+        """
         raise UnsupportedError(
             "a RocketKVCache cannot be rolled back, so assisted decoding does not work with it; "
             "generate without assistant_model and prompt_lookup_num_tokens, or use a DynamicCache."
@@ -170,12 +183,16 @@ class RocketKVCache(DynamicCache):
     def fork(self, rocketkv_config: RocketKVConfig) -> "RocketKVCache":
         """A cache with the same past that compresses as `rocketkv_config` says from its next turn on.
 
-        One prefill of a long text can so serve many questions and many ways to compress. Both must be `multi_turn`.
+        One prefill of a long text can so serve many questions and many ways to compress.
+
+        Raises:
+            InputError: one of the two is not `multi_turn`.
         """
         forked = RocketKVCache(self.model_config, rocketkv_config)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RocketKVLayer):
                 forked.layers[i].cache = layer.cache.fork(rocketkv_config)
+                forked.layers[i].seen_mask = layer.seen_mask
             else:
                 forked.layers[i] = deepcopy(layer)
         return forked
@@ -215,11 +232,11 @@ class RocketKVCache(DynamicCache):
             layer.call = call
 
     def _read_padding(self, num_new: int, attention_mask: Tensor | None) -> Call:
-        """Find the padded columns among the new ones in the mask `[B, seen + num_new]`."""
-        if attention_mask is None:
-            return Call()
+        """Find the padded columns among the new ones in the mask `[B, seen + num_new]`; see `begin` for errors."""
         first = self.compressed_layers[0]
-        seen = first.get_seq_length()
+        seen, seen_mask = first.get_seq_length(), first.seen_mask
+        if attention_mask is None:
+            return Call(mask=None if seen_mask is None else pad(seen_mask, (0, num_new), value=True))
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             raise UnsupportedError(
                 "a RocketKVCache makes its own masks; give a two-dimensional attention_mask of zeros and ones, or none."
@@ -236,16 +253,16 @@ class RocketKVCache(DynamicCache):
                 "attention_mask ends in zeros: the prompts are padded at the right; "
                 "pad at the left (tokenizer.padding_side='left')."
             )
-        if seen and past.sum(1).tolist() != first.cache.row_seen:
+        if not torch.equal(past, torch.ones_like(past) if seen_mask is None else seen_mask):
             raise UnsupportedError(
                 "attention_mask hides or reveals tokens that the cache has already taken in; "
                 "keep the mask of earlier columns as it was, ones for generated tokens."
             )
         if bool(new.all()):
-            return Call()
-        padding = num_new - new.sum(1)
+            return Call(mask=mask)
         is_left = bool((new[:, 1:] >= new[:, :-1]).all())  # else a token of the last answer stands before the padding
-        return Call(padding, None if is_left else new.to(torch.uint8).argsort(dim=1, stable=True))
+        order = None if is_left else new.to(torch.uint8).argsort(dim=1, stable=True)
+        return Call(num_new - new.sum(1), order, mask)
 
 
 def cache_stats(cache: DynamicCache) -> CacheStats:

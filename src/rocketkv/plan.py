@@ -70,7 +70,11 @@ def plan_prefilled(
     held: Tensor,
     head_dim: int,
 ) -> SelectionPlan:
-    """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 left `held` (`[B, Hkv]` int64)."""
+    """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 left `held` (`[B, Hkv]` int64).
+
+    Raises:
+        ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than attended.
+    """
     splits, limits = [], []
     for num_seen, num_held in zip(seen, held.amax(1).tolist(), strict=True):
         total = num_held + config.new_tokens
