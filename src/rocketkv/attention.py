@@ -2,6 +2,9 @@
 
 prefill: append -> exact dense attention -> stage 1 keeps the tokens that the last queries looked at -> index them
 decode:  append -> stage 2 scores the kept tokens cheaply -> exact attention to the best of them
+
+`decode` works in one of two ways: as a fused step, one call of a backend (ops/backends), or as the reference, the same
+in plain torch, which any selection method, device and dtype can take and to which every backend is held.
 """
 
 from copy import deepcopy
@@ -10,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rocketkv import ops
-from rocketkv.cache import WorkingSet
+from rocketkv.cache import PageIndex, WorkingSet
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
+from rocketkv.ops.backends import FusedStep, LayerTensors, find_backend
 from rocketkv.plan import SelectionPlan, plan_eviction, plan_outgrown, plan_prefilled, select_plan_rows
 
 
@@ -46,6 +50,8 @@ class LayerCache:
         self.num_seen = 0
         self.just_prefilled = False
         self.read_bytes = 0
+        self._fused: FusedStep | None = None  # over the buffers as they are; None: to be bound, or there is no backend
+        self._fused_room = 0  # steps until a buffer has to grow or the plan to change
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, *, padding: Tensor | None = None, scale: float | None = None
@@ -80,6 +86,7 @@ class LayerCache:
         self.working = working
         self.num_seen += key.shape[2]
         self.just_prefilled = True
+        self._fused_room = 0
         keys, values, _ = tokens.views()
         lengths = None if is_first else tokens.lengths
         output = ops.prefill_densely(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
@@ -87,8 +94,33 @@ class LayerCache:
         self.plan = plan_prefilled(
             self.config, self.selection, seen=working.row_seen, held=working.lengths, head_dim=key.shape[3]
         )
-        self._index_if_needed(working, self.plan)
+        self._prepare(working, self.plan)
         return output
+
+    def adopt(self, keys: Tensor, values: Tensor, *, num_seen: int) -> None:
+        """Begin with tokens that were computed, and chosen, elsewhere: all of them stay, as after a prefill.
+
+        Args:
+            keys: `[B, Hkv, N, D]` float, after RoPE; what stage 1 would have kept.
+            values: like `keys`.
+            num_seen: tokens that each row has seen, those left out by stage 1 included, >= N.
+
+        Raises:
+            InputError: this cache is not empty, or num_seen is smaller than N.
+        """
+        if self.working is not None or num_seen < keys.shape[2]:
+            raise InputError(
+                f"{keys.shape[2]} tokens of {num_seen} seen cannot be adopted; give at most num_seen to an empty cache."
+            )
+        working = self.working = WorkingSet(keys, archived=self.config.mode == "multi_turn")
+        working.keep(working.append_prompt(keys, values, None), None, self.config.new_tokens)
+        working.seen = torch.full_like(working.seen, num_seen)
+        self.num_seen = num_seen
+        self.just_prefilled = True
+        self.plan = plan_prefilled(
+            self.config, self.selection, seen=working.row_seen, held=working.lengths, head_dim=keys.shape[3]
+        )
+        self._prepare(working, self.plan)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
         """Attend one new token per row to the best of what is held, or to all of it where that fits in the budget.
@@ -112,15 +144,29 @@ class LayerCache:
             raise InputError(f"decode takes one token per row, not {query.shape[2]}; use prefill for a prompt.")
         scale = query.shape[3] ** -0.5 if scale is None else scale
 
-        working.append(key, value)
         self.num_seen += 1
         self.just_prefilled = False
-        if plan.outgrown_by_a_step():
-            plan = self.plan = plan_outgrown(
-                self.config, self.selection, plan, held=working.lengths, head_dim=key.shape[3]
-            )
-            working.index = None
-        self._index_if_needed(working, plan)
+        if self._fused_room == 0:
+            plan = self._prepare(working, plan)
+            self._fused = self._bind(working, plan, query.shape[1], scale)
+            self._fused_room = min(working.room, plan.steps_left)
+            if working.max_length < plan.dense_length:
+                self._fused_room = min(self._fused_room, plan.dense_length - working.max_length)
+        plan.steps_left -= 1
+        if self._fused is None:
+            self._fused_room = 0
+            return self._decode_by_reference(query, key, value, working, plan, scale)
+        self._fused_room -= 1
+        output, elements = self._fused(query, key, value)
+        working.count_appended()
+        self.read_bytes = elements * key.element_size()
+        return output
+
+    def _decode_by_reference(
+        self, query: Tensor, key: Tensor, value: Tensor, working: WorkingSet, plan: SelectionPlan, scale: float
+    ) -> Tensor:
+        """The decode step in plain torch."""
+        working.append(key, value)
         lengths = working.lengths
         logits = None
         if working.max_length > plan.dense_length:
@@ -163,7 +209,7 @@ class LayerCache:
         Raises:
             InputError: nothing was prefilled.
         """
-        return self._started().lengths
+        return self._started().lengths.clone()
 
     @property
     def row_seen(self) -> list[int]:
@@ -187,6 +233,7 @@ class LayerCache:
         """
         working, plan = self._prefilled()
         working.select_rows(rows)
+        self._fused_room = 0
         self.plan = select_plan_rows(self.config, plan, rows.tolist(), working.lengths)
 
     def fork(self, config: RocketKVConfig) -> "LayerCache":
@@ -226,10 +273,46 @@ class LayerCache:
             raise InputError(f"{type(self.eviction).__name__}.keep left a row without tokens; keep one at least.")
         return mask
 
-    def _index_if_needed(self, working: WorkingSet, plan: SelectionPlan) -> None:
-        """Build the index of the selection method as soon as there is anything to select."""
-        if working.index is None and working.max_length > plan.dense_length:
+    def _prepare(self, working: WorkingSet, plan: SelectionPlan) -> SelectionPlan:
+        """Make everything ready for one more token: the plan, room, and the index once there is anything to select."""
+        if plan.steps_left == 0:
+            plan = self.plan = plan_outgrown(
+                self.config, self.selection, plan, held=working.lengths, head_dim=working.head_dim
+            )
+            working.index = None
+        working.reserve()
+        if working.index is None and working.max_length >= plan.dense_length:
             working.index = self.selection.build_index(working, plan.page_size)
+            working.reserve()
+        return plan
+
+    def _bind(self, working: WorkingSet, plan: SelectionPlan, num_heads: int, scale: float) -> FusedStep | None:
+        """The decode step as one call of a backend; None if it is left to the reference."""
+        keys, values = (working.archive or working.tokens).fields[:2]
+        index = working.index if isinstance(working.index, PageIndex) else None
+        backend, _ = find_backend(self.config.backend, keys)
+        scoring = getattr(self.selection, "scoring", None)
+        if backend is None or scoring is None:
+            return None
+        return backend.bind(
+            LayerTensors(
+                keys=keys,
+                values=values,
+                positions=working.tokens.fields[-1],
+                lengths=working.lengths,
+                archive_lengths=None if working.archive is None else working.archive.lengths,
+                seen=working.seen,
+                scoring=scoring,
+                bounds=None if index is None else index.bounds,
+                page_size=plan.page_size if index is None else index.page_size,
+                num_channels=plan.num_channels,
+                top_k=plan.top_k,
+                sinks=plan.sinks,
+                recents=plan.recents,
+                num_heads=num_heads,
+                scale=scale,
+            )
+        )
 
     def _count_read_bytes(self, lengths: Tensor, plan: SelectionPlan, key: Tensor) -> int:
         """Bytes of a selecting step; a row that holds no more than its top_k needs no scores."""
@@ -254,13 +337,15 @@ class LayerCache:
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor | None:
         """Refuse tensors that do not fit together or with what is held; return padding as `[B]` int64, None if zero."""
-        shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         if query.dim() != 4 or key.dim() != 4 or query.shape[0::2] != key.shape[0::2] or query.shape[3] != key.shape[3]:
-            raise InputError(f"{shapes} do not fit; give [B, Hq, T, D] and twice [B, Hkv, T, D].")
+            raise InputError(f"{_shapes(query, key, value)} do not fit; give [B, Hq, T, D] and twice [B, Hkv, T, D].")
         if key.shape != value.shape:
-            raise InputError(f"{shapes}: key and value differ; attention with other value widths is not supported.")
+            raise InputError(
+                f"{_shapes(query, key, value)}: key and value differ; "
+                "attention with other value widths is not supported."
+            )
         if query.shape[1] % key.shape[1] or 0 in key.shape:
-            raise InputError(f"{shapes}: Hq must be a multiple of Hkv and nothing may be empty.")
+            raise InputError(f"{_shapes(query, key, value)}: Hq must be a multiple of Hkv and nothing may be empty.")
         if not query.dtype.is_floating_point or not query.dtype == key.dtype == value.dtype:
             raise InputError(
                 f"query {query.dtype}, key {key.dtype} and value {value.dtype} differ; give one floating-point dtype."
@@ -268,11 +353,10 @@ class LayerCache:
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise UnsupportedError("a compressed cache has no gradients; run under torch.inference_mode().")
         if self.working is not None:
-            held = self.working
-            expected = (len(held.row_seen), held.lengths.shape[1])
-            if expected != tuple(key.shape[:2]):
+            expected = tuple(self.working.lengths.shape)
+            if expected != key.shape[:2]:
                 raise InputError(
-                    f"{shapes}: the cache holds batch {expected[0]} and {expected[1]} KV heads; "
+                    f"{_shapes(query, key, value)}: the cache holds batch {expected[0]} and {expected[1]} KV heads; "
                     "continue with the same batch or call reset()."
                 )
         if padding is None:
@@ -284,3 +368,7 @@ class LayerCache:
                 f"{key.shape[0]} in all, from 0 to {key.shape[2] - 1}."
             )
         return padding if bool(padding.any()) else None
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rocketkv.ops import fold_into_pages, take_tokens
+from rocketkv.ops import PAGES_PER_BLOCK, build_pages, fold_into_pages, take_tokens
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
 
@@ -55,6 +55,16 @@ class RaggedTokens:
         """Bytes allocated, spare capacity included."""
         return self.lengths.nbytes + sum(x.nbytes for x in self.fields)
 
+    @property
+    def room(self) -> int:
+        """Tokens that every row can still take in without growing."""
+        return self.fields[0].shape[2] - self.max_length
+
+    def reserve(self, num_new: int) -> None:
+        """Make room for `num_new` more tokens in every row."""
+        if self.room < num_new:
+            self._reallocate(self.max_length + num_new + max(GROWTH, self.max_length // 8))
+
     def views(self) -> list[Tensor]:
         """The arrays without their spare capacity, each `[B, Hkv, max_length, ...]`."""
         return [x[:, :, : self.max_length] for x in self.fields]
@@ -67,8 +77,7 @@ class RaggedTokens:
             counts: `[B]` int64, how many of the T belong to each row, the first ones; all of them if None.
         """
         num_new = tokens[0].shape[2]
-        if self.max_length + num_new > self.fields[0].shape[2]:
-            self._reallocate(self.max_length + num_new + max(GROWTH, self.max_length // 8))
+        self.reserve(num_new)
         if not self.is_ragged:
             for field, new in zip(self.fields, tokens, strict=True):
                 field[:, :, self.max_length : self.max_length + num_new] = new
@@ -94,7 +103,7 @@ class RaggedTokens:
             num_new: tokens expected to follow.
         """
         if mask is None:
-            views, lengths = self.views(), self.lengths
+            views, lengths = self.views(), self.lengths.clone()
         else:
             lengths = mask.sum(2)
             slots = (~mask).to(torch.uint8).argsort(dim=2, stable=True)[:, :, : int(lengths.max())]
@@ -129,43 +138,56 @@ class PageIndex:
     """The bounds of each page of consecutive tokens, grown in steps; see `ops/pages.py`.
 
     Attributes:
-        bounds: `[B, Hkv, 2 * D, capacity]` in the dtype of the keys; `[B, Hkv, D, capacity]` if all pages are single.
+        bounds: `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]` in the dtype of the keys, D instead of 2 * D if all pages are
+            single.
         page_size: `[B]` int64, tokens per page; rows of a batch may differ.
     """
 
     def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
         """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64."""
         self.page_size = page_size
-        channels = keys.shape[3] if bool((page_size == 1).all()) else 2 * keys.shape[3]
-        self.bounds = keys.new_empty(*keys.shape[:2], channels, 0)
+        self._smallest = int(page_size.min())
         self._head_dim = keys.shape[3]
-        self._fold(keys, torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3]), lengths)
+        channels = keys.shape[3] if int(page_size.max()) == 1 else 2 * keys.shape[3]
+        self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
+        self.reserve(keys.shape[2])
+        build_pages(self.bounds, keys, lengths=lengths, page_size=page_size)
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated, spare capacity included."""
         return self.bounds.nbytes
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that every row may hold without growing."""
+        return self.bounds.shape[2] * PAGES_PER_BLOCK * self._smallest
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for rows of `num_tokens` tokens."""
+        used = self.bounds.shape[2]
+        if num_tokens <= self.capacity:
+            return
+        num_blocks = -(-num_tokens // (PAGES_PER_BLOCK * self._smallest))
+        with torch.inference_mode(False):  # ours to write to in whatever mode the next token comes
+            shape = (*self.bounds.shape[:2], num_blocks + max(1, num_blocks // 8), *self.bounds.shape[3:])
+            grown = self.bounds.new_full(shape, -torch.inf)
+        if grown.shape[3] > self._head_dim:
+            grown[:, :, :, : self._head_dim] = torch.inf
+        grown[:, :, :used] = self.bounds
+        self.bounds = grown
+
     def extend(self, key: Tensor, slots: Tensor) -> None:
         """Take in one token per row, into the last, open page: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
-        self._fold(key, slots[..., None], slots + 1)
+        self.reserve(int(slots.max()) + 1)
+        fold_into_pages(self.bounds, key, slots=slots[..., None], page_size=self.page_size)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""
         with torch.inference_mode(False):
             self.bounds = self.bounds.index_select(0, rows)
         self.page_size = self.page_size.index_select(0, rows)
-
-    def _fold(self, keys: Tensor, slots: Tensor, lengths: Tensor) -> None:
-        num_pages, used = int((slots // self.page_size[:, None, None]).max()) + 1, self.bounds.shape[3]
-        if num_pages > used:
-            with torch.inference_mode(False):  # ours to write to in whatever mode the next token comes
-                grown = self.bounds.new_full((*self.bounds.shape[:3], num_pages + GROWTH), -torch.inf)
-            if grown.shape[2] > self._head_dim:
-                grown[:, :, : self._head_dim] = torch.inf
-            grown[..., :used] = self.bounds
-            self.bounds = grown
-        fold_into_pages(self.bounds, keys, slots=slots, lengths=lengths, page_size=self.page_size)
+        self._smallest = int(self.page_size.min())
 
 
 class WorkingSet:
@@ -178,7 +200,8 @@ class WorkingSet:
         is_whole: whether nothing was left out by the last `keep`.
         archive: every token seen, fields `keys, values`; None in single-turn.
         index: what the selection method keeps beside the keys; None where nothing is to be selected.
-        row_seen: tokens seen by each row, padding left out.
+        seen: `[B]` int64, tokens seen by each row, padding left out.
+        head_dim: D.
         key_bytes: bytes of one key in one KV head.
     """
 
@@ -189,8 +212,9 @@ class WorkingSet:
         self.archive = RaggedTokens.empty_like([key, key]) if archived else None
         self.index: Index | None = None
         self.is_whole = True
-        self.row_seen = [0] * key.shape[0]
-        self.key_bytes = key.shape[3] * key.element_size()
+        self.seen = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
+        self.head_dim = key.shape[3]
+        self.key_bytes = self.head_dim * key.element_size()
 
     @property
     def lengths(self) -> Tensor:
@@ -201,6 +225,19 @@ class WorkingSet:
     def max_length(self) -> int:
         """The largest of the lengths."""
         return self.tokens.max_length
+
+    @property
+    def row_seen(self) -> list[int]:
+        """Tokens seen by each row, padding left out, on the host."""
+        return [int(n) for n in self.seen.tolist()]
+
+    @property
+    def room(self) -> int:
+        """Tokens that every row can still take in without any buffer growing; indices of other kinds are not asked."""
+        rooms = [part.room for part in (self.tokens, self.archive) if part is not None]
+        if isinstance(self.index, PageIndex):
+            rooms.append(self.index.capacity - self.max_length)
+        return min(rooms)
 
     @property
     def positions(self) -> Tensor:
@@ -226,9 +263,7 @@ class WorkingSet:
         batch, num_kv_heads, num_new, _ = key.shape
         counts = None if padding is None else num_new - padding
         new = [align_left(key, padding), align_left(value, padding), self._next_positions(num_new, key)]
-        self.row_seen = [n + num_new for n in self.row_seen]
-        if padding is not None:
-            self.row_seen = [n - pad for n, pad in zip(self.row_seen, padding.tolist(), strict=True)]
+        self.seen = self.seen + (num_new if counts is None else counts)
         if self.archive is not None:
             self.archive.append(*new[:2], counts=counts)
             every = torch.arange(self.archive.max_length, dtype=torch.int32, device=key.device)
@@ -253,7 +288,7 @@ class WorkingSet:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add one token per row to working set, index and archive: `key`, `value` `[B, Hkv, 1, D]`."""
         positions = self._next_positions(1, key)
-        self.row_seen = [n + 1 for n in self.row_seen]
+        self.seen = self.seen + 1
         if self.index is not None:
             self.index.extend(key, self.lengths)
         if self.archive is None:
@@ -261,6 +296,20 @@ class WorkingSet:
         else:
             self.archive.append(key, value)
             self.tokens.append(positions)
+
+    def reserve(self) -> None:
+        """Make room for one more token in every row, and some after it."""
+        for part in (self.tokens, self.archive):
+            if part is not None:
+                part.reserve(1)
+        if isinstance(self.index, PageIndex):
+            self.index.reserve(self.max_length + 1)
+
+    def count_appended(self) -> None:
+        """Note on the host that one token per row was added to the buffers and their lengths by someone else."""
+        for part in (self.tokens, self.archive):
+            if part is not None:
+                part.max_length += 1
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen from an archive."""
@@ -291,15 +340,14 @@ class WorkingSet:
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
-        self.row_seen = [self.row_seen[row] for row in rows.tolist()]
+        self.seen = self.seen.index_select(0, rows)
         for part in (self.tokens, self.archive, self.index):
             if part is not None:
                 part.select_rows(rows)
 
     def _next_positions(self, num_new: int, key: Tensor) -> Tensor:
         """Positions `[B, Hkv, num_new]` int32 of the tokens that come next."""
-        first = torch.tensor(self.row_seen, dtype=torch.int32, device=key.device)
-        positions = first[:, None] + torch.arange(num_new, dtype=torch.int32, device=key.device)
+        positions = self.seen[:, None].int() + torch.arange(num_new, dtype=torch.int32, device=key.device)
         return positions[:, None].expand(-1, key.shape[1], -1)
 
 

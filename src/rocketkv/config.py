@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from rocketkv.budget import Budget
 from rocketkv.errors import ConfigError, UnknownOptionError
 from rocketkv.eviction import EVICTION_POLICIES, EvictionPolicy
+from rocketkv.ops.backends import BACKENDS
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
@@ -30,6 +31,8 @@ class RocketKVConfig:
         recent_tokens: last tokens always attended, counted inside `top_k`; None: `top_k // 8`.
         new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown.
         budget: the split itself instead of the formulas, the same for every row and turn.
+        backend: what decodes: `auto`, the fastest that accepts device, dtype and method; `reference`, plain torch; or a
+            backend's name.
 
     Raises:
         ConfigError: an option is out of range or contradicts another.
@@ -46,6 +49,7 @@ class RocketKVConfig:
     recent_tokens: int | None = None
     new_tokens: int = 0
     budget: Budget | None = None
+    backend: str = "auto"
 
     def __new__(cls, **options: Any) -> Self:
         """Refuse unknown options by name before the fields are set."""
@@ -65,6 +69,7 @@ class RocketKVConfig:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 0)
         _check_choice("mode", self.mode, MODES)
+        _check_choice("backend", self.backend, ("auto", "reference", *(backend.NAME for backend in BACKENDS)))
         if isinstance(self.eviction, str):
             _check_choice("eviction", self.eviction, tuple(EVICTION_POLICIES))
         elif not callable(getattr(self.eviction, "keep", None)):

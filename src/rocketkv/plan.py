@@ -43,7 +43,7 @@ class SelectionPlan:
         sinks: `[B]` int64, first tokens always attended.
         recents: `[B]` int64, last tokens always attended.
         dense_length: up to this length every row is attended densely.
-        steps_left: decode steps until some row outgrows its split.
+        steps_left: decode steps until some row would outgrow its split.
     """
 
     splits: list[Split]
@@ -55,11 +55,6 @@ class SelectionPlan:
     recents: Tensor
     dense_length: int
     steps_left: int
-
-    def outgrown_by_a_step(self) -> bool:
-        """Count one decode step; whether some row has outgrown its split by it."""
-        self.steps_left -= 1
-        return self.steps_left < 0
 
 
 def plan_prefilled(
@@ -95,12 +90,12 @@ def plan_prefilled(
 def plan_outgrown(
     config: RocketKVConfig, selection: SelectionMethod, plan: SelectionPlan, *, held: Tensor, head_dim: int
 ) -> SelectionPlan:
-    """Plan the rows anew that have outgrown their `plan`, holding `held` (`[B, Hkv]` int64) tokens now."""
+    """Plan the rows anew that outgrow their `plan` with the next token, holding `held` (`[B, Hkv]` int64) now."""
     splits, limits = list(plan.splits), list(plan.limits)
     for row, num_held in enumerate(held.amax(1).tolist()):
-        if num_held > limits[row]:
-            splits[row] = selection.split(num_held, config.token_budget, head_dim)
-            limits[row] = int(OUTGROWN * num_held)
+        if num_held >= limits[row]:
+            splits[row] = selection.split(num_held + 1, config.token_budget, head_dim)
+            limits[row] = int(OUTGROWN * (num_held + 1))
     return _plan(config, splits, limits, held)
 
 

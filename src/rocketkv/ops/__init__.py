@@ -2,11 +2,13 @@
 
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens
-from rocketkv.ops.pages import bound_logits, fold_into_pages, hybrid_logits
+from rocketkv.ops.pages import PAGES_PER_BLOCK, bound_logits, build_pages, fold_into_pages, hybrid_logits
 from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
 
 __all__ = [
+    "PAGES_PER_BLOCK",
     "bound_logits",
+    "build_pages",
     "choose_tokens",
     "decode_densely",
     "decode_sparsely",

@@ -1,32 +1,63 @@
 """Page bounds, the index of stage 2: what the keys of a page can be at most and at least, channel by channel.
 
-Bounds are `[B, Hkv, 2 * D, P]`: minima of all channels, then maxima, channel-major so that unread channels are skipped.
-Where every page holds one token, minima and maxima are the keys themselves and stored once: `[B, Hkv, D, P]`.
+Bounds are `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]`: minima of all channels, then maxima, channel-major within a block
+of pages, so that an unread channel is memory not read. Where every page holds one token, minima and maxima are the keys
+themselves and stored once: `[B, Hkv, blocks, D, PAGES_PER_BLOCK]`.
 """
 
 import torch
 from torch import Tensor
 
+from rocketkv.ops.backends import cpp
 
-def fold_into_pages(bounds: Tensor, keys: Tensor, *, slots: Tensor, lengths: Tensor, page_size: Tensor) -> None:
-    """Let the bounds of each key's page take in the key, in place.
+PAGES_PER_BLOCK = 32  # one cache line of a channel in 16 bits; csrc/kernels.h has the same number
+
+
+def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
+    """Let empty bounds take in all keys, in place.
 
     Args:
-        bounds: `[B, Hkv, D or 2 * D, P]` float; of a page without tokens: +inf and -inf.
-        keys: `[B, Hkv, T, D]` in the dtype of `bounds`.
-        slots: `[B, Hkv, T]` int64, where the keys stand in their rows.
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float; of a page without tokens: +inf and -inf.
+        keys: `[B, Hkv, S, D]` in the dtype of `bounds`.
         lengths: `[B, Hkv]` int64; keys at slots beyond are left out.
         page_size: `[B]` int64, tokens per page.
 
+    Reads `B * Hkv * S * D` elements.
+    """
+    if cpp.decline(keys) is None:
+        cpp.build_pages(bounds, keys, lengths, page_size)
+        return
+    slots = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+    fold_into_pages(bounds, keys, slots=slots, page_size=page_size, lengths=lengths)
+
+
+def fold_into_pages(
+    bounds: Tensor, keys: Tensor, *, slots: Tensor, page_size: Tensor, lengths: Tensor | None = None
+) -> None:
+    """Let the bounds of each key's page take in the key, in place.
+
+    Args:
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float; of a page without tokens: +inf and -inf.
+        keys: `[B, Hkv, T, D]` in the dtype of `bounds`.
+        slots: `[B, Hkv, T]` int64, where the keys stand in their rows.
+        page_size: `[B]` int64, tokens per page.
+        lengths: `[B, Hkv]` int64; keys at slots beyond are left out; None: all are taken in.
+
     Reads `B * Hkv * T * D` elements.
     """
-    head_dim = keys.shape[3]
-    beyond = (slots >= lengths[..., None])[:, :, None]  # [B, Hkv, 1, T]
-    columns = keys.transpose(2, 3)  # [B, Hkv, D, T]
-    page = (slots // page_size[:, None, None])[:, :, None].expand_as(columns)
-    bounds[:, :, -head_dim:].scatter_reduce_(3, page, columns.masked_fill(beyond, -torch.inf), "amax")
-    if bounds.shape[2] > head_dim:
-        bounds[:, :, :head_dim].scatter_reduce_(3, page, columns.masked_fill(beyond, torch.inf), "amin")
+    head_dim, num_rows = keys.shape[3], bounds.shape[3]
+    page = slots // page_size[:, None, None]  # [B, Hkv, T]
+    first = page // PAGES_PER_BLOCK * (num_rows * PAGES_PER_BLOCK) + page % PAGES_PER_BLOCK
+    minima = first[..., None] + PAGES_PER_BLOCK * torch.arange(head_dim, device=keys.device)  # [B, Hkv, T, D]
+    maxima = minima + (num_rows - head_dim) * PAGES_PER_BLOCK
+    low = high = keys
+    if lengths is not None:
+        beyond = (slots >= lengths[..., None])[..., None]
+        low, high = keys.masked_fill(beyond, torch.inf), keys.masked_fill(beyond, -torch.inf)
+    flat = bounds.view(*bounds.shape[:2], -1)
+    flat.scatter_reduce_(2, maxima.flatten(2), high.flatten(2), "amax")
+    if num_rows > head_dim:
+        flat.scatter_reduce_(2, minima.flatten(2), low.flatten(2), "amin")
 
 
 def hybrid_logits(
@@ -38,7 +69,7 @@ def hybrid_logits(
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
-        bounds: `[B, Hkv, D or 2 * D, P]` float.
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float.
         page_size: `[B]` int64, tokens per page.
         num_tokens: S, tokens to give a logit to.
         num_channels: `[B]` int64, channels to read, 1 to D.
@@ -51,14 +82,16 @@ def hybrid_logits(
     """
     query = query.float()
     head_dim = query.shape[3]
-    channels = query.abs().mean(2).topk(int(num_channels.max()), dim=2).indices  # [B, Hkv, R]
+    sizes = query.abs().sum(2)  # of equal ones the lower channel is read
+    channels = sizes.argsort(dim=2, descending=True, stable=True)[:, :, : int(num_channels.max())]  # [B, Hkv, R]
     read = torch.arange(channels.shape[2], device=query.device) < num_channels[:, None]  # [B, R]
     chosen = query.gather(3, channels[:, :, None].expand(-1, -1, query.shape[2], -1)) * read[:, None, None]
-    if bounds.shape[2] > head_dim:  # the maximum where the heads together are positive, otherwise the minimum
+    if bounds.shape[3] > head_dim:  # the maximum where the heads together are positive, otherwise the minimum
         channels = channels + head_dim * (query.sum(2).gather(2, channels) > 0)
-    bound = bounds.gather(2, channels[..., None].expand(-1, -1, -1, bounds.shape[3])).float()  # [B, Hkv, R, P]
+    rows = channels[:, :, None, :, None].expand(-1, -1, bounds.shape[2], -1, PAGES_PER_BLOCK)
+    bound = bounds.gather(3, rows).float()  # [B, Hkv, blocks, R, PAGES_PER_BLOCK]
     share = chosen.abs().sum(3, keepdim=True) / query.abs().sum(3, keepdim=True).clamp_min(1e-30)
-    return _of_tokens((chosen @ bound) * (scale / share.sqrt().clamp_min(1e-15)), page_size, num_tokens)
+    return _of_tokens(_dot(chosen, bound) * (scale / share.sqrt().clamp_min(1e-15)), page_size, num_tokens)
 
 
 def bound_logits(query: Tensor, bounds: Tensor, *, page_size: Tensor, num_tokens: int, scale: float) -> Tensor:
@@ -68,7 +101,7 @@ def bound_logits(query: Tensor, bounds: Tensor, *, page_size: Tensor, num_tokens
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
-        bounds: `[B, Hkv, D or 2 * D, P]` float.
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float.
         page_size: `[B]` int64, tokens per page.
         num_tokens: S, tokens to give a logit to.
         scale: factor on the dot products, > 0.
@@ -80,9 +113,14 @@ def bound_logits(query: Tensor, bounds: Tensor, *, page_size: Tensor, num_tokens
     each token.
     """
     query = query.float()
-    if bounds.shape[2] > query.shape[3]:
+    if bounds.shape[3] > query.shape[3]:
         query = torch.cat([query.clamp_max(0.0), query.clamp_min(0.0)], dim=3)
-    return _of_tokens((query @ bounds.float()) * scale, page_size, num_tokens)
+    return _of_tokens(_dot(query, bounds.float()) * scale, page_size, num_tokens)
+
+
+def _dot(query: Tensor, bounds: Tensor) -> Tensor:
+    """Products of `[B, Hkv, G, R]` with every page of `[B, Hkv, blocks, R, PAGES_PER_BLOCK]`: `[B, Hkv, G, P]`."""
+    return (query[:, :, None] @ bounds).transpose(2, 3).flatten(3)
 
 
 def _of_tokens(page_logits: Tensor, page_size: Tensor, num_tokens: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What stage 2 asks of a selection method."""
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,7 +13,18 @@ class SelectionMethod(ABC):
     """How one decode step decides which kept tokens to attend to.
 
     A method of your own derives from this class, or has all of its methods.
+
+    Attributes:
+        scoring: the name under which the fused steps of `ops/backends` know what `logits` computes; None: they do not,
+            and the method runs in plain torch. It is not inherited by a class that defines `logits` or `build_index`.
     """
+
+    scoring: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "scoring" not in vars(cls) and ("logits" in vars(cls) or "build_index" in vars(cls)):
+            cls.scoring = None
 
     def held_tokens(self, seq_len: int, token_budget: int) -> int:
         """How many of `seq_len` tokens stage 1 should leave, so that this method fits in `token_budget`."""

@@ -12,6 +12,8 @@ from rocketkv.selection.base import SelectionMethod
 class Dense(SelectionMethod):
     """Attend to everything; with `snapkv` eviction this is SnapKV at `token_budget` tokens per KV head."""
 
+    scoring = "none"
+
     def held_tokens(self, seq_len: int, token_budget: int) -> int:
         """The budget itself; see `SelectionMethod`."""
         return token_budget

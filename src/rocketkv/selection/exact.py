@@ -10,6 +10,8 @@ from rocketkv.selection.base import SelectionMethod
 class Exact(SelectionMethod):
     """Choose `token_budget` tokens by true attention. Its scoring is not counted in the budget: it is a bound."""
 
+    scoring = "exact"
+
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """The whole budget attends; see `SelectionMethod`."""
         return Split(1, head_dim, token_budget)

@@ -11,6 +11,8 @@ from rocketkv.selection.base import SelectionMethod
 class Hybrid(SelectionMethod):
     """Score pages by the bound that the query's sign picks, along few channels (section "Hybrid Sparse Attention")."""
 
+    scoring = "hybrid"
+
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores, half attends; see `SelectionMethod`."""
         return split_selection(num_tokens, token_budget, head_dim)

@@ -13,6 +13,8 @@ from rocketkv.selection.hybrid import Hybrid
 class Quest(Hybrid):
     """Score pages by their upper bound; both bounds of all channels are read, so pages are larger than hybrid ones."""
 
+    scoring = "bound"
+
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores: one page's two bounds cost one token; see `SelectionMethod`."""
         return Split(max(1, math.ceil(2 * num_tokens / token_budget)), head_dim, max(1, token_budget // 2))

@@ -11,6 +11,8 @@ from rocketkv.selection.hybrid import Hybrid
 class SparQ(Hybrid):
     """Hybrid selection with pages of one token, whose bounds are the keys themselves, held channel-major."""
 
+    scoring = "hybrid"
+
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores, along few channels; see `SelectionMethod`."""
         num_channels = max(1, int(head_dim * token_budget / max(num_tokens, token_budget)))

@@ -1,0 +1,84 @@
+// The kernels and what they are given. The library is compiled once for each instruction set; see CMakeLists.txt.
+#pragma once
+
+#include <cstdint>
+
+namespace rocketkv {
+
+enum class Dtype { kFloat32, kBfloat16, kFloat16, kInt8 };
+
+// How the tokens of a row are scored before the best are chosen. A method is one case of `Scorer` in step.cpp.
+enum class Scoring {
+  kNone,    // attend to everything
+  kHybrid,  // bounds of pages along the query's largest channels (RocketKV, SparQ)
+  kBound,   // upper bounds of pages along all channels (Quest)
+  kExact,   // the true logits
+};
+
+constexpr int kBlockPages = 32;  // pages side by side in the index: one cache line of a channel in 16 bits
+
+// The page bounds, [B, Hkv, blocks, C, kBlockPages]: channel-major within a block of pages, so that an unread channel is
+// a cache line not read. C is 2 D, minima then maxima, or D where all pages hold one token.
+struct Pages {
+  void* bounds = nullptr;
+  const int64_t* page_size = nullptr;  // [B]
+  int64_t num_blocks = 0;              // allocated
+  int num_rows = 0;                    // C
+};
+
+// One layer's storage and plan: everything about a decode step that stays the same while no buffer grows.
+struct Layer {
+  Dtype dtype;
+  int batch, num_kv_heads, num_heads, head_dim;
+  float scale;
+
+  void *keys, *values;       // [B, Hkv, token_capacity, D]
+  int64_t token_capacity;
+  int32_t* positions;        // [B, Hkv, position_capacity]
+  int64_t position_capacity;
+  bool archived;             // keys and values lie at `positions`; otherwise side by side
+  int64_t* lengths;          // [B, Hkv] tokens to choose from; grows by one
+  int64_t* archive_lengths;  // [B, Hkv] tokens in the archive or null; grows by one
+  int64_t* seen;             // [B] tokens seen; grows by one
+
+  Scoring scoring;
+  Pages pages;
+  const int64_t *num_channels, *top_k, *sinks, *recents;  // [B]
+};
+
+// One token per row: query [B, Hq, D], key and value [B, Hkv, D], output [B, Hq, D], all dense in the layer's dtype.
+struct Token {
+  const void *query, *key, *value;
+  void* output;
+  int32_t* chosen;  // [B, Hkv, position_capacity] places chosen, -1 after the last; or null
+};
+
+struct Linear {
+  Dtype weight_dtype, dtype;  // of weight; of input, bias and output
+  const void* weight;         // [num_out, num_in]
+  const float* scales;        // [num_out], of int8 weights
+  const void* bias;           // [num_out] or null
+  const void* input;          // [num_rows, num_in]
+  void* output;               // [num_rows, num_out]
+  int64_t num_rows, num_in, num_out;
+};
+
+// Append a token to every row, score, choose, attend. Returns the elements of keys, values and index that it read.
+int64_t decode_step(const Layer& layer, const Token& token, int num_threads);
+
+// The keys that an index is built from: [B, Hkv, S, D], rows dense, with strides in elements between rows and heads.
+struct Keys {
+  Dtype dtype;
+  int batch, num_kv_heads, head_dim;
+  const void* keys;
+  int64_t batch_stride, head_stride;
+  const int64_t* lengths;  // [B, Hkv]
+};
+
+// Let empty pages take in all keys.
+void build_pages(const Keys& keys, const Pages& pages, int num_threads);
+
+// output = input @ weight^T (* scales) (+ bias), for few rows.
+void multiply(const Linear& linear, int num_threads);
+
+}  // namespace rocketkv

@@ -1,0 +1,48 @@
+// Building the index from the kept keys.
+#include "pages.h"
+
+#include <atomic>
+
+#include "threads.h"
+
+namespace rocketkv {
+namespace {
+
+template <class T>
+struct Build {
+  const Keys& keys;
+  const Pages& pages;
+  std::atomic<int64_t> next_task{0};
+
+  void work() {
+    int64_t num_tasks = static_cast<int64_t>(keys.batch) * keys.num_kv_heads * pages.num_blocks;
+    for (int64_t task; (task = next_task.fetch_add(1)) < num_tasks;)
+      build_block(task / pages.num_blocks, task % pages.num_blocks);
+  }
+
+  void build_block(int64_t head, int64_t block) {
+    int64_t row = head / keys.num_kv_heads, page_size = pages.page_size[row];
+    int64_t begin = block * kBlockPages * page_size, end = std::min(begin + kBlockPages * page_size, keys.lengths[head]);
+    const T* first = static_cast<const T*>(keys.keys) + row * keys.batch_stride + head % keys.num_kv_heads * keys.head_stride;
+    for (int64_t place = begin; place < end; ++place)
+      fold_token(pages, head, page_size, place, first + place * keys.head_dim, keys.head_dim);
+  }
+};
+
+template <class T>
+void build(const Keys& keys, const Pages& pages, int num_threads) {
+  Build<T> build{keys, pages};
+  run_on_threads(num_threads, [](void* self) { static_cast<Build<T>*>(self)->work(); }, &build);
+}
+
+}  // namespace
+
+void build_pages(const Keys& keys, const Pages& pages, int num_threads) {
+  switch (keys.dtype) {
+    case Dtype::kFloat32: return build<float>(keys, pages, num_threads);
+    case Dtype::kBfloat16: return build<Bfloat16>(keys, pages, num_threads);
+    default: return build<Float16>(keys, pages, num_threads);
+  }
+}
+
+}  // namespace rocketkv

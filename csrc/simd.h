@@ -1,0 +1,210 @@
+// Vectors of floats, and loading the storage types into them. Everything else is written in terms of this file.
+//
+// Vec is as wide as the instruction set that the file is compiled for. Numbers are loaded two Vecs at a time ("a pair"):
+// a pair of bfloat16 costs one load, one shift and one mask, if the even channels may go to one Vec and the odd ones to
+// the other. So every type has its own order of channels within a pair, and whatever meets it is brought into that order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace rocketkv {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kPair = 2 * kWidth;
+
+using Vec = float __attribute__((vector_size(4 * kWidth)));
+using VecBits = uint32_t __attribute__((vector_size(4 * kWidth)));
+using VecInt = int32_t __attribute__((vector_size(4 * kWidth)));
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline void prefetch(const void* p, int num_bytes) {
+  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+// ---- one number
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bfloat16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  return load<float>(&bits);
+}
+inline float to_float(Float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  return static_cast<float>(load<_Float16>(&x));
+#endif
+}
+inline float to_float(int8_t x) { return x; }
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline Bfloat16 from_float<Bfloat16>(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits = load<uint32_t>(&x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline Float16 from_float<Float16>(float x) {
+#if defined(__F16C__)
+  return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  _Float16 half = static_cast<_Float16>(x);
+  return load<Float16>(&half);
+#endif
+}
+
+// ---- pairs
+
+struct Pair {
+  Vec a, b;
+};
+
+inline Pair load_pair(const float* p) { return {load<Vec>(p), load<Vec>(p + kWidth)}; }
+
+inline Pair load_pair(const Bfloat16* p) {  // even channels, odd channels
+  VecBits bits = load<VecBits>(p);
+  VecBits even = bits << 16, odd = bits & 0xffff0000u;
+  return {load<Vec>(&even), load<Vec>(&odd)};
+}
+
+inline Vec load_half(const Float16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(load<__m256i>(p)));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(load<__m128i>(p)));
+#else
+  using Halves = _Float16 __attribute__((vector_size(2 * kWidth)));
+  return __builtin_convertvector(load<Halves>(p), Vec);
+#endif
+}
+inline Pair load_pair(const Float16* p) { return {load_half(p), load_half(p + kWidth)}; }
+
+inline Pair load_pair(const int8_t* p) {
+  using Bytes = int8_t __attribute__((vector_size(kWidth)));
+  auto widen = [](const int8_t* q) { return __builtin_convertvector(__builtin_convertvector(load<Bytes>(q), VecInt), Vec); };
+  return {widen(p), widen(p + kWidth)};
+}
+
+// The first `count` channels of a pair, zeros after them.
+template <class T>
+inline Pair load_part(const T* p, int count) {
+  T buffer[kPair] = {};
+  std::memcpy(buffer, p, count * sizeof(T));
+  return load_pair(buffer);
+}
+
+// Where channel c of a row of T stands once loaded pair by pair.
+template <class T>
+inline int pair_slot(int c) {
+  return c;
+}
+template <>
+inline int pair_slot<Bfloat16>(int c) {
+  int in_pair = c % kPair;
+  return c - in_pair + in_pair % 2 * kWidth + in_pair / 2;
+}
+
+// A row of `count` numbers as floats in the order of T, zeros up to a whole pair.
+template <class T, class X>
+inline void spread(const X* x, int count, float* out) {
+  std::fill(out + count / kPair * kPair, out + round_up(count, kPair), 0.0f);
+  for (int c = 0; c < count; ++c) out[pair_slot<T>(c)] = to_float(x[c]);
+}
+
+// ---- across the lanes
+
+#if defined(__AVX2__)
+using Vec8 = float __attribute__((vector_size(32)));
+inline Vec8 add_neighbours(Vec8 a, Vec8 b) {
+  return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+inline Vec8 narrow(Vec v) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  return v;
+#endif
+}
+// The sums of eight vectors.
+inline void sum_lanes(const Vec* v, float* out) {
+  Vec8 low = add_neighbours(add_neighbours(narrow(v[0]), narrow(v[1])), add_neighbours(narrow(v[2]), narrow(v[3])));
+  Vec8 high = add_neighbours(add_neighbours(narrow(v[4]), narrow(v[5])), add_neighbours(narrow(v[6]), narrow(v[7])));
+  store(out, __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
+                 __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15));
+}
+#else
+inline void sum_lanes(const Vec* v, float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+}
+#endif
+
+inline float max_lane(Vec v) {
+  float best = v[0];
+  for (int i = 1; i < kWidth; ++i) best = std::max(best, v[i]);
+  return best;
+}
+inline float sum_lane(Vec v) {
+  float sum = v[0];
+  for (int i = 1; i < kWidth; ++i) sum += v[i];
+  return sum;
+}
+
+// exp(x) for x <= 0, to about one unit in the last place; below -87 it gives exp(-87) instead of less.
+inline Vec exp_of_negative(Vec x) {
+  x = max(x, broadcast(-87.0f));
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vec shifted = x * 1.44269504f + magic;
+  Vec n = shifted - magic;
+  Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  VecBits power = (load<VecBits>(&shifted) - 0x4b400000u + 127u) << 23;  // 2^n
+  return p * load<Vec>(&power);
+}
+
+}  // namespace rocketkv

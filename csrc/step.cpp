@@ -1,0 +1,505 @@
+// One decode step of one layer: append -> score -> choose -> attend, in one parallel region.
+//
+// Each (batch row, KV head) is cut into score tasks and then into attend tasks. Threads draw tasks in that order; whoever
+// finishes a head's last score task chooses its tokens, and an attend task waits until its head is chosen. The wait is
+// short and cannot deadlock: the tasks waited for were drawn earlier and are running. So any number of heads, be it 1 or 3,
+// keeps any number of threads busy, and nobody waits for a head that is not theirs.
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include "dot.h"
+#include "kernels.h"
+#include "pages.h"
+#include "threads.h"
+
+namespace rocketkv {
+namespace {
+
+constexpr int kTile = 64;           // tokens attended between two updates of the running softmax
+constexpr int kPieceTokens = 2048;  // tokens of an attend task at most
+constexpr int kAhead = 8;           // tokens between a prefetch and its use
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What the tasks of one (row, KV head) share.
+struct Head {
+  int64_t index, row;       // b * Hkv + h, b
+  int64_t length;           // tokens to choose from, the new one included
+  bool selects;             // whether it holds more than it may attend to
+  int64_t page_size, num_units, num_chosen;  // units: pages, or tokens where each is scored
+  float* logits;            // [G][unit_stride]
+  int32_t* chosen;          // [num_chosen] places, ascending; unused where everything is attended
+  float* pieces;            // [num_pieces][G][2 + padded D]: maximum, sum, weighted values
+  std::atomic<int> scores_left, pieces_left;
+  std::atomic<bool> is_ready;
+};
+
+// Which rows of the index a step reads, and what each adds to the logits of the heads.
+struct Channels {
+  std::vector<int> rows;
+  std::vector<float> weights;  // [rows][G]
+  std::vector<float> factors;  // [G]
+};
+
+template <class T>
+class Step {
+ public:
+  Step(const Layer& layer, const Token& token, int num_threads)
+      : layer_(layer),
+        token_(token),
+        num_threads_(num_threads),
+        num_heads_(static_cast<int64_t>(layer.batch) * layer.num_kv_heads),
+        group_(layer.num_heads / layer.num_kv_heads),
+        padded_(round_up(layer.head_dim, kPair)) {}
+
+  int64_t run() {
+    plan();
+    run_on_threads(num_threads_, [](void* self) { static_cast<Step*>(self)->work(); }, this);
+    for (int64_t i = 0; i < num_heads_; ++i) ++layer_.lengths[i];
+    if (layer_.archive_lengths) for (int64_t i = 0; i < num_heads_; ++i) ++layer_.archive_lengths[i];
+    for (int b = 0; b < layer_.batch; ++b) ++layer_.seen[b];
+    return elements_read_;
+  }
+
+ private:
+  // ---- dividing the work
+
+  void plan() {
+    static thread_local std::vector<Head> heads;
+    static thread_local std::vector<float> floats;
+    static thread_local std::vector<int32_t> places;
+    if (heads.size() != static_cast<size_t>(num_heads_)) heads = std::vector<Head>(num_heads_);
+    heads_ = heads.data();
+    int64_t most_units = 0, most_chosen = 0;
+    for (int64_t i = 0; i < num_heads_; ++i) {
+      Head& head = heads_[i];
+      head.index = i;
+      head.row = i / layer_.num_kv_heads;
+      head.length = layer_.lengths[i] + 1;
+      head.selects = layer_.scoring != Scoring::kNone && head.length > layer_.top_k[head.row];
+      head.page_size = layer_.scoring == Scoring::kExact || !head.selects ? 1 : layer_.pages.page_size[head.row];
+      head.num_units = head.selects ? (head.length + head.page_size - 1) / head.page_size : 0;
+      head.num_chosen = head.selects ? layer_.top_k[head.row] : head.length;
+      most_units = std::max(most_units, head.num_units);
+      most_chosen = std::max(most_chosen, head.num_chosen);
+    }
+    // Enough tasks to share out evenly, but none so small that sharing costs more than it saves.
+    int64_t wanted = (4 * num_threads_ + num_heads_ - 1) / num_heads_;
+    bool is_alone = num_threads_ == 1 || num_heads_ >= 4 * num_threads_;
+    num_score_tasks_ = is_alone ? 1 : std::clamp<int64_t>(most_units / (4 * kBlockPages), 1, wanted);
+    num_pieces_ = is_alone ? 1 : std::clamp<int64_t>(most_chosen / kTile, 1, wanted);
+    num_pieces_ = std::max(num_pieces_, (most_chosen + kPieceTokens - 1) / kPieceTokens);
+
+    unit_stride_ = round_up(static_cast<int>(most_units), kBlockPages);
+    int64_t logits = group_ * unit_stride_, piece = group_ * (2 + padded_);
+    int64_t chosen = most_units > 0 ? most_chosen : 0;
+    floats.resize(num_heads_ * (logits + num_pieces_ * piece));
+    places.resize(num_heads_ * chosen);
+    for (int64_t i = 0; i < num_heads_; ++i) {
+      Head& head = heads_[i];
+      head.logits = floats.data() + i * (logits + num_pieces_ * piece);
+      head.pieces = head.logits + logits;
+      head.chosen = places.data() + i * chosen;
+      head.scores_left.store(static_cast<int>(num_score_tasks_), std::memory_order_relaxed);
+      head.pieces_left.store(static_cast<int>(num_pieces_), std::memory_order_relaxed);
+      head.is_ready.store(false, std::memory_order_relaxed);
+    }
+  }
+
+  void work() {
+    int64_t score_tasks = num_heads_ * num_score_tasks_, tasks = score_tasks + num_heads_ * num_pieces_;
+    for (int64_t task; (task = next_task_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      if (task < score_tasks) {
+        Head& head = heads_[task / num_score_tasks_];
+        int64_t part = task % num_score_tasks_;
+        if (part == num_score_tasks_ - 1) append(head);  // before the part that scores the new token
+        if (head.selects) score(head, part);
+        if (head.scores_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+          if (head.selects) choose(head);
+          if (token_.chosen) report(head);
+          head.is_ready.store(true, std::memory_order_release);
+        }
+      } else {
+        task -= score_tasks;
+        Head& head = heads_[task / num_pieces_];
+        for (int tries = 0; !head.is_ready.load(std::memory_order_acquire); ++tries)
+          if (tries > 1000) std::this_thread::yield();
+        attend(head, task % num_pieces_);
+        if (head.pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1) merge(head);
+      }
+    }
+  }
+
+  // ---- append
+
+  void append(const Head& head) {
+    int64_t place = head.length - 1;
+    int64_t slot = layer_.archived ? layer_.archive_lengths[head.index] : place;
+    size_t row_bytes = layer_.head_dim * sizeof(T);
+    const T* key = new_row(token_.key, head);
+    std::memcpy(stored(layer_.keys, head, slot), key, row_bytes);
+    std::memcpy(stored(layer_.values, head, slot), new_row(token_.value, head), row_bytes);
+    layer_.positions[head.index * layer_.position_capacity + place] = static_cast<int32_t>(layer_.seen[head.row]);
+    if (layer_.pages.bounds) fold_token(layer_.pages, head.index, layer_.pages.page_size[head.row], place, key, layer_.head_dim);
+  }
+
+  // ---- score
+
+  void score(Head& head, int64_t part) {
+    int64_t num_blocks = (head.num_units + kBlockPages - 1) / kBlockPages;
+    int64_t begin = num_blocks * part / num_score_tasks_, end = num_blocks * (part + 1) / num_score_tasks_;
+    if (begin == end) return;
+    int64_t num_units = std::min(end * kBlockPages, head.num_units) - begin * kBlockPages;
+    if (layer_.scoring == Scoring::kExact) {
+      score_exactly(head, begin * kBlockPages, num_units);
+      elements_read_ += num_units * layer_.head_dim;
+      return;
+    }
+    static thread_local Channels channels;
+    if (layer_.scoring == Scoring::kHybrid) {
+      choose_channels(head, channels);
+    } else {
+      all_channels(head, channels);
+    }
+    for (int64_t block = begin; block < end; ++block)
+      for (int h = 0; h < group_; h += kMaxHeads)
+        with_heads(group_ - h, [&](auto heads) { score_block<heads>(head, channels, h, block, block + 1 < end); });
+    elements_read_ += num_units * static_cast<int64_t>(channels.rows.size());
+  }
+
+  // RocketKV, section "Hybrid Sparse Attention", step 1; see hybrid_logits in ops/pages.py.
+  void choose_channels(const Head& head, Channels& out) {
+    int head_dim = layer_.head_dim, count = static_cast<int>(layer_.num_channels[head.row]);
+    bool has_minima = layer_.pages.num_rows > head_dim;
+    static thread_local std::vector<float> query, sizes, sums;
+    static thread_local std::vector<int> order;
+    query_floats(head, query);
+    sizes.assign(head_dim, 0.0f);
+    sums.assign(head_dim, 0.0f);
+    order.resize(head_dim);
+    out.factors.assign(group_, 0.0f);
+    for (int g = 0; g < group_; ++g)
+      for (int c = 0; c < head_dim; ++c) {
+        sizes[c] += std::fabs(query[g * head_dim + c]);
+        sums[c] += query[g * head_dim + c];
+      }
+    for (int c = 0; c < head_dim; ++c) order[c] = c;
+    auto is_larger = [&](int a, int b) { return sizes[a] > sizes[b] || (sizes[a] == sizes[b] && a < b); };
+    if (count < head_dim) std::nth_element(order.begin(), order.begin() + count, order.end(), is_larger);
+    std::sort(order.begin(), order.begin() + count);
+    out.rows.resize(count);
+    out.weights.resize(count * group_);
+    for (int r = 0; r < count; ++r) {
+      int c = order[r];
+      out.rows[r] = c + (has_minima && sums[c] > 0 ? head_dim : 0);
+      for (int g = 0; g < group_; ++g) {
+        out.weights[r * group_ + g] = query[g * head_dim + c];
+        out.factors[g] += std::fabs(query[g * head_dim + c]);
+      }
+    }
+    for (int g = 0; g < group_; ++g) {  // SparQ's temperature
+      float all = 0.0f;
+      for (int c = 0; c < head_dim; ++c) all += std::fabs(query[g * head_dim + c]);
+      float share = out.factors[g] / std::max(all, 1e-30f);
+      out.factors[g] = layer_.scale / std::max(std::sqrt(share), 1e-15f);
+    }
+  }
+
+  // Quest, section "Dynamically Estimating Token Criticality"; see bound_logits in ops/pages.py.
+  void all_channels(const Head& head, Channels& out) {
+    int head_dim = layer_.head_dim, num_rows = layer_.pages.num_rows;
+    static thread_local std::vector<float> query;
+    query_floats(head, query);
+    out.rows.resize(num_rows);
+    out.weights.resize(num_rows * group_);
+    out.factors.assign(group_, layer_.scale);
+    for (int r = 0; r < num_rows; ++r) {
+      out.rows[r] = r;
+      for (int g = 0; g < group_; ++g) {
+        float q = query[g * head_dim + r % head_dim];
+        bool is_read = num_rows == head_dim || (r < head_dim ? q < 0 : q > 0);  // minima if negative, maxima if positive
+        out.weights[r * group_ + g] = is_read ? q : 0.0f;
+      }
+    }
+  }
+
+  // logits[h][page] = factor[h] * sum over rows of weight[row][h] * bounds[row][page], for H heads from `first` on.
+  template <int H>
+  void score_block(Head& head, const Channels& channels, int first, int64_t block, bool has_next) {
+    const T* bounds = page_bounds<T>(layer_.pages, head.index, block * kBlockPages);
+    const T* next = bounds + (has_next ? layer_.pages.num_rows * kBlockPages : 0);
+    int num_rows = static_cast<int>(channels.rows.size());
+    const int* rows = channels.rows.data();
+    const float* weights = channels.weights.data() + first;
+    for (int lane = 0; lane < kBlockPages; lane += kPair) {
+      Pair sums[H] = {};
+      for (int r = 0; r < num_rows; ++r) {
+        Pair bound = load_pair(bounds + rows[r] * kBlockPages + lane);
+        if (lane == 0 && first == 0) prefetch(next + rows[r] * kBlockPages, kBlockPages * sizeof(T));
+        for (int h = 0; h < H; ++h) {
+          float weight = weights[r * group_ + h];
+          sums[h].a += bound.a * weight;
+          sums[h].b += bound.b * weight;
+        }
+      }
+      for (int h = 0; h < H; ++h) {
+        float paired[kPair], factor = channels.factors[first + h];
+        store(paired, sums[h].a * factor);
+        store(paired + kWidth, sums[h].b * factor);
+        float* out = head.logits + (first + h) * unit_stride_ + block * kBlockPages + lane;
+        for (int i = 0; i < kPair; ++i) out[i] = paired[pair_slot<T>(i)];
+      }
+    }
+  }
+
+  void score_exactly(Head& head, int64_t begin, int64_t count) {
+    const float* query = spread_query(head);
+    for (int64_t start = begin; start < begin + count; start += kTile) {
+      const T* rows[kTile + kAhead];
+      int n = static_cast<int>(std::min<int64_t>(kTile, begin + count - start));
+      for (int i = 0; i < n + kAhead; ++i) rows[i] = stored(layer_.keys, head, slot_at(head, start + std::min(i, n - 1)));
+      for (int h = 0; h < group_; h += kMaxHeads)
+        with_heads(group_ - h, [&](auto heads) {
+          for (int i = 0; i < n; i += rows_at_once(heads)) {
+            float out[8];
+            dot_rows<heads>(rows + i, query + h * padded_, padded_, layer_.head_dim, out);
+            for (int j = 0; j < rows_at_once(heads) && i + j < n; ++j)
+              for (int k = 0; k < heads; ++k) head.logits[(h + k) * unit_stride_ + start + i + j] = out[j * heads + k];
+          }
+        });
+    }
+  }
+
+  // ---- choose
+
+  // See score_tokens and choose_tokens in ops/scores.py.
+  void choose(Head& head) {
+    int64_t num_units = head.num_units, size = head.page_size;
+    float* scores = head.logits;
+    average_softmax(head, scores);
+    int64_t sinks = std::min(layer_.sinks[head.row], head.length);
+    int64_t open_end = head.length - std::min(layer_.recents[head.row], head.length - sinks);  // the pinned last ones follow
+    int64_t wanted = head.num_chosen - sinks - (head.length - open_end);
+    auto num_open = [&](int64_t unit) { return std::min((unit + 1) * size, open_end) - std::max(unit * size, sinks); };
+    auto rank = [&](int64_t unit) {  // the better the smaller, of equal scores the earlier; scores are not negative
+      uint64_t bits = ~load<uint32_t>(scores + unit);
+      return bits << 32 | static_cast<uint64_t>(unit);
+    };
+    static thread_local std::vector<uint64_t> ranks;
+    ranks.clear();
+    if (wanted > 0)
+      for (int64_t unit = sinks / size; unit * size < open_end && unit < num_units; ++unit) ranks.push_back(rank(unit));
+    // The best wanted / size units are taken whole. What their being cut by the pinned ends leaves over comes from the
+    // next best, one after the other; there are few.
+    auto taken = ranks.begin() + std::min<int64_t>(wanted / size, ranks.size());
+    if (taken != ranks.begin()) std::nth_element(ranks.begin(), taken - 1, ranks.end());
+    for (auto it = ranks.begin(); it != taken; ++it) wanted -= num_open(*it & 0xffffffffu);
+    uint64_t last = taken == ranks.begin() ? 0 : *(taken - 1);  // the worst unit taken, and how many of its tokens
+    int64_t of_last = size;
+    for (; wanted > 0; ++taken) {
+      std::iter_swap(taken, std::min_element(taken, ranks.end()));
+      last = *taken;
+      of_last = wanted;
+      wanted -= num_open(last & 0xffffffffu);
+    }
+    int32_t* out = head.chosen;
+    for (int64_t place = 0; place < sinks; ++place) *out++ = static_cast<int32_t>(place);
+    if (last != 0)
+      for (int64_t unit = sinks / size; unit * size < open_end; ++unit) {
+        uint64_t r = rank(unit);
+        if (r > last) continue;
+        int64_t first = std::max(unit * size, sinks), count = r == last ? std::min(of_last, num_open(unit)) : num_open(unit);
+        for (int64_t i = 0; i < count; ++i) *out++ = static_cast<int32_t>(first + i);
+      }
+    for (int64_t place = open_end; place < head.length; ++place) *out++ = static_cast<int32_t>(place);
+  }
+
+  // scores[unit] = mean over heads of the softmax over tokens, each of which has its unit's logit.
+  void average_softmax(const Head& head, float* scores) {
+    int64_t num_units = head.num_units, end = (num_units + kWidth - 1) / kWidth * kWidth;
+    float in_last = static_cast<float>(head.length - (num_units - 1) * head.page_size);
+    for (int g = 0; g < group_; ++g) {
+      float* logits = head.logits + g * unit_stride_;
+      for (int64_t i = num_units; i < end; ++i) logits[i] = -kInfinity;
+      Vec best = broadcast(-kInfinity), sum = {};
+      for (int64_t i = 0; i < end; i += kWidth) best = max(best, load<Vec>(logits + i));
+      Vec top = broadcast(max_lane(best));
+      for (int64_t i = 0; i < end; i += kWidth) {
+        Vec e = exp_of_negative(load<Vec>(logits + i) - top);
+        store(logits + i, e);
+        sum += e;
+      }
+      float size = static_cast<float>(head.page_size);
+      float total = sum_lane(sum) * size - (size - in_last) * logits[num_units - 1];
+      Vec share = broadcast(1.0f / (total * static_cast<float>(group_)));
+      for (int64_t i = 0; i < end; i += kWidth) {
+        Vec score = load<Vec>(logits + i) * share;
+        store(scores + i, g == 0 ? score : load<Vec>(scores + i) + score);
+      }
+    }
+  }
+
+  void report(const Head& head) {
+    int32_t* out = token_.chosen + head.index * layer_.position_capacity;
+    for (int64_t i = 0; i < head.num_chosen; ++i) out[i] = head.selects ? head.chosen[i] : static_cast<int32_t>(i);
+    if (head.num_chosen < layer_.position_capacity) out[head.num_chosen] = -1;
+  }
+
+  // ---- attend
+
+  void attend(Head& head, int64_t part) {
+    int64_t begin = head.num_chosen * part / num_pieces_, end = head.num_chosen * (part + 1) / num_pieces_;
+    float* piece = head.pieces + part * group_ * (2 + padded_);
+    for (int g = 0; g < group_; ++g) {
+      float* state = piece + g * (2 + padded_);
+      std::fill(state, state + 2 + padded_, 0.0f);
+      state[0] = -kInfinity;
+    }
+    const float* query = spread_query(head);
+    const T *keys[kTile + kAhead], *values[kTile + kAhead];  // beyond a tile, the first tokens of the next
+    for (int64_t start = begin; start < end; start += kTile) {
+      int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
+      for (int i = 0; i < n + kAhead; ++i) {
+        int64_t place = std::min(start + i, end - 1);
+        int64_t slot = slot_at(head, head.selects ? head.chosen[place] : place);
+        keys[i] = stored(layer_.keys, head, slot);
+        values[i] = stored(layer_.values, head, slot);
+      }
+      for (int h = 0; h < group_; h += kMaxHeads)
+        with_heads(group_ - h, [&](auto heads) {
+          attend_tile<heads>(keys, values, n, query + h * padded_, piece + h * (2 + padded_), h == 0);
+        });
+    }
+    elements_read_ += 2 * (end - begin) * layer_.head_dim;
+  }
+
+  template <int H>
+  void attend_tile(const T* const* keys, const T* const* values, int n, const float* query, float* piece, bool is_first) {
+    constexpr int N = rows_at_once(H);
+    int row_bytes = layer_.head_dim * static_cast<int>(sizeof(T));
+    float weights[H][kTile + kAhead], corrections[H];
+    for (int i = 0; i < n; i += N) {
+      if (is_first)
+        for (int j = i; j < i + N; ++j) {
+          prefetch(keys[std::min(j + kAhead, n + kAhead - 1)], row_bytes);
+          prefetch(values[j], row_bytes);
+        }
+      float logits[8];
+      dot_rows<H>(keys + i, query, padded_, layer_.head_dim, logits);
+      for (int j = 0; j < N; ++j)
+        for (int h = 0; h < H; ++h) weights[h][i + j] = logits[j * H + h];
+    }
+    for (int h = 0; h < H; ++h) {
+      float* state = piece + h * (2 + padded_);
+      for (int i = n; i < round_up(n, kWidth); ++i) weights[h][i] = -kInfinity;
+      Vec best = broadcast(state[0]), sum = {};
+      for (int i = 0; i < n; i += kWidth) best = max(best, load<Vec>(&weights[h][i]));
+      float top = max_lane(best);
+      for (int i = 0; i < n; i += kWidth) {
+        Vec e = exp_of_negative(load<Vec>(&weights[h][i]) - top);
+        store(&weights[h][i], e);
+        sum += e;
+      }
+      corrections[h] = std::exp(state[0] - top);
+      state[0] = top;
+      state[1] = state[1] * corrections[h] + sum_lane(sum);
+    }
+    int whole = layer_.head_dim / kPair * kPair;
+    for (int c = 0; c < layer_.head_dim; c += kPair) {
+      Pair sums[H];
+      for (int h = 0; h < H; ++h) {
+        const float* state = piece + h * (2 + padded_) + 2 + c;
+        sums[h] = {load<Vec>(state) * corrections[h], load<Vec>(state + kWidth) * corrections[h]};
+      }
+      auto take = [&](int i, const Pair& value) __attribute__((always_inline)) {
+        for (int h = 0; h < H; ++h) {
+          float weight = weights[h][i];
+          sums[h].a += value.a * weight;
+          sums[h].b += value.b * weight;
+        }
+      };
+      if (c < whole) {
+        for (int i = 0; i < n; ++i) take(i, load_pair(values[i] + c));
+      } else {
+        for (int i = 0; i < n; ++i) take(i, load_part(values[i] + c, layer_.head_dim - c));
+      }
+      for (int h = 0; h < H; ++h) {
+        float* state = piece + h * (2 + padded_) + 2 + c;
+        store(state, sums[h].a);
+        store(state + kWidth, sums[h].b);
+      }
+    }
+  }
+
+  void merge(const Head& head) {
+    int64_t stride = 2 + padded_;
+    T* output = static_cast<T*>(token_.output) + head.index * group_ * layer_.head_dim;
+    static thread_local std::vector<float> sums;
+    for (int g = 0; g < group_; ++g) {
+      float top = -kInfinity, total = 0.0f;
+      for (int64_t p = 0; p < num_pieces_; ++p) top = std::max(top, head.pieces[(p * group_ + g) * stride]);
+      sums.assign(padded_, 0.0f);
+      for (int64_t p = 0; p < num_pieces_; ++p) {
+        const float* state = head.pieces + (p * group_ + g) * stride;
+        float weight = std::exp(state[0] - top);
+        total += weight * state[1];
+        for (int c = 0; c < padded_; ++c) sums[c] += weight * state[2 + c];
+      }
+      for (int c = 0; c < layer_.head_dim; ++c)
+        output[g * layer_.head_dim + c] = from_float<T>(sums[pair_slot<T>(c)] / total);
+    }
+  }
+
+  // ---- where things lie
+
+  T* stored(void* tokens, const Head& head, int64_t slot) const {
+    return static_cast<T*>(tokens) + (head.index * layer_.token_capacity + slot) * layer_.head_dim;
+  }
+  int64_t slot_at(const Head& head, int64_t place) const {
+    return layer_.archived ? layer_.positions[head.index * layer_.position_capacity + place] : place;
+  }
+  const T* new_row(const void* rows, const Head& head) const {
+    return static_cast<const T*>(rows) + head.index * layer_.head_dim;
+  }
+
+  // The head's queries, [G][D].
+  void query_floats(const Head& head, std::vector<float>& out) const {
+    int count = group_ * layer_.head_dim;
+    const T* query = static_cast<const T*>(token_.query) + head.index * count;
+    out.resize(count);
+    for (int c = 0; c < count; ++c) out[c] = to_float(query[c]);
+  }
+
+  // The head's queries times the scale, [G][padded D] in the order of T; until this thread asks for the next head's.
+  const float* spread_query(const Head& head) const {
+    static thread_local std::vector<float> out;
+    const T* query = static_cast<const T*>(token_.query) + head.index * group_ * layer_.head_dim;
+    out.resize(group_ * padded_);
+    for (int g = 0; g < group_; ++g) spread<T>(query + g * layer_.head_dim, layer_.head_dim, out.data() + g * padded_);
+    for (float& x : out) x *= layer_.scale;
+    return out.data();
+  }
+
+  const Layer& layer_;
+  const Token& token_;
+  int num_threads_;
+  int64_t num_heads_;  // rows times KV heads
+  int group_, padded_;
+  int64_t num_score_tasks_, num_pieces_, unit_stride_;
+  Head* heads_;
+  std::atomic<int64_t> next_task_{0}, elements_read_{0};
+};
+
+}  // namespace
+
+int64_t decode_step(const Layer& layer, const Token& token, int num_threads) {
+  switch (layer.dtype) {
+    case Dtype::kFloat32: return Step<float>(layer, token, num_threads).run();
+    case Dtype::kBfloat16: return Step<Bfloat16>(layer, token, num_threads).run();
+    default: return Step<Float16>(layer, token, num_threads).run();
+  }
+}
+
+}  // namespace rocketkv

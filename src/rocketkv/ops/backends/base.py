@@ -1,0 +1,81 @@
+"""What a backend is given: one layer's storage and plan, as tensors."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """All of a decode step that stays the same while no buffer grows; a step writes to the first six in place.
+
+    Attributes:
+        keys: `[B, Hkv, capacity, D]` float; what lies beyond the lengths is undefined.
+        values: like `keys`.
+        positions: `[B, Hkv, position_capacity]` int32, each token's position in its row.
+        lengths: `[B, Hkv]` int64, tokens to choose from.
+        archive_lengths: `[B, Hkv]` int64, tokens in `keys` if these are an archive, in which the tokens to choose from
+            lie at `positions`; None if they lie side by side.
+        seen: `[B]` int64, tokens seen by each row.
+        scoring: how tokens are scored, the `scoring` of a `SelectionMethod`; `none`: everything is attended.
+        bounds: of the page index, see `ops/pages.py`; None if the scoring needs none, or nothing is to be selected yet.
+        page_size: `[B]` int64.
+        num_channels: `[B]` int64.
+        top_k: `[B]` int64; a row that holds no more is attended densely.
+        sinks: `[B]` int64, first tokens always attended.
+        recents: `[B]` int64, last tokens always attended.
+        num_heads: query heads, Hq.
+        scale: factor on the dot products.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+    archive_lengths: Tensor | None
+    seen: Tensor
+    scoring: str
+    bounds: Tensor | None
+    page_size: Tensor
+    num_channels: Tensor
+    top_k: Tensor
+    sinks: Tensor
+    recents: Tensor
+    num_heads: int
+    scale: float
+
+
+class FusedStep(Protocol):
+    """One decode step of one layer: append, score, choose and attend at once."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, int]:
+        """Take in one token per row and attend.
+
+        Args:
+            query: `[B, Hq, 1, D]` in the dtype of the keys.
+            key: `[B, Hkv, 1, D]`, likewise.
+            value: like `key`.
+            chosen: `[B, Hkv, position_capacity]` int32, filled with the places chosen, ascending, -1 after the last.
+
+        Returns:
+            `[B, Hq, 1, D]`, and the elements of keys, values and index that were read.
+
+        Reads, for each row and KV head that holds more than `top_k` tokens, what its scoring reads and
+        `2 * top_k * D`; for others, `2 * D` for each token.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A file of this folder."""
+
+    NAME: str
+
+    def decline(self, tokens: Tensor) -> str | None:
+        """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""
+        ...
+
+    def bind(self, layer: LayerTensors) -> FusedStep | None:
+        """A step over this storage; None if the backend does not know its scoring."""
+        ...

@@ -1,0 +1,148 @@
+"""The CPU backend: kernels in C++ (csrc/), one library per instruction set."""
+
+import platform
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rocketkv.ops.backends.base import LayerTensors
+
+NAME = "cpp"
+MAX_HEAD_DIM = 256
+_LIBRARIES = {"AVX2": "_kernels_x86_64_v3", "AVX512": "_kernels_x86_64_v4"}  # by what torch says this CPU can run
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+def instruction_set() -> str:
+    """The instruction set that the kernels are used in, or why they are not."""
+    library = _load()
+    return library if isinstance(library, str) else library.__name__.rpartition("_kernels_")[2]
+
+
+def thread_runtime() -> str:
+    """The OpenMP runtime whose threads the kernels use; empty if they run on one thread."""
+    library = _load()
+    return "" if isinstance(library, str) else str(library.thread_runtime())
+
+
+def decline(tokens: Tensor) -> str | None:
+    """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""
+    library = _load()
+    if isinstance(library, str):
+        return library
+    if tokens.device.type != "cpu":
+        return f"it runs on the CPU, not on {tokens.device.type}"
+    if tokens.dtype not in _DTYPES[:3]:
+        return f"it has no kernels for {tokens.dtype}"
+    if tokens.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
+    return None
+
+
+def build_pages(bounds: Tensor, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
+    """See `ops.build_pages`."""
+    keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
+    lengths = lengths.contiguous()
+    library().build_pages(
+        _dtype(keys.dtype),
+        *keys.shape[:2],
+        keys.shape[3],
+        keys.data_ptr(),
+        *keys.stride()[:2],
+        lengths.data_ptr(),
+        bounds.data_ptr(),
+        page_size.data_ptr(),
+        bounds.shape[2],
+        bounds.shape[3],
+        torch.get_num_threads(),
+    )
+
+
+def bind(layer: LayerTensors) -> "CppStep | None":
+    """A step over this storage; None if the backend does not know its scoring."""
+    return CppStep(layer) if hasattr(library().Scoring, layer.scoring) else None
+
+
+class CppStep:
+    """One decode step as one native call (csrc/step.cpp); see `FusedStep`."""
+
+    def __init__(self, layer: LayerTensors) -> None:
+        self._layer = layer  # keeps the buffers alive
+        assert all(x.is_contiguous() for x in vars(layer).values() if isinstance(x, Tensor))
+        bounds = layer.bounds
+        self._native = library().Layer(
+            dtype=_dtype(layer.keys.dtype),
+            batch=layer.keys.shape[0],
+            num_kv_heads=layer.keys.shape[1],
+            num_heads=layer.num_heads,
+            head_dim=layer.keys.shape[3],
+            scale=layer.scale,
+            keys=layer.keys.data_ptr(),
+            values=layer.values.data_ptr(),
+            token_capacity=layer.keys.shape[2],
+            positions=layer.positions.data_ptr(),
+            position_capacity=layer.positions.shape[2],
+            archived=layer.archive_lengths is not None,
+            lengths=layer.lengths.data_ptr(),
+            archive_lengths=0 if layer.archive_lengths is None else layer.archive_lengths.data_ptr(),
+            seen=layer.seen.data_ptr(),
+            scoring=getattr(library().Scoring, layer.scoring),
+            bounds=0 if bounds is None else bounds.data_ptr(),
+            num_blocks=0 if bounds is None else bounds.shape[2],
+            num_rows=0 if bounds is None else bounds.shape[3],
+            page_size=layer.page_size.data_ptr(),
+            num_channels=layer.num_channels.data_ptr(),
+            top_k=layer.top_k.data_ptr(),
+            sinks=layer.sinks.data_ptr(),
+            recents=layer.recents.data_ptr(),
+        )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, int]:
+        """See `FusedStep`."""
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        output = torch.empty_like(query)
+        elements = self._native.decode(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            output.data_ptr(),
+            0 if chosen is None else chosen.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output, elements
+
+
+def library() -> ModuleType:
+    """The native library; ask `decline` first."""
+    found = _load()
+    assert not isinstance(found, str)
+    return found
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The library for this CPU, or why there is none."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = _LIBRARIES.get(capability, "")
+        if not name:
+            return f"this CPU runs {capability} code only; the kernels need AVX2"
+    else:
+        name = "_kernels_generic"
+    try:
+        return import_module(f"rocketkv.ops.backends.{name}")
+    except ImportError as error:
+        return f"its native library does not load ({error})"
+
+
+def _dtype(dtype: torch.dtype) -> object:
+    """The library's name of a dtype."""
+    return _native_dtypes()[dtype]
+
+
+@cache
+def _native_dtypes() -> dict[torch.dtype, object]:
+    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in _DTYPES}

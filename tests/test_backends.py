@@ -1,0 +1,327 @@
+"""Every backend's fused step against the reference operations, on random, ragged, tied and poisoned storage."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rocketkv import ops
+from rocketkv.cache import PageIndex
+from rocketkv.ops.backends import BACKENDS, Backend, LayerTensors, cpp, find_backend
+from rocketkv.selection import SELECTION_METHODS, SelectionMethod
+from rocketkv.selection.hybrid import Hybrid
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCORINGS = ("none", "hybrid", "bound", "exact")
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.NAME)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    reason = request.param.decline(torch.zeros(1, 1, 1, 64))
+    if reason is not None:
+        pytest.skip(f"{request.param.NAME}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Races and the sharing out of work show with more than one thread only; the suite itself runs on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_layer(
+    generator: torch.Generator,
+    scoring: str,
+    lengths: list[list[int]],
+    *,
+    group: int = 3,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    page_size: int | list[int] = 3,
+    num_channels: int = 20,
+    top_k: int | list[int] = 24,
+    sinks: int = 0,
+    recents: int = 0,
+    archived: bool = False,
+    tied: bool = False,
+) -> LayerTensors:
+    """A layer's storage with NaN wherever nothing was stored; `tied`: keys of few distinct values."""
+    held = torch.tensor(lengths)
+    batch, num_kv_heads = held.shape
+    capacity, seen = int(held.max()) + 40, held.amax(1) + 7
+    positions = torch.full((batch, num_kv_heads, capacity), -1, dtype=torch.int32)
+    slots = torch.zeros(batch, num_kv_heads, capacity, dtype=torch.int64)
+    for row in range(batch):
+        for head in range(num_kv_heads):
+            chosen = torch.randperm(int(seen[row]), generator=generator)[: lengths[row][head]].sort().values
+            positions[row, head, : chosen.shape[0]] = chosen
+            slots[row, head, : chosen.shape[0]] = chosen if archived else torch.arange(chosen.shape[0])
+    storage = torch.full((2, batch, num_kv_heads, int(seen.max()) + 40 if archived else capacity, head_dim), torch.nan)
+    tokens = torch.randn(2, batch, num_kv_heads, capacity, head_dim, generator=generator)
+    if tied:
+        tokens = tokens.sign()
+    for row in range(batch):
+        for head in range(num_kv_heads):
+            at = slots[row, head, : lengths[row][head]]
+            storage[:, row, head, at] = tokens[:, row, head, : at.shape[0]]
+    keys, values = storage.to(dtype)
+
+    def column(value: int | list[int]) -> torch.Tensor:
+        return torch.tensor([value] * batch if isinstance(value, int) else value)
+
+    index = None
+    if scoring in ("hybrid", "bound"):
+        gathered = ops.take_tokens(keys, slots)
+        index = PageIndex(gathered, held, column(page_size))
+    return LayerTensors(
+        keys=keys,
+        values=values,
+        positions=positions,
+        lengths=held,
+        archive_lengths=seen[:, None].expand(-1, num_kv_heads).clone() if archived else None,
+        seen=seen,
+        scoring=scoring,
+        bounds=None if index is None else index.bounds,
+        page_size=column(page_size) if index is not None else column(1),
+        num_channels=column(num_channels),
+        top_k=column(top_k),
+        sinks=column(sinks),
+        recents=column(recents),
+        num_heads=group * num_kv_heads,
+        scale=head_dim**-0.5,
+    )
+
+
+def slots_of(layer: LayerTensors) -> torch.Tensor:
+    """Where the tokens to choose from lie, `[B, Hkv, position_capacity]`; 0 beyond the lengths."""
+    places = torch.arange(layer.positions.shape[2])
+    slots = layer.positions.long() if layer.archive_lengths is not None else places.expand_as(layer.positions)
+    return slots.where(places < layer.lengths[..., None], 0)
+
+
+def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
+    """The score of every token by the reference operations."""
+    grouped = query.reshape(*layer.keys.shape[:2], -1, layer.keys.shape[3])
+    num_tokens = int(layer.lengths.max())
+    if layer.scoring == "hybrid":
+        logits = ops.hybrid_logits(
+            grouped,
+            layer.bounds,
+            page_size=layer.page_size,
+            num_tokens=num_tokens,
+            num_channels=layer.num_channels,
+            scale=layer.scale,
+        )
+    elif layer.scoring == "bound":
+        logits = ops.bound_logits(
+            grouped, layer.bounds, page_size=layer.page_size, num_tokens=num_tokens, scale=layer.scale
+        )
+    else:
+        keys = ops.take_tokens(layer.keys, slots_of(layer)[:, :, :num_tokens]).float()
+        logits = grouped.float() @ keys.transpose(2, 3) * layer.scale
+    return ops.score_tokens(logits, layer.lengths)
+
+
+def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generator, steps: int = 3) -> None:
+    """Take some steps; hold storage, choice, output and traffic to the reference."""
+    batch, num_kv_heads, _, head_dim = layer.keys.shape
+    step = backend.bind(layer)
+    assert step is not None
+    for _ in range(steps):
+        query, key, value = (
+            torch.randn(batch, heads, 1, head_dim, generator=generator).to(layer.keys.dtype)
+            for heads in (layer.num_heads, num_kv_heads, num_kv_heads)
+        )
+        before = replace(layer, **{name: x.clone() for name, x in vars(layer).items() if isinstance(x, torch.Tensor)})
+        chosen = torch.full_like(layer.positions, -2)
+        output, elements = step(query, key, value, chosen)
+
+        # append
+        torch.testing.assert_close(layer.lengths, before.lengths + 1)
+        torch.testing.assert_close(layer.seen, before.seen + 1)
+        slots = before.lengths if before.archive_lengths is None else before.archive_lengths
+        where = slots[..., None, None].expand(-1, -1, 1, head_dim)
+        before.keys.scatter_(2, where, key)
+        before.values.scatter_(2, where, value)
+        newest = before.seen[:, None, None].expand(-1, num_kv_heads, 1).int()
+        before.positions.scatter_(2, before.lengths[..., None], newest)
+        torch.testing.assert_close(layer.keys, before.keys, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(layer.values, before.values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(layer.positions, before.positions)
+        if before.bounds is not None:
+            ops.fold_into_pages(before.bounds, key, slots=before.lengths[..., None], page_size=layer.page_size)
+            assert torch.equal(layer.bounds, before.bounds)
+
+        # choose
+        top_k = layer.top_k if layer.scoring != "none" else torch.full_like(layer.top_k, 1 << 40)
+        counts = layer.lengths.minimum(top_k[:, None])
+        scores = reference_scores(layer, query) if layer.scoring != "none" else None
+        scored = 0
+        for row in range(batch):
+            for head in range(num_kv_heads):
+                count, length = int(counts[row, head]), int(layer.lengths[row, head])
+                places = chosen[row, head, :count].long()
+                assert torch.equal(places, places.unique())
+                assert int(places[0]) >= 0
+                assert int(places[-1]) < length
+                assert chosen[row, head, count] == -1
+                if count == length:
+                    continue
+                pinned = (places < layer.sinks[row]) | (places >= length - layer.recents[row])
+                assert int(pinned.sum()) == int(layer.sinks[row] + layer.recents[row])
+                open_scores = scores[row, head, int(layer.sinks[row]) : length - int(layer.recents[row])]
+                best = open_scores.sort(descending=True).values[: count - int(pinned.sum())]
+                mine = scores[row, head, places[~pinned]].sort(descending=True).values
+                torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-7)
+                pages = -(-length // int(layer.page_size[row]))
+                rows = {"hybrid": int(layer.num_channels[row]), "exact": head_dim}
+                scored += pages * rows.get(layer.scoring, layer.bounds.shape[3] if layer.bounds is not None else 0)
+        assert elements == scored + 2 * int(counts.sum()) * head_dim
+
+        # attend
+        places = chosen.clamp_min(0).long()
+        at = slots_of(layer).gather(2, places[:, :, : int(counts.max())])
+        arguments = {"slots": at, "counts": counts, "scale": layer.scale}
+        exact = ops.decode_sparsely(query.double(), layer.keys.double(), layer.values.double(), **arguments)
+        plain = ops.decode_sparsely(query, layer.keys, layer.values, **arguments)
+        allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
+        assert output.dtype == layer.keys.dtype
+        assert (output.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize(
+    ("size", "group", "head_dim"), [(1, 1, 64), (63, 3, 80), (100, 4, 96), (257, 8, 128), (130, 5, 256), (70, 2, 20)]
+)
+def test_odd_sizes(
+    backend: Backend,
+    seeded: torch.Generator,
+    dtype: torch.dtype,
+    scoring: str,
+    size: int,
+    group: int,
+    head_dim: int,
+) -> None:
+    num_channels = max(1, head_dim // 3)
+    layer = make_layer(
+        seeded, scoring, [[size, size]], group=group, head_dim=head_dim, dtype=dtype, num_channels=num_channels
+    )
+    check_steps(backend, layer, seeded)
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_ragged_rows_with_plans_of_their_own(
+    backend: Backend, seeded: torch.Generator, scoring: str, archived: bool
+) -> None:
+    lengths = [[150, 3, 20], [23, 24, 700], [1, 25, 64]]
+    layer = make_layer(
+        seeded,
+        scoring,
+        lengths,
+        group=4,
+        page_size=[1, 3, 4],
+        top_k=[24, 50, 16],
+        sinks=4,
+        recents=5,
+        archived=archived,
+    )
+    check_steps(backend, layer, seeded, steps=20)
+
+
+@pytest.mark.parametrize("scoring", ["hybrid", "bound", "exact"])
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_ties_go_to_the_earlier_token(backend: Backend, seeded: torch.Generator, scoring: str, page_size: int) -> None:
+    layer = make_layer(seeded, scoring, [[90, 400]], page_size=page_size, sinks=2, recents=2, tied=True)
+    layer.keys.fill_(1.0)
+    if layer.bounds is not None:
+        layer.bounds.fill_(1.0)
+    step = backend.bind(layer)
+    assert step is not None
+    chosen = torch.empty_like(layer.positions)
+    one = torch.ones(1, 2, 1, 64)
+    step(torch.ones(1, 6, 1, 64), one, one, chosen)
+    for head, length in enumerate((91, 401)):
+        assert chosen[0, head, :24].tolist() == [*range(22), length - 2, length - 1]
+    check_steps(backend, make_layer(seeded, scoring, [[90, 400]], page_size=page_size, tied=True), seeded)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_long_rows_are_shared_out(backend: Backend, seeded: torch.Generator, heads: int) -> None:
+    check_steps(backend, make_layer(seeded, "none", [[5000] * heads], head_dim=32), seeded)
+    for scoring in ("hybrid", "exact"):
+        layer = make_layer(seeded, scoring, [[5000] * heads], head_dim=32, num_channels=9, top_k=700, recents=64)
+        check_steps(backend, layer, seeded)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_layer(data: st.DataObject) -> None:
+    def draw(least: int, most: int) -> int:
+        return data.draw(st.integers(least, most))
+
+    generator = torch.Generator().manual_seed(draw(0, 1 << 30))
+    top_k, head_dim, batch = draw(1, 60), draw(1, 70), draw(1, 3)
+    heads = draw(1, 3)
+    sinks = draw(0, top_k)
+    layer = make_layer(
+        generator,
+        data.draw(st.sampled_from(SCORINGS)),
+        [[draw(1, 200) for _ in range(heads)] for _ in range(batch)],
+        group=draw(1, 9),
+        head_dim=head_dim,
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        page_size=[draw(1, 9) for _ in range(batch)],
+        num_channels=draw(1, head_dim),
+        top_k=top_k,
+        sinks=sinks,
+        recents=draw(0, top_k - sinks),
+        archived=data.draw(st.booleans()),
+        tied=data.draw(st.booleans()),
+    )
+    for backend in BACKENDS:
+        if backend.decline(layer.keys) is None:
+            check_steps(backend, layer, generator, steps=2)
+
+
+def test_infinite_logits_of_large_keys_stay_finite_where_the_reference_does(
+    backend: Backend, seeded: torch.Generator
+) -> None:
+    layer = make_layer(seeded, "hybrid", [[200, 200]])
+    layer.keys.mul_(1e4)
+    layer.bounds.copy_(PageIndex(layer.keys[:, :, :200], layer.lengths, layer.page_size).bounds)
+    check_steps(backend, layer, seeded)
+
+
+def test_a_backend_declines_with_a_reason() -> None:
+    assert "head_dim=257" in str(cpp.decline(torch.zeros(1, 1, 1, 257)))
+    assert "float64" in str(cpp.decline(torch.zeros(1, 1, 1, 64, dtype=torch.float64)))
+    assert "meta" in str(cpp.decline(torch.zeros(1, 1, 1, 64, device="meta")))
+    backend, reasons = find_backend("auto", torch.zeros(1, 1, 1, 257))
+    assert backend is None
+    assert any(reason.startswith("cpp: ") for reason in reasons)
+    assert find_backend("reference", torch.zeros(1, 1, 1, 64)) == (None, [])
+
+
+def test_every_method_of_ours_has_a_fused_form(backend: Backend) -> None:
+    assert {method.scoring for method in SELECTION_METHODS.values()} == set(SCORINGS)
+
+
+def test_a_method_with_logits_of_its_own_is_not_taken_for_its_parent() -> None:
+    class Mine(Hybrid):
+        def logits(self, *args: object, **kwargs: object) -> None:
+            return None
+
+    class Renamed(Hybrid):
+        """The same under another name."""
+
+    assert Mine.scoring is None
+    assert Renamed.scoring == "hybrid"
+    assert SelectionMethod.scoring is None
