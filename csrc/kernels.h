@@ -54,10 +54,9 @@ struct Token {
 };
 
 struct Linear {
-  Dtype weight_dtype, dtype;  // of weight; of input, bias and output
+  Dtype weight_dtype, dtype;  // of weight; of input and output
   const void* weight;         // [num_out, num_in]
   const float* scales;        // [num_out], of int8 weights
-  const void* bias;           // [num_out] or null
   const void* input;          // [num_rows, num_in]
   void* output;               // [num_rows, num_out]
   int64_t num_rows, num_in, num_out;
@@ -78,7 +77,7 @@ struct Keys {
 // Let empty pages take in all keys.
 void build_pages(const Keys& keys, const Pages& pages, int num_threads);
 
-// output = input @ weight^T (* scales) (+ bias), for few rows.
+// output = input @ weight^T (* scales), for few rows.
 void multiply(const Linear& linear, int num_threads);
 
 }  // namespace rocketkv

@@ -40,17 +40,16 @@ struct Product {
   void multiply_rows(int64_t first, int64_t begin, int64_t end) {
     constexpr int N = rows_at_once(H);
     const W* weight = static_cast<const W*>(linear.weight);
-    const X* bias = static_cast<const X*>(linear.bias);
     X* output = static_cast<X*>(linear.output);
     for (int64_t row = begin; row < end; row += N) {
-      const W* rows[N];
-      for (int i = 0; i < N; ++i) rows[i] = weight + std::min(row + i, end - 1) * linear.num_in;
+      const W* rows[N + kAhead];
+      for (int i = 0; i < N + kAhead; ++i) rows[i] = weight + std::min(row + i, end - 1) * linear.num_in;
       float sums[8];
-      dot_rows<H>(rows, input.data() + first * padded, static_cast<int>(padded), static_cast<int>(linear.num_in), sums);
+      dot_rows<H, true>(rows, input.data() + first * padded, static_cast<int>(padded), static_cast<int>(linear.num_in), sums);
       for (int i = 0; i < N && row + i < end; ++i) {
-        float scale = linear.scales ? linear.scales[row + i] : 1.0f, shift = bias ? to_float(bias[row + i]) : 0.0f;
+        float scale = linear.scales ? linear.scales[row + i] : 1.0f;
         for (int h = 0; h < H; ++h)
-          output[(first + h) * linear.num_out + row + i] = from_float<X>(sums[i * H + h] * scale + shift);
+          output[(first + h) * linear.num_out + row + i] = from_float<X>(sums[i * H + h] * scale);
       }
     }
   }

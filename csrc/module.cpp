@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include "kernels.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -71,13 +72,12 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "linear",
-      [](Dtype weight_dtype, Dtype dtype, uintptr_t weight, uintptr_t scales, uintptr_t bias, uintptr_t input,
-         uintptr_t output, int64_t num_rows, int64_t num_in, int64_t num_out, int num_threads) {
-        rocketkv::multiply({weight_dtype, dtype, at<void>(weight), at<float>(scales), at<void>(bias), at<void>(input),
-                            at<void>(output), num_rows, num_in, num_out},
+      [](Dtype weight_dtype, Dtype dtype, uintptr_t weight, uintptr_t scales, uintptr_t input, uintptr_t output, int64_t num_rows, int64_t num_in, int64_t num_out, int num_threads) {
+        rocketkv::multiply({weight_dtype, dtype, at<void>(weight), at<float>(scales), at<void>(input), at<void>(output), num_rows, num_in, num_out},
                            num_threads);
       },
       nb::call_guard<nb::gil_scoped_release>());
+  m.def("use_huge_pages", [](uintptr_t begin, size_t num_bytes) { rocketkv::use_huge_pages(at<void>(begin), num_bytes); });
   m.def("thread_runtime", &rocketkv::thread_runtime);
   m.attr("PAGES_PER_BLOCK") = rocketkv::kBlockPages;
 }

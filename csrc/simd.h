@@ -54,6 +54,14 @@ inline void prefetch(const void* p, int num_bytes) {
   for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
+inline void keep_in_register(Vec& v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 

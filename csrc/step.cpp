@@ -20,7 +20,8 @@ namespace {
 
 constexpr int kTile = 64;           // tokens attended between two updates of the running softmax
 constexpr int kPieceTokens = 2048;  // tokens of an attend task at most
-constexpr int kAhead = 8;           // tokens between a prefetch and its use
+constexpr int kBucketShift = 20, kBuckets = 1 << 11;  // of scores: by exponent and three bits of the fraction
+constexpr int kSmallUnit = 4;       // tokens
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // What the tasks of one (row, KV head) share.
@@ -94,7 +95,7 @@ class Step {
 
     unit_stride_ = round_up(static_cast<int>(most_units), kBlockPages);
     int64_t logits = group_ * unit_stride_, piece = group_ * (2 + padded_);
-    int64_t chosen = most_units > 0 ? most_chosen : 0;
+    int64_t chosen = most_units > 0 ? most_chosen + kSmallUnit : 0;
     floats.resize(num_heads_ * (logits + num_pieces_ * piece));
     places.resize(num_heads_ * chosen);
     for (int64_t i = 0; i < num_heads_; ++i) {
@@ -233,13 +234,17 @@ class Step {
     int num_rows = static_cast<int>(channels.rows.size());
     const int* rows = channels.rows.data();
     const float* weights = channels.weights.data() + first;
+    int group = group_;
     for (int lane = 0; lane < kBlockPages; lane += kPair) {
-      Pair sums[H] = {};
+      Pair sums[H];
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) sums[h] = {Vec{}, Vec{}};
       for (int r = 0; r < num_rows; ++r) {
         Pair bound = load_pair(bounds + rows[r] * kBlockPages + lane);
-        if (lane == 0 && first == 0) prefetch(next + rows[r] * kBlockPages, kBlockPages * sizeof(T));
+        __builtin_prefetch(next + rows[r] * kBlockPages + lane);
+#pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
-          float weight = weights[r * group_ + h];
+          float weight = weights[r * group + h];
           sums[h].a += bound.a * weight;
           sums[h].b += bound.b * weight;
         }
@@ -257,14 +262,14 @@ class Step {
   void score_exactly(Head& head, int64_t begin, int64_t count) {
     const float* query = spread_query(head);
     for (int64_t start = begin; start < begin + count; start += kTile) {
-      const T* rows[kTile + kAhead];
+      const T* rows[kTile + 2 * kAhead];
       int n = static_cast<int>(std::min<int64_t>(kTile, begin + count - start));
-      for (int i = 0; i < n + kAhead; ++i) rows[i] = stored(layer_.keys, head, slot_at(head, start + std::min(i, n - 1)));
+      for (int i = 0; i < n + 2 * kAhead; ++i) rows[i] = stored(layer_.keys, head, slot_at(head, start + std::min(i, n - 1)));
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
           for (int i = 0; i < n; i += rows_at_once(heads)) {
             float out[8];
-            dot_rows<heads>(rows + i, query + h * padded_, padded_, layer_.head_dim, out);
+            dot_rows<heads, true>(rows + i, query + h * padded_, padded_, layer_.head_dim, out);
             for (int j = 0; j < rows_at_once(heads) && i + j < n; ++j)
               for (int k = 0; k < heads; ++k) head.logits[(h + k) * unit_stride_ + start + i + j] = out[j * heads + k];
           }
@@ -276,43 +281,59 @@ class Step {
 
   // See score_tokens and choose_tokens in ops/scores.py.
   void choose(Head& head) {
-    int64_t num_units = head.num_units, size = head.page_size;
+    int64_t size = head.page_size;
     float* scores = head.logits;
     average_softmax(head, scores);
     int64_t sinks = std::min(layer_.sinks[head.row], head.length);
     int64_t open_end = head.length - std::min(layer_.recents[head.row], head.length - sinks);  // the pinned last ones follow
     int64_t wanted = head.num_chosen - sinks - (head.length - open_end);
+    int64_t begin = sinks / size, end = wanted > 0 ? (open_end + size - 1) / size : begin;  // units with open tokens
     auto num_open = [&](int64_t unit) { return std::min((unit + 1) * size, open_end) - std::max(unit * size, sinks); };
-    auto rank = [&](int64_t unit) {  // the better the smaller, of equal scores the earlier; scores are not negative
-      uint64_t bits = ~load<uint32_t>(scores + unit);
-      return bits << 32 | static_cast<uint64_t>(unit);
-    };
+    auto bits = [&](int64_t unit) { return load<uint32_t>(scores + unit); };  // in the order of the scores: none is < 0
+    auto rank = [&](int64_t unit) { return uint64_t{~bits(unit)} << 32 | static_cast<uint64_t>(unit); };  // best first
+
+    // The best `whole` units are taken with all their tokens. What is then still wanted, because the pinned ends cut the
+    // first or the last unit, comes from the next three at most. A histogram tells where to look for all of these.
+    int64_t whole = wanted / size, needed = std::min(whole + 3, end - begin);
+    static thread_local std::vector<int> histogram;
+    histogram.assign(kBuckets, 0);
+    for (int64_t unit = begin; unit < end; ++unit) ++histogram[bits(unit) >> kBucketShift];
+    int64_t above = 0;
+    int high = kBuckets - 1;
+    for (; above + histogram[high] < whole; --high) above += histogram[high];
+    int low = high;
+    for (int64_t covered = above + histogram[high]; covered < needed; covered += histogram[low]) --low;
     static thread_local std::vector<uint64_t> ranks;
     ranks.clear();
-    if (wanted > 0)
-      for (int64_t unit = sinks / size; unit * size < open_end && unit < num_units; ++unit) ranks.push_back(rank(unit));
-    // The best wanted / size units are taken whole. What their being cut by the pinned ends leaves over comes from the
-    // next best, one after the other; there are few.
-    auto taken = ranks.begin() + std::min<int64_t>(wanted / size, ranks.size());
-    if (taken != ranks.begin()) std::nth_element(ranks.begin(), taken - 1, ranks.end());
-    for (auto it = ranks.begin(); it != taken; ++it) wanted -= num_open(*it & 0xffffffffu);
-    uint64_t last = taken == ranks.begin() ? 0 : *(taken - 1);  // the worst unit taken, and how many of its tokens
-    int64_t of_last = size;
-    for (; wanted > 0; ++taken) {
-      std::iter_swap(taken, std::min_element(taken, ranks.end()));
-      last = *taken;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      int bucket = static_cast<int>(bits(unit) >> kBucketShift);
+      if (low <= bucket && bucket <= high) ranks.push_back(rank(unit));
+    }
+    auto next = ranks.begin() + (whole - above);
+    if (whole > 0) std::nth_element(ranks.begin(), next - 1, ranks.end());
+    std::partial_sort(next, next + std::min<int64_t>(3, ranks.end() - next), ranks.end());
+    uint64_t last = whole > 0 ? *(next - 1) : 0;  // the worst unit taken
+    auto cut_off = [&](int64_t unit) { return rank(unit) <= last ? size - num_open(unit) : 0; };
+    wanted -= whole * size;
+    if (begin < end) wanted += cut_off(begin) + (begin < end - 1 ? cut_off(end - 1) : 0);
+    int64_t of_last = size;  // its tokens taken at most
+    for (; wanted > 0; ++next) {
+      last = *next;
       of_last = wanted;
       wanted -= num_open(last & 0xffffffffu);
     }
     int32_t* out = head.chosen;
     for (int64_t place = 0; place < sinks; ++place) *out++ = static_cast<int32_t>(place);
-    if (last != 0)
-      for (int64_t unit = sinks / size; unit * size < open_end; ++unit) {
-        uint64_t r = rank(unit);
-        if (r > last) continue;
-        int64_t first = std::max(unit * size, sinks), count = r == last ? std::min(of_last, num_open(unit)) : num_open(unit);
-        for (int64_t i = 0; i < count; ++i) *out++ = static_cast<int32_t>(first + i);
-      }
+    for (int64_t unit = begin; unit < end; ++unit) {
+      uint64_t r = rank(unit);
+      int64_t count = r < last ? size : r == last ? of_last : 0;
+      count = std::min(count, num_open(unit));
+      int64_t first = std::max(unit * size, sinks);
+      // Small units are written whether taken or not, and overwritten if not: there is no branch to foresee.
+      int64_t written = size <= kSmallUnit ? size : count;
+      for (int64_t i = 0; i < written; ++i) out[i] = static_cast<int32_t>(first + i);
+      out += count;
+    }
     for (int64_t place = open_end; place < head.length; ++place) *out++ = static_cast<int32_t>(place);
   }
 
@@ -358,41 +379,49 @@ class Step {
       state[0] = -kInfinity;
     }
     const float* query = spread_query(head);
-    const T *keys[kTile + kAhead], *values[kTile + kAhead];  // beyond a tile, the first tokens of the next
-    for (int64_t start = begin; start < end; start += kTile) {
-      int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
-      for (int i = 0; i < n + kAhead; ++i) {
-        int64_t place = std::min(start + i, end - 1);
-        int64_t slot = slot_at(head, head.selects ? head.chosen[place] : place);
+    bool is_scattered = head.selects || layer_.archived;  // then the hardware cannot foresee what is read next
+    const T *keys[2 * kTile], *values[2 * kTile];  // of a tile and of the next
+    auto locate = [&](int64_t from, int at) {
+      for (int i = at; i < at + kTile; ++i, ++from) {
+        int64_t place = std::min(from, end - 1);
+        int64_t slot = is_scattered ? slot_at(head, head.selects ? head.chosen[place] : place) : place;
         keys[i] = stored(layer_.keys, head, slot);
         values[i] = stored(layer_.values, head, slot);
       }
+    };
+    locate(begin, kTile);
+    for (int64_t start = begin; start < end; start += kTile) {
+      int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
+      std::copy_n(keys + kTile, kTile, keys);
+      std::copy_n(values + kTile, kTile, values);
+      locate(start + kTile, kTile);
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
-          attend_tile<heads>(keys, values, n, query + h * padded_, piece + h * (2 + padded_), h == 0);
+          attend_tile<heads>(keys, values, n, query + h * padded_, piece + h * (2 + padded_), h == 0, is_scattered);
         });
     }
     elements_read_ += 2 * (end - begin) * layer_.head_dim;
   }
 
   template <int H>
-  void attend_tile(const T* const* keys, const T* const* values, int n, const float* query, float* piece, bool is_first) {
+  void attend_tile(const T* const* keys, const T* const* values, int n, const float* query, float* piece, bool is_first,
+                   bool is_scattered) {
     constexpr int N = rows_at_once(H);
-    int row_bytes = layer_.head_dim * static_cast<int>(sizeof(T));
+    const int dim = layer_.head_dim, padded = padded_;
+    const int row_bytes = dim * static_cast<int>(sizeof(T));
     float weights[H][kTile + kAhead], corrections[H];
     for (int i = 0; i < n; i += N) {
-      if (is_first)
-        for (int j = i; j < i + N; ++j) {
-          prefetch(keys[std::min(j + kAhead, n + kAhead - 1)], row_bytes);
-          prefetch(values[j], row_bytes);
-        }
+      for (int j = i; is_first && j < i + N; ++j) {
+        if (is_scattered) prefetch(keys[j + kAhead], row_bytes);
+        prefetch(values[j], row_bytes);
+      }
       float logits[8];
-      dot_rows<H>(keys + i, query, padded_, layer_.head_dim, logits);
+      dot_rows<H, false>(keys + i, query, padded, dim, logits);
       for (int j = 0; j < N; ++j)
         for (int h = 0; h < H; ++h) weights[h][i + j] = logits[j * H + h];
     }
     for (int h = 0; h < H; ++h) {
-      float* state = piece + h * (2 + padded_);
+      float* state = piece + h * (2 + padded);
       for (int i = n; i < round_up(n, kWidth); ++i) weights[h][i] = -kInfinity;
       Vec best = broadcast(state[0]), sum = {};
       for (int i = 0; i < n; i += kWidth) best = max(best, load<Vec>(&weights[h][i]));
@@ -406,11 +435,12 @@ class Step {
       state[0] = top;
       state[1] = state[1] * corrections[h] + sum_lane(sum);
     }
-    int whole = layer_.head_dim / kPair * kPair;
-    for (int c = 0; c < layer_.head_dim; c += kPair) {
+    int whole = dim / kPair * kPair, ahead = kTile, ahead_at_once = is_first && is_scattered ? kTile * kPair / padded : 0;
+    for (int c = 0; c < dim; c += kPair) {
+      for (int end = ahead + ahead_at_once; ahead < end; ++ahead) prefetch(keys[ahead], row_bytes);  // for the next tile
       Pair sums[H];
       for (int h = 0; h < H; ++h) {
-        const float* state = piece + h * (2 + padded_) + 2 + c;
+        const float* state = piece + h * (2 + padded) + 2 + c;
         sums[h] = {load<Vec>(state) * corrections[h], load<Vec>(state + kWidth) * corrections[h]};
       }
       auto take = [&](int i, const Pair& value) __attribute__((always_inline)) {
@@ -421,12 +451,13 @@ class Step {
         }
       };
       if (c < whole) {
+#pragma GCC unroll 4
         for (int i = 0; i < n; ++i) take(i, load_pair(values[i] + c));
       } else {
-        for (int i = 0; i < n; ++i) take(i, load_part(values[i] + c, layer_.head_dim - c));
+        for (int i = 0; i < n; ++i) take(i, load_part(values[i] + c, dim - c));
       }
       for (int h = 0; h < H; ++h) {
-        float* state = piece + h * (2 + padded_) + 2 + c;
+        float* state = piece + h * (2 + padded) + 2 + c;
         store(state, sums[h].a);
         store(state + kWidth, sums[h].b);
       }

@@ -1,6 +1,8 @@
 """What the tests share: random attention inputs, the real small model, and data outside the repository."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,14 @@ import torch
 
 from rocketkv.models import LoadedModel, embedded_path, load
 from rocketkv.ops import backends
+
+if folder := os.environ.get("ROCKETKV_TEST_KERNELS"):  # another build of the native library, see `make sanitize`
+    library = backends.cpp.library_name()
+    file = next(Path(folder).glob(f"{library.rpartition('.')[2]}.*so"))
+    spec = importlib.util.spec_from_file_location(library, file)
+    sys.modules[library] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[library])
+    assert backends.cpp.library() is sys.modules[library]
 
 torch.set_num_threads(1)  # small tensors: two pools of threads spinning against each other cost ten times the work
 

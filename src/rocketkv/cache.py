@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rocketkv.ops import PAGES_PER_BLOCK, build_pages, fold_into_pages, take_tokens
+from rocketkv.ops import PAGES_PER_BLOCK, build_pages, fold_into_pages, new_storage, take_tokens
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
 
@@ -128,8 +128,7 @@ class RaggedTokens:
 
     def _reallocate(self, capacity: int) -> None:
         for i, old in enumerate(self.fields):
-            with torch.inference_mode(False):  # ours to write to in whatever mode the next token comes
-                new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new = new_storage(old, (*old.shape[:2], capacity, *old.shape[3:]))
             new[:, :, : self.max_length] = old[:, :, : self.max_length]
             self.fields[i] = new
 
@@ -169,11 +168,12 @@ class PageIndex:
         if num_tokens <= self.capacity:
             return
         num_blocks = -(-num_tokens // (PAGES_PER_BLOCK * self._smallest))
-        with torch.inference_mode(False):  # ours to write to in whatever mode the next token comes
-            shape = (*self.bounds.shape[:2], num_blocks + max(1, num_blocks // 8), *self.bounds.shape[3:])
-            grown = self.bounds.new_full(shape, -torch.inf)
+        grown = new_storage(
+            self.bounds, (*self.bounds.shape[:2], num_blocks + max(1, num_blocks // 8), *self.bounds.shape[3:])
+        )
+        grown[:, :, used:] = -torch.inf
         if grown.shape[3] > self._head_dim:
-            grown[:, :, :, : self._head_dim] = torch.inf
+            grown[:, :, used:, : self._head_dim] = torch.inf
         grown[:, :, :used] = self.bounds
         self.bounds = grown
 

@@ -2,6 +2,8 @@
 
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens
+from rocketkv.ops.linear import linear
+from rocketkv.ops.memory import new_storage
 from rocketkv.ops.pages import PAGES_PER_BLOCK, bound_logits, build_pages, fold_into_pages, hybrid_logits
 from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
 
@@ -14,7 +16,9 @@ __all__ = [
     "decode_sparsely",
     "fold_into_pages",
     "hybrid_logits",
+    "linear",
     "mark_best",
+    "new_storage",
     "prefill_densely",
     "score_tokens",
     "score_window",

@@ -13,7 +13,7 @@ from rocketkv.ops.backends.base import LayerTensors
 NAME = "cpp"
 MAX_HEAD_DIM = 256
 _LIBRARIES = {"AVX2": "_kernels_x86_64_v3", "AVX512": "_kernels_x86_64_v4"}  # by what torch says this CPU can run
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def instruction_set() -> str:
@@ -35,7 +35,7 @@ def decline(tokens: Tensor) -> str | None:
         return library
     if tokens.device.type != "cpu":
         return f"it runs on the CPU, not on {tokens.device.type}"
-    if tokens.dtype not in _DTYPES[:3]:
+    if tokens.dtype not in _FLOATS:
         return f"it has no kernels for {tokens.dtype}"
     if tokens.shape[3] > MAX_HEAD_DIM:
         return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
@@ -59,6 +59,44 @@ def build_pages(bounds: Tensor, keys: Tensor, lengths: Tensor, page_size: Tensor
         bounds.shape[3],
         torch.get_num_threads(),
     )
+
+
+def use_huge_pages(buffer: Tensor) -> None:
+    """Ask for huge pages for a buffer that nothing was written to; it is only slower without them."""
+    if buffer.device.type == "cpu" and not isinstance(_load(), str):
+        library().use_huge_pages(buffer.data_ptr(), buffer.nbytes)
+
+
+def takes_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes these tensors."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _FLOATS
+        and weight.dtype in (x.dtype, torch.int8)
+        and weight.is_contiguous()
+        and not isinstance(_load(), str)
+    )
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """See `ops.linear`."""
+    x = x.contiguous()
+    num_out, num_in = weight.shape
+    output = x.new_empty(*x.shape[:-1], num_out)
+    dtypes = _native_dtypes()
+    library().linear(
+        dtypes[weight.dtype],
+        dtypes[x.dtype],
+        weight.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        x.data_ptr(),
+        output.data_ptr(),
+        x.numel() // num_in,
+        num_in,
+        num_out,
+        torch.get_num_threads(),
+    )
+    return output
 
 
 def bind(layer: LayerTensors) -> "CppStep | None":
@@ -122,18 +160,22 @@ def library() -> ModuleType:
     return found
 
 
+def library_name() -> str | None:
+    """The module with the kernels for this CPU; None if it can run none of them."""
+    name: str | None = "_kernels_generic"
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        name = _LIBRARIES.get(torch.backends.cpu.get_cpu_capability())
+    return name and f"{__package__}.{name}"
+
+
 @cache
 def _load() -> ModuleType | str:
     """The library for this CPU, or why there is none."""
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = _LIBRARIES.get(capability, "")
-        if not name:
-            return f"this CPU runs {capability} code only; the kernels need AVX2"
-    else:
-        name = "_kernels_generic"
+    name = library_name()
+    if name is None:
+        return f"this CPU runs {torch.backends.cpu.get_cpu_capability()} code only; the kernels need AVX2"
     try:
-        return import_module(f"rocketkv.ops.backends.{name}")
+        return import_module(name)
     except ImportError as error:
         return f"its native library does not load ({error})"
 
@@ -145,4 +187,4 @@ def _dtype(dtype: torch.dtype) -> object:
 
 @cache
 def _native_dtypes() -> dict[torch.dtype, object]:
-    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in _DTYPES}
+    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in (*_FLOATS, torch.int8)}
