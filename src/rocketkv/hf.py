@@ -311,8 +311,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
     handles = [
-        decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
-        decoder.register_forward_hook(_after_forward, with_kwargs=True),
+        decoder.register_forward_pre_hook(before_forward, with_kwargs=True),
+        decoder.register_forward_hook(after_forward, with_kwargs=True),
     ]
     model._rocketkv = handles
     return model
@@ -324,6 +324,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         for handle in model._rocketkv:
             handle.remove()
         model.set_attn_implementation("sdpa")
+        model._compiled_call_impl = None  # what `rocketkv.fast.accelerate` put there
         del model._rocketkv
     return model
 
@@ -367,7 +368,7 @@ def _compressed(layer: DynamicLayer, config: PreTrainedConfig, rocketkv_config: 
     return RocketKVLayer(rocketkv_config, window=getattr(layer, "sliding_window", None))
 
 
-def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Read the padding, announce the pass to the cache and hand the cache down to the attention function."""
     cache = kwargs.get("past_key_values")
     if any(isinstance(arg, RocketKVCache) for arg in args):
@@ -397,7 +398,7 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     return args, {**kwargs, "rocketkv_cache": cache}
 
 
-def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Make sure that every compressed layer did attend through its cache."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, RocketKVCache) and any(layer.call is not None for layer in cache.compressed_layers):
