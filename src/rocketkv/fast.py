@@ -6,6 +6,7 @@ attention is one opaque operation, `rocketkv::attend`; that operation looks up t
 So the graph knows nothing of the cache: it may grow, and another may take its place, without a new compilation.
 """
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.fx import GraphModule
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -45,6 +48,22 @@ torch.library.impl("rocketkv::attend", "CompositeExplicitAutograd", _attend)
 torch.library.register_fake("rocketkv::attend", _fake_attend)
 
 
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`x` `[..., I]` times the transpose of `weight` `[O, I]`, its rows scaled by `scale` `[O]`: `[..., O]`."""
+    output = linear(x, weight.to(x.dtype))
+    return output if scale is None else output * scale
+
+
+def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """What `_linear` returns, without its data."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+torch.library.define("rocketkv::linear", "(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
+torch.library.impl("rocketkv::linear", "CompositeExplicitAutograd", _linear)
+torch.library.register_fake("rocketkv::linear", _fake_linear)
+
+
 class _StandIn(RocketKVLayer):
     """A compressed layer as the graph sees it: it holds nothing, and its attention is opaque."""
 
@@ -68,7 +87,7 @@ class _FastCall:
     def __init__(self, model: PreTrainedModel) -> None:
         self.windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
         self.model = model
-        self.step: Callable[..., Tensor] | None = torch.compile(self._step, fullgraph=True)
+        self.step: Callable[..., Tensor] | None = torch.compile(self._step, fullgraph=True, backend=_compile_graph)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the step in the graph if it fits there, and call the model as it was if not."""
@@ -84,7 +103,8 @@ class _FastCall:
             logits = self.step(_canonical(input_ids), _canonical(positions), torch.tensor(id(cache)))
         except _COMPILE_ERRORS as error:  # nothing was computed
             warnings.warn(
-                f"{type(self.model).__name__} cannot be compiled and goes on uncompiled, only slower: {error}",
+                f"{type(self.model).__name__} cannot be compiled and goes on uncompiled, only slower "
+                f"({str(error).strip().splitlines()[0]}).",
                 stacklevel=3,
             )
             self.step = None
@@ -135,9 +155,9 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
     """Compile the model's decode step; prompts, and calls that ask for more than logits, run as they did.
 
     The first decoded token waits for the compiler, a minute for 30 layers on one core; later processes find most of it
-    in torch's cache on disk. A cache that grows, or another one, compiles nothing anew; another batch size does, twice
-    at most. Models with sliding-window layers are left uncompiled. A hook that is put on a layer
-    after the first decoded token is not called in decode steps.
+    in torch's cache on disk. A cache that grows, or another one, compiles nothing anew; a second and a
+    third batch size do, further ones do not. Models with sliding-window layers are left uncompiled. A hook that is put
+    on a layer after the first decoded token is not called in decode steps.
 
     Args:
         model: a decoder of transformers; it is enabled if it is not yet.
@@ -163,6 +183,22 @@ def decelerate(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(model._compiled_call_impl, _FastCall):
         model._compiled_call_impl = None
     return model
+
+
+def _compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Any:
+    """Hand the graph to torch's compiler, its linear layers as calls of `rocketkv::linear`."""
+    from torch._inductor.compile_fx import compile_fx  # seconds to import, needed by the first decode step only
+
+    for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
+        x, weight, bias = (*node.args, None)[:3]
+        with graph.graph.inserting_before(node):
+            output = graph.graph.call_function(torch.ops.rocketkv.linear.default, (x, weight))
+            if bias is not None:
+                output = graph.graph.call_function(operator.add, (output, bias))
+        node.replace_all_uses_with(output)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return compile_fx(graph, inputs)
 
 
 def _canonical(tokens: Tensor) -> Tensor:
