@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx import GraphModule
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from rocketkv import ops
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf import Call, RocketKVCache, RocketKVLayer, after_forward, before_forward, enable
 
@@ -48,19 +48,13 @@ torch.library.impl("rocketkv::attend", "CompositeExplicitAutograd", _attend)
 torch.library.register_fake("rocketkv::attend", _fake_attend)
 
 
-def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`x` `[..., I]` times the transpose of `weight` `[O, I]`, its rows scaled by `scale` `[O]`: `[..., O]`."""
-    output = linear(x, weight.to(x.dtype))
-    return output if scale is None else output * scale
-
-
 def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """What `_linear` returns, without its data."""
+    """What `ops.linear` returns, without its data."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 torch.library.define("rocketkv::linear", "(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor")
-torch.library.impl("rocketkv::linear", "CompositeExplicitAutograd", _linear)
+torch.library.impl("rocketkv::linear", "CompositeExplicitAutograd", ops.linear)
 torch.library.register_fake("rocketkv::linear", _fake_linear)
 
 
