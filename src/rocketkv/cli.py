@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rocketkv.bench import commands as bench
 from rocketkv.errors import InputError, RocketKVError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(help="Measure accuracy.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -258,6 +261,10 @@ def turns(
         found = [row for row in rows if row.cache == name]
         table.add_row(name, str(sum(row.first for row in found)), str(sum(row.second for row in found)))
     out.print(table)
+
+
+for command_ in bench.COMMANDS:
+    bench_app.command()(reports_errors(command_))
 
 
 @app.command()
