@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from rocketkv.bench.timing import Pace, Row
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FLOORS = {  # the floor that a row is compared with
-    "sparse": "sparse_floor",
-    "dense": "dense_floor",
-    "sdpa_grouped": "dense_floor",
-    "transformers_default": "dense_floor",
-    "rocketkv": "sparse_floor",
-    "full": "dense_floor",
-}
-
 err = Console(stderr=True, highlight=False)
 
 GeometryName = Annotated[str, typer.Option("--geometry", "-g", help="Sizes of a known model, such as llama-3.1-8b.")]
@@ -318,6 +309,6 @@ def _report(
     if as_json:
         print_json(result)
     else:
-        print_result({**result, "floor_names": FLOORS})
+        print_result(result)
     if plot is not None:
         save_plot(result, plot)
