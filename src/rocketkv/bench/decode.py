@@ -1,0 +1,229 @@
+"""Whole decode steps of a transformers model, and how close they come to the best that sparse attention can give."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rocketkv.attention import LayerCache
+from rocketkv.bench.machine import available_bytes, check_memory, measure_bandwidth
+from rocketkv.bench.model import Sizes, decode_step, full_cache, our_cache, sizes_of
+from rocketkv.bench.tensors import dense_config, held_bytes, kept_tokens, random_tokens, sparse_config
+from rocketkv.bench.timing import Call, OnRound, Pace, Row, run_rounds, timed
+from rocketkv.fast import accelerate
+from rocketkv.hf import RocketKVCache, cache_stats, disable, enable
+
+Prepare = Callable[[PreTrainedModel], AbstractContextManager[None]]
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """The model as transformers runs it."""
+    enable(model)
+    try:
+        yield
+    finally:
+        disable(model)
+
+
+@contextmanager
+def _fast(model: PreTrainedModel) -> Iterator[None]:
+    """The model with its decode step compiled."""
+    accelerate(model)
+    try:
+        yield
+    finally:
+        disable(model)
+
+
+PATHS: dict[str, Prepare] = {"eager": _eager, "fast": _fast}  # ways to run a model, each measured in full
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A cache to decode with.
+
+    Attributes:
+        name: of the row: `rocketkv`, `dense`, `full` or `rest`.
+        token_budget: None where it plays no part.
+        needed_bytes: of memory, about.
+        build: fills the cache.
+    """
+
+    name: str
+    token_budget: int | None
+    needed_bytes: int
+    build: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same while everything is compared: the model, the context and the batch."""
+
+    model: PreTrainedModel
+    sizes: Sizes
+    seq_len: int
+    batch: int
+
+
+class NoAttention(LayerCache):
+    """A layer that attends to nothing and answers zeros: a model's step with it is the rest of the step."""
+
+    def __init__(self, num_seen: int) -> None:
+        super().__init__(sparse_config(256))
+        self.num_seen = num_seen
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
+        """Zeros in the shape of `query`."""
+        self.num_seen += 1
+        return torch.zeros_like(query)
+
+
+def measure_decode(
+    model: PreTrainedModel,
+    seq_len: int,
+    token_budgets: Sequence[int],
+    batch: int,
+    *,
+    paths: Sequence[str],
+    pace: Pace,
+    on_round: OnRound | None = None,
+) -> tuple[list[Row], list[dict[str, object]], float]:
+    """Measure one context length and batch, with every token budget, on these `paths` of `PATHS`.
+
+    Returns:
+        Rows `rocketkv`, `dense`, `full`, `rest` and `sparse_attention` per path; `bytes` are those that a step must
+        read, weights included. How the steps compare with the best that the attention allows. And the
+        bandwidth of the memory meanwhile, in bytes per second.
+
+    Raises:
+        InputError: it would not fit in memory.
+    """
+    setting = Setting(model, sizes_of(model), seq_len, batch)
+    contenders = _contenders(setting, token_budgets)
+    largest = max(contender.needed_bytes for contender in contenders)
+    together = sum(contender.needed_bytes for contender in contenders)
+    available = available_bytes()
+    check_memory(f"decoding after {seq_len} tokens x batch {batch}", largest)
+    is_interleaved = available is None or together <= available
+    groups = [contenders] if is_interleaved else [[contender] for contender in contenders]
+
+    bandwidth = measure_bandwidth()
+    rows: list[Row] = []
+    comparisons: list[dict[str, object]] = []
+    for name in paths:
+        with PATHS[name](model):
+            measured = [row for group in groups for row in _measure_group(setting, group, pace, on_round)]
+        for row in measured:
+            row.details.update(path=name, interleaved=is_interleaved)
+        rows += measured
+        comparisons += _compare(name, measured)
+    return rows, comparisons, max(bandwidth, measure_bandwidth())
+
+
+def _contenders(setting: Setting, token_budgets: Sequence[int]) -> list[Contender]:
+    model, sizes, seq_len, batch = setting.model, setting.sizes, setting.seq_len, setting.batch
+    token_bytes = 2 * batch * sizes.num_kv_heads * sizes.head_dim * model.dtype.itemsize
+
+    def tokens(count: int) -> tuple[Tensor, Tensor]:
+        shape = (batch, sizes.num_kv_heads, count, sizes.head_dim)
+        return random_tokens(*shape, model.dtype), random_tokens(*shape, model.dtype)
+
+    def ours(name: str, token_budget: int | None) -> Contender:
+        config = dense_config(max(token_budgets)) if token_budget is None else sparse_config(token_budget)
+        kept = kept_tokens(config, seq_len)
+        needed = sizes.num_layers * held_bytes(config, seq_len, token_bytes) + kept * token_bytes
+        return Contender(name, token_budget, needed, lambda: our_cache(model, config, *tokens(kept), seq_len))
+
+    def rest() -> RocketKVCache:
+        cache = RocketKVCache(model.config, sparse_config(256))
+        for layer in cache.compressed_layers:
+            layer.cache = NoAttention(seq_len)
+        return cache
+
+    full_bytes = (sizes.num_layers + 1) * seq_len * token_bytes
+    return [
+        Contender("rest", None, 0, rest),
+        *(ours("rocketkv", token_budget) for token_budget in token_budgets),
+        ours("dense", None),
+        Contender("full", None, full_bytes, lambda: full_cache(model, *tokens(seq_len))),
+    ]
+
+
+def _measure_group(
+    setting: Setting, contenders: Sequence[Contender], pace: Pace, on_round: OnRound | None
+) -> list[Row]:
+    """Measure what fits in memory at once, turn by turn."""
+    caches = [contender.build() for contender in contenders]
+    calls: dict[tuple[int, str], Call] = {}
+    for i, (contender, cache) in enumerate(zip(contenders, caches, strict=True)):
+        calls[i, contender.name] = _step(setting, cache)
+        if contender.name == "rocketkv":
+            calls[i, "sparse_attention"] = _attention(setting, cache)
+    times = run_rounds(calls, pace, on_round)
+    rows = []
+    for (i, name), times_ms in times.items():
+        stats = cache_stats(caches[i]).total
+        kv_read_bytes = 0 if name == "rest" else stats.read_bytes
+        num_bytes = kv_read_bytes + (0 if name == "sparse_attention" else setting.sizes.weight_bytes)
+        row = Row(name, times_ms, num_bytes, setting.seq_len, contenders[i].token_budget, setting.batch)
+        row.details.update(kv_read_bytes=kv_read_bytes, kv_bytes=0 if name == "rest" else stats.kv_bytes)
+        if name not in ("rest", "sparse_attention"):
+            row.details["tokens_per_second"] = 1000 * setting.batch / row.median_ms
+        rows.append(row)
+    return rows
+
+
+def _step(setting: Setting, cache: Any) -> Call:
+    """One step of the whole model."""
+    input_ids = torch.ones(setting.batch, 1, dtype=torch.int64)
+    return lambda: timed(lambda: decode_step(setting.model, cache, input_ids))
+
+
+def _attention(setting: Setting, cache: RocketKVCache) -> Call:
+    """The attention of one step alone: every layer's own, after a matrix product, the times of the layers added up."""
+    sizes, dtype = setting.sizes, setting.model.dtype
+    query = torch.randn(setting.batch, sizes.num_heads, 1, sizes.head_dim, dtype=dtype)
+    key = torch.randn(setting.batch, sizes.num_kv_heads, 1, sizes.head_dim, dtype=dtype)
+    hidden = query.flatten(1)
+    weight = torch.randn(hidden.shape[1], hidden.shape[1], dtype=dtype)
+
+    def call() -> float:
+        total = 0.0
+        with torch.inference_mode():
+            for layer in cache.compressed_layers:
+                torch.mm(hidden, weight)
+                total += timed(lambda cache=layer.cache: cache.decode(query, key, key))  # type: ignore[misc]
+        return total
+
+    return call
+
+
+def _compare(path: str, rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Amdahl's limit: a baseline's step over the rest of a step and our attention, and what of it was reached."""
+    medians = {(row.name, row.token_budget): row.median_ms for row in rows}
+    comparisons: list[dict[str, object]] = []
+    for row in rows:
+        if row.name != "rocketkv":
+            continue
+        best_ms = medians["rest", None] + medians["sparse_attention", row.token_budget]
+        for baseline in ("dense", "full"):
+            amdahl = medians[baseline, None] / best_ms
+            achieved = medians[baseline, None] / row.median_ms
+            comparisons.append(
+                {
+                    "path": path,
+                    "baseline": baseline,
+                    "seq_len": row.seq_len,
+                    "token_budget": row.token_budget,
+                    "batch": row.batch,
+                    "amdahl_factor": amdahl,
+                    "achieved_factor": achieved,
+                    "share_percent": 100 * achieved / amdahl,
+                }
+            )
+    return comparisons

@@ -1,0 +1,107 @@
+"""The machine that a measurement ran on: what it is, how fast it reads memory, and how much of it is left."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import rocketkv
+from rocketkv.errors import InputError
+from rocketkv.ops.backends import cpp
+
+READ_BYTES = 512 * 2**20  # read at once to measure bandwidth, at least
+
+
+def describe_machine() -> dict[str, object]:
+    """The processor and the memory; nothing that names the machine."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """What the measurement ran with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "rocketkv": rocketkv.__version__,
+        "instruction_set": cpp.instruction_set(),
+    }
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache that the first core reaches; 32 MiB where the system does not tell."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)
+
+
+def measure_bandwidth(reads: int = 5) -> float:
+    """Bytes per second at which memory can be read: the best of a few sums over more than the caches hold."""
+    buffer = torch.ones(max(READ_BYTES, 8 * last_level_cache_bytes()) // 4)
+    best = 0.0
+    for _ in range(reads):
+        start = time.perf_counter()
+        buffer.sum()
+        best = max(best, buffer.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (most := group.read_text().strip()).isdigit():
+        limits.append(int(most) - int(group.with_name("memory.current").read_text()))
+    return min(limits, default=None)
+
+
+def check_memory(what: str, needed_bytes: float) -> None:
+    """Refuse what would not fit.
+
+    Raises:
+        InputError: more is needed than there is.
+    """
+    available = available_bytes()
+    if available is not None and needed_bytes > available:
+        raise InputError(
+            f"{what} needs {needed_bytes / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB are available; "
+            "lower --seq-len or --batch, or choose a smaller geometry."
+        )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held.
+
+    Linux's `ru_maxrss` begins with what the parent held when it started this process, so its own count comes first.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

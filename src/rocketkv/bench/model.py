@@ -1,0 +1,108 @@
+"""Whole models of a geometry, with random weights, and caches of theirs that are filled without a prefill."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers.initialization import no_init_weights
+
+from rocketkv.bench.geometries import Geometry
+from rocketkv.bench.tensors import kept_tokens
+from rocketkv.config import RocketKVConfig
+from rocketkv.hf import RocketKVCache, RocketKVLayer
+
+_CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What counts of a model's attention and weights.
+
+    Attributes:
+        num_layers: decoder layers.
+        num_heads: query heads, Hq.
+        num_kv_heads: KV heads, Hkv.
+        head_dim: channels of a key, D.
+        weight_bytes: weights that a decode step must read.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    weight_bytes: int
+
+
+def build_model(geometry: Geometry, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of this geometry in evaluation mode; its random weights repeat, as only their traffic counts."""
+    config = _CONFIGS[geometry.model_type](
+        vocab_size=geometry.vocab_size,
+        hidden_size=geometry.hidden_size,
+        intermediate_size=geometry.intermediate_size,
+        num_hidden_layers=geometry.num_layers,
+        num_attention_heads=geometry.num_heads,
+        num_key_value_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        tie_word_embeddings=geometry.is_tied,
+        max_position_embeddings=2**20,
+    )
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    model.tie_weights()
+    block = torch.empty(2**20, dtype=dtype).normal_(0.0, 0.02)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+                continue
+            for part in weight.view(-1).split(block.numel()):
+                part.copy_(block[: part.numel()])
+    return model
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """What counts of this model."""
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    weights = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    if head is not None and head.weight.data_ptr() != embedding.data_ptr():
+        del weights[embedding.data_ptr()]  # a step reads one row of it per token
+    return Sizes(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        weight_bytes=sum(weights.values()),
+    )
+
+
+def full_cache(model: PreTrainedModel, keys: Tensor, values: Tensor) -> DynamicCache:
+    """The cache of transformers itself with copies of `keys` and `values` `[B, Hkv, S, D]` in every layer."""
+    cache = DynamicCache(config=model.config)
+    for layer in range(len(cache.layers)):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def our_cache(
+    model: PreTrainedModel, config: RocketKVConfig, keys: Tensor, values: Tensor, seq_len: int
+) -> RocketKVCache:
+    """Our cache as after a prompt of `seq_len` tokens, holding the first of `keys` and `values` `[B, Hkv, N, D]`."""
+    cache = RocketKVCache(model.config, config)
+    kept = kept_tokens(config, seq_len)
+    for layer in cache.layers:
+        if isinstance(layer, RocketKVLayer):
+            layer.cache.adopt(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
+        else:  # a sliding window, which forgets most of them
+            shape = (-1, -1, seq_len, -1)
+            layer.update(keys[:, :, :1].expand(shape), values[:, :, :1].expand(shape))
+    return cache
+
+
+def decode_step(model: PreTrainedModel, cache: Any, input_ids: Tensor) -> None:
+    """One step of the whole model: `input_ids` `[B, 1]` int64."""
+    with torch.inference_mode():
+        model(input_ids=input_ids, past_key_values=cache)

@@ -1,0 +1,59 @@
+"""Random caches: the shapes and the memory of a long context, without hours of prefill."""
+
+import torch
+from torch import Tensor
+
+from rocketkv.attention import LayerCache
+from rocketkv.config import RocketKVConfig
+from rocketkv.plan import plan_eviction
+
+BLOCK = 32768  # tokens drawn anew; longer texts repeat them
+SPARE_TOKENS = 256  # room for the tokens that a measurement decodes, so that a full cache does not grow amid it
+
+
+def random_tokens(batch: int, num_heads: int, num_tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Normal values, `[B, H, N, D]`."""
+    tokens = torch.empty(batch, num_heads, num_tokens, head_dim, dtype=dtype)
+    block = tokens[:, :, :BLOCK].normal_()
+    for start in range(BLOCK, num_tokens, BLOCK):
+        part = tokens[:, :, start : start + BLOCK]
+        part.copy_(block[:, :, : part.shape[2]])
+    return tokens
+
+
+def same_tokens(batch: int, num_heads: int, num_tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """One normal token over and over, `[B, H, N, D]`, in the memory of one."""
+    return torch.randn(1, 1, 1, head_dim, dtype=dtype).expand(batch, num_heads, num_tokens, head_dim)
+
+
+def sparse_config(token_budget: int) -> RocketKVConfig:
+    """RocketKV as users have it."""
+    return RocketKVConfig(token_budget=token_budget)
+
+
+def dense_config(token_budget: int) -> RocketKVConfig:
+    """Our own full cache: everything kept, everything attended."""
+    return RocketKVConfig(token_budget=token_budget, eviction="keep_all", selection="dense", new_tokens=SPARE_TOKENS)
+
+
+def kept_tokens(config: RocketKVConfig, seq_len: int) -> int:
+    """Tokens that stage 1 keeps of a prompt."""
+    if config.eviction == "keep_all":
+        return seq_len
+    return min(seq_len, plan_eviction(config, config.selection_method(), [seq_len])[0])
+
+
+def adopted_cache(config: RocketKVConfig, keys: Tensor, values: Tensor, seq_len: int) -> LayerCache:
+    """A layer's cache as after a prompt of `seq_len` tokens, with the first of `keys`, `values` `[B, Hkv, S, D]`."""
+    cache = LayerCache(config)
+    kept = kept_tokens(config, seq_len)
+    cache.adopt(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
+    return cache
+
+
+def held_bytes(config: RocketKVConfig, seq_len: int, token_bytes: int) -> int:
+    """About what a layer's cache will hold: keys, values, the index of stage 2 and spare room."""
+    kept = kept_tokens(config, seq_len)
+    if config.eviction == "keep_all":
+        return (kept + SPARE_TOKENS) * token_bytes
+    return int(1.75 * (kept + 32) * token_bytes)

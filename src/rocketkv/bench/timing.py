@@ -1,0 +1,137 @@
+"""Fair timing: everything compared takes its turn in the same rounds, until the medians stand still."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TypeVar
+
+Key = TypeVar("Key")
+Call = Callable[[], float]  # does the work once and returns the milliseconds that count
+OnRound = Callable[[int], None]
+
+FLOORS = {"sparse": "sparse_floor", "rocketkv": "sparse_floor", "dense": "dense_floor"}
+
+LEAST_ROUNDS = 3
+STABLE_ROUNDS = 15
+MOST_ROUNDS = 200
+STABLE_WIDTH = 0.04  # width of the median's 95% interval, as a fraction of it
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to measure.
+
+    Attributes:
+        repeats: rounds; 0: until medians are stable or time is up.
+        limit_s: seconds that one row may take, at least `LEAST_ROUNDS` rounds.
+    """
+
+    repeats: int = 0
+    limit_s: float = 20.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a result.
+
+    Attributes:
+        name: what was measured.
+        times_ms: every repeat; one computed value for a floor.
+        num_bytes: what the benchmark says it counts.
+        seq_len: tokens of context.
+        token_budget: of the configuration; None where it plays no part.
+        batch: rows.
+        details: further figures, by name.
+    """
+
+    name: str
+    times_ms: list[float]
+    num_bytes: int
+    seq_len: int
+    token_budget: int | None
+    batch: int
+    details: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def median_ms(self) -> float:
+        """The median of the repeats."""
+        return median(self.times_ms)
+
+    def record(self) -> dict[str, object]:
+        """As JSON."""
+        return {
+            "name": self.name,
+            "seq_len": self.seq_len,
+            "token_budget": self.token_budget,
+            "batch": self.batch,
+            "median_ms": self.median_ms,
+            "min_ms": min(self.times_ms),
+            "max_ms": max(self.times_ms),
+            "repeats": len(self.times_ms),
+            "bytes": self.num_bytes,
+            **self.details,
+        }
+
+
+def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
+    """The time that reading the bytes of our rows takes at `bandwidth` bytes per second: no method can be faster."""
+    floors: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        name = FLOORS.get(row.name)
+        if name is None:
+            continue
+        floor = Row(name, [1000 * row.num_bytes / bandwidth], row.num_bytes, row.seq_len, row.token_budget, row.batch)
+        if "tokens_per_second" in row.details:
+            floor.details["tokens_per_second"] = 1000 * row.batch / floor.median_ms
+        floors.setdefault((name, row.seq_len, row.token_budget, row.batch), floor)
+    return list(floors.values())
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Milliseconds that `work` takes."""
+    start = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - start)
+
+
+def run_rounds(calls: Mapping[Key, Call], pace: Pace, on_round: OnRound | None = None) -> dict[Key, list[float]]:
+    """Let all calls take turns, one after the other in each round, after a round that does not count.
+
+    Args:
+        calls: what to measure.
+        pace: for how long; a call whose time is up sits out the rounds that others still need.
+        on_round: told the number of each round when it is done.
+
+    Returns:
+        The milliseconds of every repeat of every call.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    for call in calls.values():
+        call()
+    for done in range(1, (pace.repeats or MOST_ROUNDS) + 1):
+        for key, call in calls.items():
+            if pace.repeats or len(times[key]) < LEAST_ROUNDS or spent[key] < pace.limit_s:
+                start = time.perf_counter()
+                times[key].append(call())
+                spent[key] += time.perf_counter() - start
+        if on_round is not None:
+            on_round(done)
+        if not pace.repeats and all(
+            is_stable(times[key]) or (done >= LEAST_ROUNDS and spent[key] >= pace.limit_s) for key in calls
+        ):
+            break
+    return times
+
+
+def is_stable(times: list[float]) -> bool:
+    """Whether a median is known well enough: by order statistics, a 95% interval of `STABLE_WIDTH` or less."""
+    count = len(times)
+    if count < STABLE_ROUNDS:
+        return False
+    ordered = sorted(times)
+    half = math.sqrt(count)  # 1.96 * sqrt(count) / 2, ranks either side of the middle
+    low, high = ordered[max(0, math.floor(count / 2 - half))], ordered[min(count - 1, math.ceil(count / 2 + half))]
+    return high - low <= STABLE_WIDTH * median(times)
