@@ -65,7 +65,7 @@ def test_budget_explains_the_split(run: Any) -> None:
 
 def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
     facts = json.loads(run("info", "--json").stdout)
-    assert {"rocketkv", "python", "torch", "transformers", "cpu", "threads", "backends", "model cache"} <= set(facts)
+    assert {"rocketkv", "python", "torch", "transformers", "cpu", "threads", "kernels", "model cache"} <= set(facts)
     assert "transformers" in run("info").stdout
 
 
