@@ -1,9 +1,10 @@
 // One decode step of one layer: append -> score -> choose -> attend, in one parallel region.
 //
-// Each (batch row, KV head) is cut into score tasks and then into attend tasks. Threads draw tasks in that order; whoever
-// finishes a head's last score task chooses its tokens, and an attend task waits until its head is chosen. The wait is
-// short and cannot deadlock: the tasks waited for were drawn earlier and are running. So any number of heads, be it 1 or 3,
-// keeps any number of threads busy, and nobody waits for a head that is not theirs.
+// Where there are many (batch row, KV head)s, a thread draws one after the other and does all of its work in memory that
+// stays in its cache. Where there are few, each is cut into score tasks and then into attend tasks, drawn in that order;
+// whoever finishes a head's last score task chooses its tokens, and an attend task waits until its head is chosen. The
+// wait is short and cannot deadlock: the tasks waited for were drawn earlier and are running. So any number of heads, be
+// it 1 or 3, keeps any number of threads busy.
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -57,7 +58,11 @@ class Step {
 
   int64_t run() {
     plan();
-    run_on_threads(num_threads_, [](void* self) { static_cast<Step*>(self)->work(); }, this);
+    auto work = [](void* data) {
+      Step& step = *static_cast<Step*>(data);
+      step.is_shared_ ? step.work_on_parts() : step.work_on_heads();
+    };
+    run_on_threads(num_threads_, work, this);
     for (int64_t i = 0; i < num_heads_; ++i) ++layer_.lengths[i];
     if (layer_.archive_lengths) for (int64_t i = 0; i < num_heads_; ++i) ++layer_.archive_lengths[i];
     for (int b = 0; b < layer_.batch; ++b) ++layer_.seen[b];
@@ -69,8 +74,6 @@ class Step {
 
   void plan() {
     static thread_local std::vector<Head> heads;
-    static thread_local std::vector<float> floats;
-    static thread_local std::vector<int32_t> places;
     if (heads.size() != static_cast<size_t>(num_heads_)) heads = std::vector<Head>(num_heads_);
     heads_ = heads.data();
     int64_t most_units = 0, most_chosen = 0;
@@ -88,30 +91,56 @@ class Step {
     }
     // Enough tasks to share out evenly, but none so small that sharing costs more than it saves.
     int64_t wanted = (4 * num_threads_ + num_heads_ - 1) / num_heads_;
-    bool is_alone = num_threads_ == 1 || num_heads_ >= 4 * num_threads_;
-    num_score_tasks_ = is_alone ? 1 : std::clamp<int64_t>(most_units / (4 * kBlockPages), 1, wanted);
-    num_pieces_ = is_alone ? 1 : std::clamp<int64_t>(most_chosen / kTile, 1, wanted);
+    is_shared_ = num_threads_ > 1 && num_heads_ < 4 * num_threads_;
+    num_score_tasks_ = is_shared_ ? std::clamp<int64_t>(most_units / (4 * kBlockPages), 1, wanted) : 1;
+    num_pieces_ = is_shared_ ? std::clamp<int64_t>(most_chosen / kTile, 1, wanted) : 1;
     num_pieces_ = std::max(num_pieces_, (most_chosen + kPieceTokens - 1) / kPieceTokens);
 
     unit_stride_ = round_up(static_cast<int>(most_units), kBlockPages);
-    int64_t logits = group_ * unit_stride_, piece = group_ * (2 + padded_);
-    int64_t chosen = most_units > 0 ? most_chosen + kSmallUnit : 0;
-    floats.resize(num_heads_ * (logits + num_pieces_ * piece));
-    places.resize(num_heads_ * chosen);
+    num_floats_ = group_ * unit_stride_ + num_pieces_ * group_ * (2 + padded_);
+    num_places_ = most_units > 0 ? most_chosen + kSmallUnit : 0;
+    if (!is_shared_) return;
+    static thread_local std::vector<float> floats;
+    static thread_local std::vector<int32_t> places;
+    floats.resize(num_heads_ * num_floats_);
+    places.resize(num_heads_ * num_places_);
     for (int64_t i = 0; i < num_heads_; ++i) {
       Head& head = heads_[i];
-      head.logits = floats.data() + i * (logits + num_pieces_ * piece);
-      head.pieces = head.logits + logits;
-      head.chosen = places.data() + i * chosen;
+      give_memory(head, floats.data() + i * num_floats_, places.data() + i * num_places_);
       head.scores_left.store(static_cast<int>(num_score_tasks_), std::memory_order_relaxed);
       head.pieces_left.store(static_cast<int>(num_pieces_), std::memory_order_relaxed);
       head.is_ready.store(false, std::memory_order_relaxed);
     }
   }
 
-  void work() {
+  void give_memory(Head& head, float* floats, int32_t* places) const {
+    head.logits = floats;
+    head.pieces = floats + group_ * unit_stride_;
+    head.chosen = places;
+  }
+
+  int64_t next_task() { return next_task_.fetch_add(1, std::memory_order_relaxed); }
+
+  void work_on_heads() {
+    static thread_local std::vector<float> floats;
+    static thread_local std::vector<int32_t> places;
+    floats.resize(num_floats_);
+    places.resize(num_places_);
+    for (int64_t task; (task = next_task()) < num_heads_;) {
+      Head& head = heads_[task];
+      give_memory(head, floats.data(), places.data());
+      append(head);
+      if (head.selects) score(head, 0);
+      if (head.selects) choose(head);
+      if (token_.chosen) report(head);
+      for (int64_t piece = 0; piece < num_pieces_; ++piece) attend(head, piece);
+      merge(head);
+    }
+  }
+
+  void work_on_parts() {
     int64_t score_tasks = num_heads_ * num_score_tasks_, tasks = score_tasks + num_heads_ * num_pieces_;
-    for (int64_t task; (task = next_task_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+    for (int64_t task; (task = next_task()) < tasks;) {
       if (task < score_tasks) {
         Head& head = heads_[task / num_score_tasks_];
         int64_t part = task % num_score_tasks_;
@@ -164,6 +193,8 @@ class Step {
     } else {
       all_channels(head, channels);
     }
+    const T* first = page_bounds<T>(layer_.pages, head.index, begin * kBlockPages);
+    for (int row : channels.rows) prefetch(first + row * kBlockPages, kBlockPages * sizeof(T));
     for (int64_t block = begin; block < end; ++block)
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) { score_block<heads>(head, channels, h, block, block + 1 < end); });
@@ -518,7 +549,9 @@ class Step {
   int num_threads_;
   int64_t num_heads_;  // rows times KV heads
   int group_, padded_;
-  int64_t num_score_tasks_, num_pieces_, unit_stride_;
+  bool is_shared_;
+  int64_t num_score_tasks_, num_pieces_;           // of a head
+  int64_t unit_stride_, num_floats_, num_places_;  // of a head's memory
   Head* heads_;
   std::atomic<int64_t> next_task_{0}, elements_read_{0};
 };

@@ -487,6 +487,21 @@ def bad(change: Callable[[Inputs], Inputs]) -> Callable[[LayerCache, Inputs], An
     return lambda cache, x: cache.prefill(*change(x))
 
 
+def test_a_step_of_another_kind_is_checked_and_bound_anew(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 110, 64)
+    cache, same = LayerCache(RocketKVConfig(token_budget=48)), LayerCache(RocketKVConfig(token_budget=48))
+    for c in (cache, same):
+        c.prefill(*x.part(0, 100))
+    decode_all(cache, x, 100, 105)
+    decode_all(same, x, 100, 105)
+    with pytest.raises(InputError, match="differ"):
+        cache.decode(x.query[:, :, 105:106].half(), *x.part(105, 106)[1:])
+    with pytest.raises(InputError, match="key and value differ"):
+        cache.decode(*x.part(105, 106)[:2], x.value[:, :1, 105:106])
+    halved = cache.decode(*x.part(105, 106), scale=0.5 * 64**-0.5)
+    assert torch.equal(halved, same.decode(0.5 * x.query[:, :, 105:106], *x.part(105, 106)[1:]))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -84,7 +84,9 @@ def test_padded_batches_of_any_size_take_two_graphs() -> None:
     expected = [decode(model, RocketKVCache(model.config, SMALL), 40, *lengths) for lengths in batches]
     accelerate(model)
     for lengths, eager in zip(batches, expected, strict=True):
-        torch.testing.assert_close(decode(model, RocketKVCache(model.config, SMALL), 40, *lengths), eager, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            decode(model, RocketKVCache(model.config, SMALL), 40, *lengths), eager, rtol=1e-4, atol=1e-4
+        )
     assert num_graphs() == 2
 
 

@@ -52,6 +52,7 @@ class LayerCache:
         self.read_bytes = 0
         self._fused: FusedStep | None = None  # over the buffers as they are; None: to be bound, or there is no backend
         self._fused_room = 0  # steps until a buffer has to grow or the plan to change
+        self._fused_kind: tuple[object, ...] = ()  # of tensors and scale that it was made for
 
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, *, padding: Tensor | None = None, scale: float | None = None
@@ -139,10 +140,14 @@ class LayerCache:
             UnsupportedError: gradients are asked for.
         """
         working, plan = self._prefilled()
-        self._check(query, key, value, None)
-        if query.shape[2] != 1:
-            raise InputError(f"decode takes one token per row, not {query.shape[2]}; use prefill for a prompt.")
         scale = query.shape[3] ** -0.5 if scale is None else scale
+        kind = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, scale)
+        if kind != self._fused_kind or torch.is_grad_enabled():
+            self._check(query, key, value, None)
+            if query.shape[2] != 1:
+                raise InputError(f"decode takes one token per row, not {query.shape[2]}; use prefill for a prompt.")
+        if kind != self._fused_kind:
+            self._fused_kind, self._fused_room = kind, 0
 
         self.num_seen += 1
         self.just_prefilled = False

@@ -22,6 +22,7 @@ from rocketkv.bench.timing import Call, OnRound, Pace, Row, run_rounds, timed
 COLD_BYTES = 256 * 2**20  # read by a path before it comes back to the same layer
 SPARSE_BYTES = 2 * 2**30  # held by all layers of one sparse path, at most
 MOST_LAYERS = 1024
+_WALK = 8  # layers that count in a turn, at most
 _QUERIES = 16  # drawn in advance, taken in turn
 
 
@@ -141,9 +142,15 @@ def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype
             torch.mm(hidden, weight)
             return timed(lambda: path.attend(layer, query, key, value))
 
+        def walk() -> float:
+            """Several layers in a row, as in decoding; the first meets what others left behind and does not count."""
+            step(count % path.num_layers)
+            num_counted = min(_WALK, path.num_layers)
+            return sum(step(count % path.num_layers) for _ in range(num_counted)) / num_counted
+
         for layer in range(path.num_layers):
             step(layer)
-        return lambda: step(count % path.num_layers)
+        return walk
 
     return {i: make(path) for i, path in enumerate(paths)}
 
