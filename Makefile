@@ -70,13 +70,13 @@ facts: setup
 BENCH := $(BIN)/rocketkv bench
 bench: setup
 	mkdir -p benchmarks/results
-	$(BENCH) attention --geometry llama-3.1-8b --seq-len 8192,32768,131072 --token-budget 256,512,1024 --json \
+	$(BENCH) attention --geometry llama-3.1-8b --seq-len 16384,32768,65536,131072 --token-budget 256,512,1024,2048 --json \
 	    > benchmarks/results/attention-llama-3.1-8b.json
-	$(BENCH) decode --geometry llama-3.2-1b --seq-len 8192,32768,98304 --token-budget 512 --json \
+	$(BENCH) decode --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json \
 	    > benchmarks/results/decode-llama-3.2-1b.json
 	$(BENCH) prefill --geometry llama-3.2-1b --seq-len 2048,8192 --token-budget 512 --json \
 	    > benchmarks/results/prefill-llama-3.2-1b.json
-	$(BENCH) memory --geometry llama-3.2-1b --seq-len 32768,98304 --token-budget 512 --json \
+	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json \
 	    > benchmarks/results/memory-llama-3.2-1b.json
 
 clean:

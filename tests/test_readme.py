@@ -1,6 +1,7 @@
 """What the README shows must run."""
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -25,5 +26,6 @@ def test_every_command_it_names_exists() -> None:
     assert len(commands) >= 4
     for command in commands:
         options = [word for word in command.split() if word.startswith("--")]
-        help_text = CliRunner().invoke(app, [command.split()[0], "--help"]).output
+        name = list(takewhile(lambda word: not word.startswith("--"), command.split()))
+        help_text = CliRunner().invoke(app, [*name, "--help"]).output
         assert all(option in help_text for option in options), command
