@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from rocketkv import disable
 from rocketkv.cli import app
 from rocketkv.models import LoadedModel
+from tiny import save_tiny
 
 
 @pytest.fixture
@@ -67,6 +68,16 @@ def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
     facts = json.loads(run("info", "--json").stdout)
     assert {"rocketkv", "python", "torch", "transformers", "cpu", "threads", "kernels", "model cache"} <= set(facts)
     assert "transformers" in run("info").stdout
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own compiler
+def test_generate_fast_gives_the_same_answer(run: Any, tmp_path: Path, document: str) -> None:
+    save_tiny(tmp_path / "model")
+    Path(document).write_text(Path(document).read_text()[:1000])
+    arguments = ("generate", "-f", document, "-q", "What?", "-m", str(tmp_path / "model"), "-t", "64", "--json")
+    plain, fast = (run(*arguments, "--max-new-tokens", "8", *extra) for extra in ((), ("--fast",)))
+    assert fast.exit_code == 0, fast.output
+    assert json.loads(fast.stdout)["rocketkv"]["text"] == json.loads(plain.stdout)["rocketkv"]["text"]
 
 
 def test_generate_answers_and_compares(run: Any, loaded: LoadedModel, document: str) -> None:
