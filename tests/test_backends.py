@@ -300,6 +300,22 @@ def test_infinite_logits_of_large_keys_stay_finite_where_the_reference_does(
     check_steps(backend, layer, seeded)
 
 
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_shows_in_the_output(
+    backend: Backend, seeded: torch.Generator, scoring: str, value: float
+) -> None:
+    layer = make_layer(seeded, scoring, [[200, 90], [10, 60]], sinks=2, recents=2)
+    step = backend.bind(layer)
+    assert step is not None
+    query = torch.randn(2, 6, 1, 64, generator=seeded)
+    query[0, 0, 0, 5] = value
+    one = torch.ones(2, 2, 1, 64)
+    output, _ = step(query, one, one)
+    assert output[0, 0].isnan().any()  # as plain softmax has it: infinity minus infinity
+    assert output[1].isfinite().all()
+
+
 def test_a_backend_declines_with_a_reason() -> None:
     assert "head_dim=257" in str(cpp.decline(torch.zeros(1, 1, 1, 257)))
     assert "float64" in str(cpp.decline(torch.zeros(1, 1, 1, 64, dtype=torch.float64)))
