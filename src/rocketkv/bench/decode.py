@@ -1,7 +1,6 @@
 """Whole decode steps of a transformers model, and how close they come to the best that sparse attention can give."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,30 +16,10 @@ from rocketkv.bench.timing import Call, OnRound, Pace, Row, run_rounds, timed
 from rocketkv.fast import accelerate
 from rocketkv.hf import RocketKVCache, cache_stats, disable, enable
 
-Prepare = Callable[[PreTrainedModel], AbstractContextManager[None]]
+Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # undone by `disable`
 
 
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """The model as transformers runs it."""
-    enable(model)
-    try:
-        yield
-    finally:
-        disable(model)
-
-
-@contextmanager
-def _fast(model: PreTrainedModel) -> Iterator[None]:
-    """The model with its decode step compiled."""
-    accelerate(model)
-    try:
-        yield
-    finally:
-        disable(model)
-
-
-PATHS: dict[str, Prepare] = {"eager": _eager, "fast": _fast}  # ways to run a model, each measured in full
+PATHS: dict[str, Prepare] = {"eager": enable, "fast": accelerate}  # ways to run a model, each measured in full
 
 
 @dataclass(frozen=True)
@@ -116,8 +95,11 @@ def measure_decode(
     rows: list[Row] = []
     comparisons: list[dict[str, object]] = []
     for name in paths:
-        with PATHS[name](model):
+        PATHS[name](model)
+        try:
             measured = [row for group in groups for row in _measure_group(setting, group, pace, on_round)]
+        finally:
+            disable(model)
         for row in measured:
             row.details.update(path=name, interleaved=is_interleaved)
         rows += measured
