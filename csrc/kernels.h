@@ -5,7 +5,7 @@
 
 namespace rocketkv {
 
-enum class Dtype { kFloat32, kBfloat16, kFloat16, kInt8 };
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
 
 // How the tokens of a row are scored before the best are chosen. A method is one case of `Scorer` in step.cpp.
 enum class Scoring {
@@ -54,9 +54,8 @@ struct Token {
 };
 
 struct Linear {
-  Dtype weight_dtype, dtype;  // of weight; of input and output
+  Dtype dtype;                // of all three
   const void* weight;         // [num_out, num_in]
-  const float* scales;        // [num_out], of int8 weights
   const void* input;          // [num_rows, num_in]
   void* output;               // [num_rows, num_out]
   int64_t num_rows, num_in, num_out;
@@ -77,7 +76,7 @@ struct Keys {
 // Let empty pages take in all keys.
 void build_pages(const Keys& keys, const Pages& pages, int num_threads);
 
-// output = input @ weight^T (* scales), for few rows.
+// output = input @ weight^T, for few rows.
 void multiply(const Linear& linear, int num_threads);
 
 }  // namespace rocketkv

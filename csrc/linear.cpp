@@ -12,11 +12,11 @@ namespace {
 constexpr int64_t kChunk = 16;       // weight rows of a task at least
 constexpr int64_t kTasksPerThread = 4;
 
-template <class W, class X>
+template <class T>
 struct Product {
   const Linear& linear;
   int64_t chunk, padded;
-  std::vector<float> input;  // [num_rows][padded] in the order of W
+  std::vector<float> input;  // [num_rows][padded] in the order of T
   std::atomic<int64_t> next_chunk{0};
 
   Product(const Linear& linear, int num_threads)
@@ -24,9 +24,9 @@ struct Product {
         chunk(std::max(kChunk, linear.num_out / (num_threads * kTasksPerThread) / kChunk * kChunk)),
         padded(round_up(static_cast<int>(linear.num_in), kPair)),
         input(linear.num_rows * padded) {
-    const X* x = static_cast<const X*>(linear.input);
+    const T* x = static_cast<const T*>(linear.input);
     for (int64_t m = 0; m < linear.num_rows; ++m)
-      spread<W>(x + m * linear.num_in, static_cast<int>(linear.num_in), input.data() + m * padded);
+      spread<T>(x + m * linear.num_in, static_cast<int>(linear.num_in), input.data() + m * padded);
   }
 
   void work() {
@@ -39,40 +39,33 @@ struct Product {
   template <int H>
   void multiply_rows(int64_t first, int64_t begin, int64_t end) {
     constexpr int N = rows_at_once(H);
-    const W* weight = static_cast<const W*>(linear.weight);
-    X* output = static_cast<X*>(linear.output);
+    const T* weight = static_cast<const T*>(linear.weight);
+    T* output = static_cast<T*>(linear.output);
     for (int64_t row = begin; row < end; row += N) {
-      const W* rows[N + kAhead];
+      const T* rows[N + kAhead];
       for (int i = 0; i < N + kAhead; ++i) rows[i] = weight + std::min(row + i, end - 1) * linear.num_in;
       float sums[8];
       dot_rows<H, true>(rows, input.data() + first * padded, static_cast<int>(padded), static_cast<int>(linear.num_in), sums);
-      for (int i = 0; i < N && row + i < end; ++i) {
-        float scale = linear.scales ? linear.scales[row + i] : 1.0f;
+      for (int i = 0; i < N && row + i < end; ++i)
         for (int h = 0; h < H; ++h)
-          output[(first + h) * linear.num_out + row + i] = from_float<X>(sums[i * H + h] * scale);
-      }
+          output[(first + h) * linear.num_out + row + i] = from_float<T>(sums[i * H + h]);
     }
   }
 };
 
-template <class W, class X>
+template <class T>
 void run_product(const Linear& linear, int num_threads) {
-  Product<W, X> product(linear, num_threads);
-  run_on_threads(num_threads, [](void* self) { static_cast<Product<W, X>*>(self)->work(); }, &product);
-}
-
-template <class X>
-void with_weights(const Linear& linear, int num_threads) {
-  return linear.weight_dtype == Dtype::kInt8 ? run_product<int8_t, X>(linear, num_threads) : run_product<X, X>(linear, num_threads);
+  Product<T> product(linear, num_threads);
+  run_on_threads(num_threads, [](void* self) { static_cast<Product<T>*>(self)->work(); }, &product);
 }
 
 }  // namespace
 
 void multiply(const Linear& linear, int num_threads) {
   switch (linear.dtype) {
-    case Dtype::kFloat32: return with_weights<float>(linear, num_threads);
-    case Dtype::kBfloat16: return with_weights<Bfloat16>(linear, num_threads);
-    default: return with_weights<Float16>(linear, num_threads);
+    case Dtype::kFloat32: return run_product<float>(linear, num_threads);
+    case Dtype::kBfloat16: return run_product<Bfloat16>(linear, num_threads);
+    default: return run_product<Float16>(linear, num_threads);
   }
 }
 

@@ -40,8 +40,7 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
   nb::enum_<Dtype>(m, "Dtype")
       .value("float32", Dtype::kFloat32)
       .value("bfloat16", Dtype::kBfloat16)
-      .value("float16", Dtype::kFloat16)
-      .value("int8", Dtype::kInt8);
+      .value("float16", Dtype::kFloat16);
   nb::enum_<Scoring>(m, "Scoring")
       .value("none", Scoring::kNone)
       .value("hybrid", Scoring::kHybrid)
@@ -72,8 +71,8 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "linear",
-      [](Dtype weight_dtype, Dtype dtype, uintptr_t weight, uintptr_t scales, uintptr_t input, uintptr_t output, int64_t num_rows, int64_t num_in, int64_t num_out, int num_threads) {
-        rocketkv::multiply({weight_dtype, dtype, at<void>(weight), at<float>(scales), at<void>(input), at<void>(output), num_rows, num_in, num_out},
+      [](Dtype dtype, uintptr_t weight, uintptr_t input, uintptr_t output, int64_t num_rows, int64_t num_in, int64_t num_out, int num_threads) {
+        rocketkv::multiply({dtype, at<void>(weight), at<void>(input), at<void>(output), num_rows, num_in, num_out},
                            num_threads);
       },
       nb::call_guard<nb::gil_scoped_release>());

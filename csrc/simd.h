@@ -25,7 +25,6 @@ constexpr int kPair = 2 * kWidth;
 
 using Vec = float __attribute__((vector_size(4 * kWidth)));
 using VecBits = uint32_t __attribute__((vector_size(4 * kWidth)));
-using VecInt = int32_t __attribute__((vector_size(4 * kWidth)));
 
 struct Bfloat16 {
   uint16_t bits;
@@ -79,7 +78,6 @@ inline float to_float(Float16 x) {
   return static_cast<float>(load<_Float16>(&x));
 #endif
 }
-inline float to_float(int8_t x) { return x; }
 
 template <class T>
 T from_float(float x);
@@ -126,12 +124,6 @@ inline Vec load_half(const Float16* p) {
 #endif
 }
 inline Pair load_pair(const Float16* p) { return {load_half(p), load_half(p + kWidth)}; }
-
-inline Pair load_pair(const int8_t* p) {
-  using Bytes = int8_t __attribute__((vector_size(kWidth)));
-  auto widen = [](const int8_t* q) { return __builtin_convertvector(__builtin_convertvector(load<Bytes>(q), VecInt), Vec); };
-  return {widen(p), widen(p + kWidth)};
-}
 
 // The first `count` channels of a pair, zeros after them.
 template <class T>

@@ -344,22 +344,17 @@ def test_a_method_with_logits_of_its_own_is_not_taken_for_its_parent() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize(
     ("rows", "num_in", "num_out"), [(1, 64, 33), (2, 576, 50), (3, 20, 1), (5, 257, 300), (8, 96, 17)]
 )
 def test_linear_is_a_matrix_product(
-    seeded: torch.Generator, dtype: torch.dtype, quantised: bool, rows: int, num_in: int, num_out: int
+    seeded: torch.Generator, dtype: torch.dtype, rows: int, num_in: int, num_out: int
 ) -> None:
     x = torch.randn(rows, num_in, generator=seeded).to(dtype)
-    weight, scale = torch.randn(num_out, num_in, generator=seeded).to(dtype), None
+    weight = torch.randn(num_out, num_in, generator=seeded).to(dtype)
     exact = x.double() @ weight.double().T
-    if quantised:
-        weight = torch.randint(-128, 128, (num_out, num_in), generator=seeded, dtype=torch.int8)
-        scale = torch.rand(num_out, generator=seeded)
-        exact = x.double() @ (weight.double() * scale.double()[:, None]).T
     assert cpp.takes_linear(x, weight) or cpp.decline(x[None, None]) is not None
-    output = ops.linear(x[:, None], weight, scale)[:, 0]
+    output = ops.linear(x[:, None], weight)[:, 0]
     assert output.dtype == dtype
     torch.testing.assert_close(
         output.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(exact.abs().max())
@@ -369,5 +364,3 @@ def test_linear_is_a_matrix_product(
 def test_linear_leaves_many_rows_to_torch(seeded: torch.Generator) -> None:
     x, weight = torch.randn(2, 7, 40, generator=seeded), torch.randn(30, 40, generator=seeded)
     assert torch.equal(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
-    quantised, scale = torch.randint(-9, 9, (30, 40), dtype=torch.int8, generator=seeded), torch.rand(30)
-    torch.testing.assert_close(ops.linear(x, quantised, scale), x @ (quantised * scale[:, None]).T)

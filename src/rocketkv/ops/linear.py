@@ -8,13 +8,12 @@ from rocketkv.ops.backends import cpp
 MAX_ROWS = 8  # with more, reading the weights no longer dominates and torch's own product is better
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply rows with the transpose of a weight matrix.
 
     Args:
         x: `[..., I]` float.
-        weight: `[O, I]` in the dtype of `x`, or int8.
-        scale: `[O]` float32, factor on each row of an int8 `weight`.
+        weight: `[O, I]` in the dtype of `x`.
 
     Returns:
         `[..., O]` in the dtype of `x`, accumulated in float32.
@@ -22,7 +21,5 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     Reads `O * I` elements of weights, whatever the number of rows up to `MAX_ROWS`.
     """
     if x.numel() <= MAX_ROWS * x.shape[-1] and cpp.takes_linear(x, weight):
-        return cpp.linear(x, weight, scale)
-    if scale is None:
-        return functional.linear(x, weight)
-    return functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+        return cpp.linear(x, weight)
+    return functional.linear(x, weight)

@@ -72,23 +72,20 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in _FLOATS
-        and weight.dtype in (x.dtype, torch.int8)
+        and weight.dtype == x.dtype
         and weight.is_contiguous()
         and not isinstance(_load(), str)
     )
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See `ops.linear`."""
     x = x.contiguous()
     num_out, num_in = weight.shape
     output = x.new_empty(*x.shape[:-1], num_out)
-    dtypes = _native_dtypes()
     library().linear(
-        dtypes[weight.dtype],
-        dtypes[x.dtype],
+        _dtype(x.dtype),
         weight.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
         x.data_ptr(),
         output.data_ptr(),
         x.numel() // num_in,
@@ -187,4 +184,4 @@ def _dtype(dtype: torch.dtype) -> object:
 
 @cache
 def _native_dtypes() -> dict[torch.dtype, object]:
-    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in (*_FLOATS, torch.int8)}
+    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in _FLOATS}
