@@ -28,7 +28,7 @@ test-oldest:
 	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 
-# The kernels' own tests under AddressSanitizer and UBSan; and, on a CPU with AVX-512, in their AVX2 form too.
+# The kernels' own tests under AddressSanitizer and UBSan.
 sanitize: setup
 	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
@@ -36,7 +36,6 @@ sanitize: setup
 	ROCKETKV_TEST_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -q tests/test_backends.py
-	if grep -q avx512bw /proc/cpuinfo; then ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest -q tests/test_backends.py; fi
 
 lint: setup
 	$(BIN)/ruff check .

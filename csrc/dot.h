@@ -1,4 +1,4 @@
-// Dot products of stored rows with a few float rows: attention logits, exact scores and matrix-vector products alike.
+// Dot products of stored rows with a few others: attention logits, exact scores and matrix-vector products alike.
 #pragma once
 
 #include <type_traits>
@@ -7,51 +7,48 @@
 
 namespace rocketkv {
 
-constexpr int kMaxHeads = 4;  // float rows handled at once; more are done in blocks of four
+constexpr int kMaxHeads = 4;  // rows of factors handled at once; more are done in blocks of four
 
-// How many rows meet H float rows at once: as many as keep eight sums, which sum_lanes then adds up together.
+// How many rows meet H rows of factors at once: as many as keep eight sums, which sum_lanes then adds up together.
 constexpr int rows_at_once(int num_heads) { return num_heads == 1 ? 8 : num_heads == 2 ? 4 : 2; }
 
 constexpr int kAhead = 8;  // rows between a prefetch and its use
 
 // out[i * H + h] = rows[i] . x[h] for i < rows_at_once(H).
 //
-// rows: pointers to `count` channels of T; with Fetch, those kAhead further on are fetched for a later call. x: [H][x_stride] floats in the order of T, zeros beyond `count`.
+// rows: pointers to `count` channels of T; with Fetch, those kAhead further on are fetched for a later call.
+// x: [H][x_stride] factors, zeros beyond `count`.
 template <int H, bool Fetch, class T>
-inline void dot_rows(const T* const* rows, const float* x, int x_stride, int count, float* out) {
+inline void dot_rows(const T* const* rows, const Factor<T>* x, int x_stride, int count, float* out) {
   constexpr int N = rows_at_once(H);
   Vec sums[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) sums[i] = Vec{};
-  int whole = count / kPair * kPair;
-  for (int c = 0; c < whole; c += kPair) {
-    Pair k[N];
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      k[i] = load_pair(rows[i] + c);
-      if (Fetch) __builtin_prefetch(rows[i + kAhead] + c);
-    }
+  auto add = [&](const Chunk<T>(&k)[N], int c) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h) {
-      Vec a = load<Vec>(x + h * x_stride + c), b = load<Vec>(x + h * x_stride + c + kWidth);
-      keep_in_register(a);  // the compiler would load it anew for every row
-      keep_in_register(b);
+      Chunk<Factor<T>> factors(x + h * x_stride + c);
+      factors.keep_in_registers();  // the compiler would load them anew for every row
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sums[i * H + h] += k[i].a * a;
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sums[i * H + h] += k[i].b * b;
+      for (int i = 0; i < N; ++i) k[i].add_product(factors, sums[i * H + h]);
     }
+  };
+  int whole = count / kPair * kPair;
+  Chunk<T> k[N];
+  for (int c = 0; c < whole; c += kPair) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      k[i] = Chunk<T>(rows[i] + c);
+      if (Fetch) prefetch(rows[i + kAhead] + c);
+    }
+    add(k, c);
+  }
+  if (whole < count) {
+    for (int i = 0; i < N; ++i) k[i] = Chunk<T>(Part<T>(rows[i] + whole, count - whole).numbers);
+    add(k, whole);
   }
   float summed[8];
   sum_lanes(sums, summed);
-  if (whole < count) {
-    for (int i = 0; i < N; ++i)
-      for (int h = 0; h < H; ++h) {
-        Pair k = load_part(rows[i] + whole, count - whole);
-        const float* rest = x + h * x_stride + whole;
-        summed[i * H + h] += sum_lane(k.a * load<Vec>(rest) + k.b * load<Vec>(rest + kWidth));
-      }
-  }
   std::memcpy(out, summed, N * H * sizeof(float));
 }
 

@@ -16,7 +16,7 @@ template <class T>
 struct Product {
   const Linear& linear;
   int64_t chunk, padded;
-  std::vector<float> input;  // [num_rows][padded] in the order of T
+  std::vector<Factor<T>> input;  // [num_rows][padded]
   std::atomic<int64_t> next_chunk{0};
 
   Product(const Linear& linear, int num_threads)
@@ -26,7 +26,7 @@ struct Product {
         input(linear.num_rows * padded) {
     const T* x = static_cast<const T*>(linear.input);
     for (int64_t m = 0; m < linear.num_rows; ++m)
-      spread<T>(x + m * linear.num_in, static_cast<int>(linear.num_in), input.data() + m * padded);
+      prepare<T>(x + m * linear.num_in, static_cast<int>(linear.num_in), input.data() + m * padded);
   }
 
   void work() {

@@ -2,12 +2,14 @@
 //
 // Vec is as wide as the instruction set that the file is compiled for. Numbers are loaded two Vecs at a time ("a pair"):
 // a pair of bfloat16 costs one load, one shift and one mask, if the even channels may go to one Vec and the odd ones to
-// the other. So every type has its own order of channels within a pair, and whatever meets it is brought into that order.
+// the other. So every type has its own order of channels within a pair; what meets it is brought into that order, and
+// sums are put back by `in_order`.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -49,12 +51,16 @@ inline void store(void* p, V v) {
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
+// Fetch what is needed soon, into the second-level cache: it takes in more lines at a time than the first level.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void prefetch(const void* p, int num_bytes) {
-  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+  for (int i = 0; i < num_bytes; i += 64) prefetch(static_cast<const char*>(p) + i);
 }
 
 inline void keep_in_register(Vec& v) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
   asm("" : "+x"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
@@ -125,31 +131,128 @@ inline Vec load_half(const Float16* p) {
 }
 inline Pair load_pair(const Float16* p) { return {load_half(p), load_half(p + kWidth)}; }
 
-// The first `count` channels of a pair, zeros after them.
+// A pair loaded from T with its channels in ascending order.
 template <class T>
-inline Pair load_part(const T* p, int count) {
-  T buffer[kPair] = {};
-  std::memcpy(buffer, p, count * sizeof(T));
-  return load_pair(buffer);
-}
-
-// Where channel c of a row of T stands once loaded pair by pair.
-template <class T>
-inline int pair_slot(int c) {
-  return c;
+inline Pair in_order(Pair pair) {
+  return pair;
 }
 template <>
-inline int pair_slot<Bfloat16>(int c) {
-  int in_pair = c % kPair;
-  return c - in_pair + in_pair % 2 * kWidth + in_pair / 2;
+inline Pair in_order<Bfloat16>(Pair pair) {
+#if defined(__AVX512F__)
+  return {__builtin_shufflevector(pair.a, pair.b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+          __builtin_shufflevector(pair.a, pair.b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+#elif defined(__AVX2__)
+  return {__builtin_shufflevector(pair.a, pair.b, 0, 8, 1, 9, 2, 10, 3, 11),
+          __builtin_shufflevector(pair.a, pair.b, 4, 12, 5, 13, 6, 14, 7, 15)};
+#else
+  return {__builtin_shufflevector(pair.a, pair.b, 0, 4, 1, 5), __builtin_shufflevector(pair.a, pair.b, 2, 6, 3, 7)};
+#endif
 }
 
-// A row of `count` numbers as floats in the order of T, zeros up to a whole pair.
-template <class T, class X>
-inline void spread(const X* x, int count, float* out) {
-  std::fill(out + count / kPair * kPair, out + round_up(count, kPair), 0.0f);
-  for (int c = 0; c < count; ++c) out[pair_slot<T>(c)] = to_float(x[c]);
+// ---- products of stored numbers
+//
+// What stored rows are multiplied with, a query or weights, is first brought into the form of a Factor: floats, except
+// where the CPU multiplies bfloat16 as they are, two to a lane, and adds the products to a float.
+
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesBfloat16 = true;
+#else
+constexpr bool kMultipliesBfloat16 = false;
+#endif
+
+template <class T>
+using Factor = std::conditional_t<kMultipliesBfloat16 && std::is_same_v<T, Bfloat16>, Bfloat16, float>;
+
+// The first `count` numbers of a chunk of kPair, zeros after them.
+template <class T>
+struct Part {
+  T numbers[kPair] = {};
+  Part(const T* p, int count) { std::memcpy(numbers, p, count * sizeof(T)); }
+};
+
+// A row of `count` numbers as factors for rows of T, zeros up to a whole pair.
+template <class T>
+inline void prepare(const T* x, int count, Factor<T>* out) {
+  for (int c = 0; c < count; c += kPair) {
+    Part<T> part(x + c, std::min(kPair, count - c));
+    if constexpr (std::is_same_v<Factor<T>, float>) {
+      Pair pair = load_pair(part.numbers);
+      store(out + c, pair.a);
+      store(out + c + kWidth, pair.b);
+    } else {
+      std::memcpy(out + c, part.numbers, sizeof(part.numbers));
+    }
+  }
 }
+
+// kPair numbers of a row, and adding their products with as many factors to a sum.
+template <class T>
+struct Chunk {
+  Pair pair;
+  Chunk() = default;
+  explicit Chunk(const T* p) : pair(load_pair(p)) {}
+  void keep_in_registers() { keep_in_register(pair.a), keep_in_register(pair.b); }
+  template <class F>
+  void add_product(const Chunk<F>& other, Vec& sum) const {
+    sum += pair.a * other.pair.a;
+    sum += pair.b * other.pair.b;
+  }
+};
+
+// kPair numbers of each of two rows, and adding the rows to a pair, each times a factor.
+template <class T>
+struct TwoChunks {
+  Pair first, second;
+  explicit TwoChunks(const T* a) : first(load_pair(a)), second{Vec{}, Vec{}} {}
+  TwoChunks(const T* a, const T* b) : first(load_pair(a)), second(load_pair(b)) {}
+  void add_weighted(const float* factors, Pair& sum) const {
+    sum.a += first.a * factors[0];
+    sum.b += first.b * factors[0];
+    sum.a += second.a * factors[1];
+    sum.b += second.b * factors[1];
+  }
+};
+
+// Round to factors and store them; returns what was stored.
+inline Vec store_factors(float* p, Vec v) {
+  store(p, v);
+  return v;
+}
+
+#if defined(__AVX512BF16__)
+inline Vec add_products(Vec sum, VecBits a, VecBits b) {
+  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+}
+
+template <>
+struct Chunk<Bfloat16> {
+  VecBits bits;
+  Chunk() = default;
+  explicit Chunk(const Bfloat16* p) : bits(load<VecBits>(p)) {}
+  void keep_in_registers() { asm("" : "+v"(bits)); }
+  void add_product(const Chunk& other, Vec& sum) const { sum = add_products(sum, bits, other.bits); }
+};
+
+template <>
+struct TwoChunks<Bfloat16> {
+  VecBits even, odd;  // of both rows, side by side
+  explicit TwoChunks(const Bfloat16* a) : even(load<VecBits>(a) & 0xffffu), odd(load<VecBits>(a) >> 16) {}
+  TwoChunks(const Bfloat16* a, const Bfloat16* b)
+      : even((load<VecBits>(a) & 0xffffu) | load<VecBits>(b) << 16),
+        odd(load<VecBits>(a) >> 16 | (load<VecBits>(b) & 0xffff0000u)) {}
+  void add_weighted(const Bfloat16* factors, Pair& sum) const {
+    VecBits both = load<uint32_t>(factors) - VecBits{};
+    sum.a = add_products(sum.a, even, both);
+    sum.b = add_products(sum.b, odd, both);
+  }
+};
+
+inline Vec store_factors(Bfloat16* p, Vec v) {
+  auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+  store(p, rounded);
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+}
+#endif
 
 // ---- across the lanes
 
@@ -177,6 +280,20 @@ inline void sum_lanes(const Vec* v, float* out) {
   for (int i = 0; i < 8; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
 }
 #endif
+
+// Bit i: whether lane i of a comparison holds.
+template <class Comparison>
+inline uint32_t lanes_that_hold(Comparison comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(comparison));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(comparison));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < kWidth; ++i) lanes |= (comparison[i] & 1) << i;
+  return lanes;
+#endif
+}
 
 inline float max_lane(Vec v) {
   float best = v[0];

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "cut.h"
 #include "dot.h"
 #include "kernels.h"
 #include "pages.h"
@@ -21,8 +22,7 @@ namespace {
 
 constexpr int kTile = 64;           // tokens attended between two updates of the running softmax
 constexpr int kPieceTokens = 2048;  // tokens of an attend task at most
-constexpr int kBucketShift = 20, kBuckets = 1 << 11;  // of scores: by exponent and three bits of the fraction
-constexpr int kSmallUnit = 4;       // tokens
+constexpr int kBlocksAhead = 2;     // of pages, between a prefetch and its use
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // What the tasks of one (row, KV head) share.
@@ -39,10 +39,12 @@ struct Head {
 };
 
 // Which rows of the index a step reads, and what each adds to the logits of the heads.
+template <class T>
 struct Channels {
   std::vector<int> rows;
-  std::vector<float> weights;  // [rows][G]
-  std::vector<float> factors;  // [G]
+  std::vector<Factor<T>> weights;  // [G][rows, and one more if they are odd in number]
+  std::vector<float> scales;       // [G] factors on the sums
+  int stride() const { return round_up(static_cast<int>(rows.size()), 2); }
 };
 
 template <class T>
@@ -98,7 +100,7 @@ class Step {
 
     unit_stride_ = round_up(static_cast<int>(most_units), kBlockPages);
     num_floats_ = group_ * unit_stride_ + num_pieces_ * group_ * (2 + padded_);
-    num_places_ = most_units > 0 ? most_chosen + kSmallUnit : 0;
+    num_places_ = most_units > 0 ? most_chosen : 0;
     if (!is_shared_) return;
     static thread_local std::vector<float> floats;
     static thread_local std::vector<int32_t> places;
@@ -187,111 +189,115 @@ class Step {
       elements_read_ += num_units * layer_.head_dim;
       return;
     }
-    static thread_local Channels channels;
+    static thread_local Channels<T> channels;
     if (layer_.scoring == Scoring::kHybrid) {
       choose_channels(head, channels);
     } else {
       all_channels(head, channels);
     }
-    const T* first = page_bounds<T>(layer_.pages, head.index, begin * kBlockPages);
-    for (int row : channels.rows) prefetch(first + row * kBlockPages, kBlockPages * sizeof(T));
+    for (int64_t block = begin; block < std::min(begin + kBlocksAhead, end); ++block) {
+      const T* bounds = page_bounds<T>(layer_.pages, head.index, block * kBlockPages);
+      for (int row : channels.rows) prefetch(bounds + row * kBlockPages, kBlockPages * sizeof(T));
+    }
     for (int64_t block = begin; block < end; ++block)
       for (int h = 0; h < group_; h += kMaxHeads)
-        with_heads(group_ - h, [&](auto heads) { score_block<heads>(head, channels, h, block, block + 1 < end); });
+        with_heads(group_ - h, [&](auto heads) {
+          score_block<heads>(head, channels, h, block, h == 0 && block + kBlocksAhead < end);
+        });
     elements_read_ += num_units * static_cast<int64_t>(channels.rows.size());
   }
 
   // RocketKV, section "Hybrid Sparse Attention", step 1; see hybrid_logits in ops/pages.py.
-  void choose_channels(const Head& head, Channels& out) {
+  void choose_channels(const Head& head, Channels<T>& out) {
     int head_dim = layer_.head_dim, count = static_cast<int>(layer_.num_channels[head.row]);
     bool has_minima = layer_.pages.num_rows > head_dim;
-    static thread_local std::vector<float> query, sizes, sums;
-    static thread_local std::vector<int> order;
-    query_floats(head, query);
+    const T* query = query_of(head);
+    static thread_local std::vector<float> sizes, sums;
     sizes.assign(head_dim, 0.0f);
     sums.assign(head_dim, 0.0f);
-    order.resize(head_dim);
-    out.factors.assign(group_, 0.0f);
     for (int g = 0; g < group_; ++g)
       for (int c = 0; c < head_dim; ++c) {
-        sizes[c] += std::fabs(query[g * head_dim + c]);
-        sums[c] += query[g * head_dim + c];
+        float q = to_float(query[g * head_dim + c]);
+        sizes[c] += std::fabs(q);
+        sums[c] += q;
       }
-    for (int c = 0; c < head_dim; ++c) order[c] = c;
-    auto is_larger = [&](int a, int b) { return sizes[a] > sizes[b] || (sizes[a] == sizes[b] && a < b); };
-    if (count < head_dim) std::nth_element(order.begin(), order.begin() + count, order.end(), is_larger);
-    std::sort(order.begin(), order.begin() + count);
-    out.rows.resize(count);
-    out.weights.resize(count * group_);
-    for (int r = 0; r < count; ++r) {
-      int c = order[r];
-      out.rows[r] = c + (has_minima && sums[c] > 0 ? head_dim : 0);
-      for (int g = 0; g < group_; ++g) {
-        out.weights[r * group_ + g] = query[g * head_dim + c];
-        out.factors[g] += std::fabs(query[g * head_dim + c]);
+    auto num_above = [&](uint32_t bound) { return count_above(sizes.data(), head_dim, bound); };
+    uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= count; });
+    int64_t at_cut = count - num_above(cut);  // so many of those equal to the cut are taken
+    out.rows.clear();
+    for (int c = 0; c < head_dim; ++c)
+      if (order_bits(sizes[c]) > cut || (order_bits(sizes[c]) == cut && at_cut-- > 0)) out.rows.push_back(c);
+    out.weights.assign(group_ * out.stride(), from_float<Factor<T>>(0.0f));
+    out.scales.resize(group_);
+    for (int g = 0; g < group_; ++g) {
+      float all = 0.0f, chosen = 0.0f;
+      for (int c = 0; c < head_dim; ++c) all += std::fabs(to_float(query[g * head_dim + c]));
+      for (int r = 0; r < count; ++r) {
+        T q = query[g * head_dim + out.rows[r]];
+        chosen += std::fabs(to_float(q));
+        out.weights[g * out.stride() + r] = from_float<Factor<T>>(to_float(q));
       }
+      float share = chosen / std::max(all, 1e-30f);  // SparQ's temperature
+      out.scales[g] = layer_.scale / std::max(std::sqrt(share), 1e-15f);
     }
-    for (int g = 0; g < group_; ++g) {  // SparQ's temperature
-      float all = 0.0f;
-      for (int c = 0; c < head_dim; ++c) all += std::fabs(query[g * head_dim + c]);
-      float share = out.factors[g] / std::max(all, 1e-30f);
-      out.factors[g] = layer_.scale / std::max(std::sqrt(share), 1e-15f);
-    }
+    if (has_minima)  // the maxima follow them
+      for (int& row : out.rows) row += sums[row] > 0 ? head_dim : 0;
   }
 
   // Quest, section "Dynamically Estimating Token Criticality"; see bound_logits in ops/pages.py.
-  void all_channels(const Head& head, Channels& out) {
+  void all_channels(const Head& head, Channels<T>& out) {
     int head_dim = layer_.head_dim, num_rows = layer_.pages.num_rows;
-    static thread_local std::vector<float> query;
-    query_floats(head, query);
     out.rows.resize(num_rows);
     out.weights.resize(num_rows * group_);
-    out.factors.assign(group_, layer_.scale);
+    out.scales.assign(group_, layer_.scale);
     for (int r = 0; r < num_rows; ++r) {
       out.rows[r] = r;
       for (int g = 0; g < group_; ++g) {
-        float q = query[g * head_dim + r % head_dim];
+        float q = to_float(query_of(head)[g * head_dim + r % head_dim]);
         bool is_read = num_rows == head_dim || (r < head_dim ? q < 0 : q > 0);  // minima if negative, maxima if positive
-        out.weights[r * group_ + g] = is_read ? q : 0.0f;
+        out.weights[g * num_rows + r] = from_float<Factor<T>>(is_read ? q : 0.0f);
       }
     }
   }
 
-  // logits[h][page] = factor[h] * sum over rows of weight[row][h] * bounds[row][page], for H heads from `first` on.
+  // logits[h][page] = scale[h] * sum over rows of weight[h][row] * bounds[row][page], for H heads from `first` on.
   template <int H>
-  void score_block(Head& head, const Channels& channels, int first, int64_t block, bool has_next) {
+  void score_block(Head& head, const Channels<T>& channels, int first, int64_t block, bool fetches) {
     const T* bounds = page_bounds<T>(layer_.pages, head.index, block * kBlockPages);
-    const T* next = bounds + (has_next ? layer_.pages.num_rows * kBlockPages : 0);
-    int num_rows = static_cast<int>(channels.rows.size());
+    const int64_t ahead = static_cast<int64_t>(kBlocksAhead) * layer_.pages.num_rows * kBlockPages;
+    const int num_rows = static_cast<int>(channels.rows.size()), stride = channels.stride();
     const int* rows = channels.rows.data();
-    const float* weights = channels.weights.data() + first;
-    int group = group_;
+    const Factor<T>* weights = channels.weights.data() + first * stride;
     for (int lane = 0; lane < kBlockPages; lane += kPair) {
       Pair sums[H];
 #pragma GCC unroll 4
       for (int h = 0; h < H; ++h) sums[h] = {Vec{}, Vec{}};
-      for (int r = 0; r < num_rows; ++r) {
-        Pair bound = load_pair(bounds + rows[r] * kBlockPages + lane);
-        __builtin_prefetch(next + rows[r] * kBlockPages + lane);
+      auto add = [&](const TwoChunks<T>& bound, int r) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) {
-          float weight = weights[r * group + h];
-          sums[h].a += bound.a * weight;
-          sums[h].b += bound.b * weight;
-        }
+        for (int h = 0; h < H; ++h) bound.add_weighted(weights + h * stride + r, sums[h]);
+      };
+      int r = 0;
+      for (; r + 1 < num_rows; r += 2) {
+        const T *a = bounds + rows[r] * kBlockPages + lane, *b = bounds + rows[r + 1] * kBlockPages + lane;
+        if (fetches) prefetch(a + ahead), prefetch(b + ahead);
+        add({a, b}, r);
+      }
+      if (r < num_rows) {
+        const T* a = bounds + rows[r] * kBlockPages + lane;
+        if (fetches) prefetch(a + ahead);
+        add(TwoChunks<T>(a), r);
       }
       for (int h = 0; h < H; ++h) {
-        float paired[kPair], factor = channels.factors[first + h];
-        store(paired, sums[h].a * factor);
-        store(paired + kWidth, sums[h].b * factor);
+        Pair ordered = in_order<T>(sums[h]);
         float* out = head.logits + (first + h) * unit_stride_ + block * kBlockPages + lane;
-        for (int i = 0; i < kPair; ++i) out[i] = paired[pair_slot<T>(i)];
+        store(out, ordered.a * channels.scales[first + h]);
+        store(out + kWidth, ordered.b * channels.scales[first + h]);
       }
     }
   }
 
   void score_exactly(Head& head, int64_t begin, int64_t count) {
-    const float* query = spread_query(head);
+    const Factor<T>* query = query_factors(head);
     for (int64_t start = begin; start < begin + count; start += kTile) {
       const T* rows[kTile + 2 * kAhead];
       int n = static_cast<int>(std::min<int64_t>(kTile, begin + count - start));
@@ -302,7 +308,7 @@ class Step {
             float out[8];
             dot_rows<heads, true>(rows + i, query + h * padded_, padded_, layer_.head_dim, out);
             for (int j = 0; j < rows_at_once(heads) && i + j < n; ++j)
-              for (int k = 0; k < heads; ++k) head.logits[(h + k) * unit_stride_ + start + i + j] = out[j * heads + k];
+              for (int k = 0; k < heads; ++k) head.logits[(h + k) * unit_stride_ + start + i + j] = out[j * heads + k] * layer_.scale;
           }
         });
     }
@@ -320,50 +326,29 @@ class Step {
     int64_t wanted = head.num_chosen - sinks - (head.length - open_end);
     int64_t begin = sinks / size, end = wanted > 0 ? (open_end + size - 1) / size : begin;  // units with open tokens
     auto num_open = [&](int64_t unit) { return std::min((unit + 1) * size, open_end) - std::max(unit * size, sinks); };
-    auto bits = [&](int64_t unit) { return load<uint32_t>(scores + unit); };  // in the order of the scores: none is < 0
-    auto rank = [&](int64_t unit) { return uint64_t{~bits(unit)} << 32 | static_cast<uint64_t>(unit); };  // best first
-
-    // The best `whole` units are taken with all their tokens. What is then still wanted, because the pinned ends cut the
-    // first or the last unit, comes from the next three at most. A histogram tells where to look for all of these.
-    int64_t whole = wanted / size, needed = std::min(whole + 3, end - begin);
-    static thread_local std::vector<int> histogram;
-    histogram.assign(kBuckets, 0);
-    for (int64_t unit = begin; unit < end; ++unit) ++histogram[bits(unit) >> kBucketShift];
-    int64_t above = 0;
-    int high = kBuckets - 1;
-    for (; above + histogram[high] < whole; --high) above += histogram[high];
-    int low = high;
-    for (int64_t covered = above + histogram[high]; covered < needed; covered += histogram[low]) --low;
-    static thread_local std::vector<uint64_t> ranks;
-    ranks.clear();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      int bucket = static_cast<int>(bits(unit) >> kBucketShift);
-      if (low <= bucket && bucket <= high) ranks.push_back(rank(unit));
-    }
-    auto next = ranks.begin() + (whole - above);
-    if (whole > 0) std::nth_element(ranks.begin(), next - 1, ranks.end());
-    std::partial_sort(next, next + std::min<int64_t>(3, ranks.end() - next), ranks.end());
-    uint64_t last = whole > 0 ? *(next - 1) : 0;  // the worst unit taken
-    auto cut_off = [&](int64_t unit) { return rank(unit) <= last ? size - num_open(unit) : 0; };
-    wanted -= whole * size;
-    if (begin < end) wanted += cut_off(begin) + (begin < end - 1 ? cut_off(end - 1) : 0);
-    int64_t of_last = size;  // its tokens taken at most
-    for (; wanted > 0; ++next) {
-      last = *next;
-      of_last = wanted;
-      wanted -= num_open(last & 0xffffffffu);
-    }
+    auto num_above = [&](uint32_t bound) {  // open tokens; the pinned ends cut into the first and the last unit
+      int64_t tokens = count_above(scores + begin, end - begin, bound) * size;
+      if (order_bits(scores[begin]) > bound) tokens -= sinks - begin * size;
+      if (order_bits(scores[end - 1]) > bound) tokens -= end * size - open_end;
+      return tokens;
+    };
     int32_t* out = head.chosen;
     for (int64_t place = 0; place < sinks; ++place) *out++ = static_cast<int32_t>(place);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      uint64_t r = rank(unit);
-      int64_t count = r < last ? size : r == last ? of_last : 0;
-      count = std::min(count, num_open(unit));
-      int64_t first = std::max(unit * size, sinks);
-      // Small units are written whether taken or not, and overwritten if not: there is no branch to foresee.
-      int64_t written = size <= kSmallUnit ? size : count;
-      for (int64_t i = 0; i < written; ++i) out[i] = static_cast<int32_t>(first + i);
-      out += count;
+    if (wanted > 0) {
+      uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= wanted; });
+      int64_t at_cut = wanted - num_above(cut);  // so many tokens of the units equal to the cut are taken
+      const Lanes cuts = static_cast<int32_t>(cut) - Lanes{};
+      for (int64_t start = begin; start < end; start += kWidth)
+        for (uint32_t lanes = lanes_that_hold(load<Lanes>(scores + start) >= cuts); lanes != 0; lanes &= lanes - 1) {
+          int64_t unit = start + __builtin_ctz(lanes);
+          if (unit >= end) break;
+          int64_t count = num_open(unit), first = std::max(unit * size, sinks);
+          if (order_bits(scores[unit]) == cut) {
+            count = std::min(count, at_cut);
+            at_cut -= count;
+          }
+          for (int64_t i = 0; i < count; ++i) *out++ = static_cast<int32_t>(first + i);
+        }
     }
     for (int64_t place = open_end; place < head.length; ++place) *out++ = static_cast<int32_t>(place);
   }
@@ -388,7 +373,8 @@ class Step {
       Vec share = broadcast(1.0f / (total * static_cast<float>(group_)));
       for (int64_t i = 0; i < end; i += kWidth) {
         Vec score = load<Vec>(logits + i) * share;
-        store(scores + i, g == 0 ? score : load<Vec>(scores + i) + score);
+        if (g > 0) score += load<Vec>(scores + i);
+        store(scores + i, score > 0.0f ? score : -score);  // a NaN without its sign
       }
     }
   }
@@ -409,7 +395,7 @@ class Step {
       std::fill(state, state + 2 + padded_, 0.0f);
       state[0] = -kInfinity;
     }
-    const float* query = spread_query(head);
+    const Factor<T>* query = query_factors(head);
     bool is_scattered = head.selects || layer_.archived;  // then the hardware cannot foresee what is read next
     const T *keys[2 * kTile], *values[2 * kTile];  // of a tile and of the next
     auto locate = [&](int64_t from, int at) {
@@ -421,6 +407,7 @@ class Step {
       }
     };
     locate(begin, kTile);
+    for (int i = 0; i < kTile; ++i) prefetch(keys[kTile + i], layer_.head_dim * static_cast<int>(sizeof(T)));
     for (int64_t start = begin; start < end; start += kTile) {
       int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
       std::copy_n(keys + kTile, kTile, keys);
@@ -428,64 +415,66 @@ class Step {
       locate(start + kTile, kTile);
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
-          attend_tile<heads>(keys, values, n, query + h * padded_, piece + h * (2 + padded_), h == 0, is_scattered);
+          attend_tile<heads>(keys, values, n, query + h * padded_, piece + h * (2 + padded_), h == 0);
         });
     }
     elements_read_ += 2 * (end - begin) * layer_.head_dim;
   }
 
   template <int H>
-  void attend_tile(const T* const* keys, const T* const* values, int n, const float* query, float* piece, bool is_first,
-                   bool is_scattered) {
+  void attend_tile(const T* const* keys, const T* const* values, int n, const Factor<T>* query, float* piece, bool fetches) {
     constexpr int N = rows_at_once(H);
     const int dim = layer_.head_dim, padded = padded_;
-    const int row_bytes = dim * static_cast<int>(sizeof(T));
-    float weights[H][kTile + kAhead], corrections[H];
+    float logits[H][kTile + kAhead], corrections[H];
+    Factor<T> weights[H][kTile];
     for (int i = 0; i < n; i += N) {
-      for (int j = i; is_first && j < i + N; ++j) {
-        if (is_scattered) prefetch(keys[j + kAhead], row_bytes);
-        prefetch(values[j], row_bytes);
-      }
-      float logits[8];
-      dot_rows<H, false>(keys + i, query, padded, dim, logits);
+      for (int j = i; fetches && j < i + N; ++j) prefetch(values[j], dim * static_cast<int>(sizeof(T)));
+      float products[8];
+      dot_rows<H, false>(keys + i, query, padded, dim, products);
       for (int j = 0; j < N; ++j)
-        for (int h = 0; h < H; ++h) weights[h][i + j] = logits[j * H + h];
+        for (int h = 0; h < H; ++h) logits[h][i + j] = products[j * H + h];
     }
     for (int h = 0; h < H; ++h) {
       float* state = piece + h * (2 + padded);
-      for (int i = n; i < round_up(n, kWidth); ++i) weights[h][i] = -kInfinity;
+      for (int i = n; i < round_up(n, kWidth); ++i) logits[h][i] = -kInfinity;
       Vec best = broadcast(state[0]), sum = {};
-      for (int i = 0; i < n; i += kWidth) best = max(best, load<Vec>(&weights[h][i]));
-      float top = max_lane(best);
       for (int i = 0; i < n; i += kWidth) {
-        Vec e = exp_of_negative(load<Vec>(&weights[h][i]) - top);
-        store(&weights[h][i], e);
-        sum += e;
+        Vec scaled = load<Vec>(&logits[h][i]) * layer_.scale;
+        best = max(best, scaled);
+        store(&logits[h][i], scaled);
       }
+      float top = max_lane(best);
+      for (int i = 0; i < n; i += kWidth) sum += store_factors(&weights[h][i], exp_of_negative(load<Vec>(&logits[h][i]) - top));
       corrections[h] = std::exp(state[0] - top);
       state[0] = top;
       state[1] = state[1] * corrections[h] + sum_lane(sum);
     }
-    int whole = dim / kPair * kPair, ahead = kTile, ahead_at_once = is_first && is_scattered ? kTile * kPair / padded : 0;
     for (int c = 0; c < dim; c += kPair) {
-      for (int end = ahead + ahead_at_once; ahead < end; ++ahead) prefetch(keys[ahead], row_bytes);  // for the next tile
+      const int count = std::min(kPair, dim - c);
       Pair sums[H];
       for (int h = 0; h < H; ++h) {
         const float* state = piece + h * (2 + padded) + 2 + c;
         sums[h] = {load<Vec>(state) * corrections[h], load<Vec>(state + kWidth) * corrections[h]};
       }
-      auto take = [&](int i, const Pair& value) __attribute__((always_inline)) {
-        for (int h = 0; h < H; ++h) {
-          float weight = weights[h][i];
-          sums[h].a += value.a * weight;
-          sums[h].b += value.b * weight;
-        }
-      };
-      if (c < whole) {
+      auto add = [&](const TwoChunks<T>& value, int i) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int i = 0; i < n; ++i) take(i, load_pair(values[i] + c));
+        for (int h = 0; h < H; ++h) value.add_weighted(&weights[h][i], sums[h]);
+      };
+      auto fetch = [&](int i) __attribute__((always_inline)) {  // for the next tile
+        for (int k = 0; k < kPair * static_cast<int>(sizeof(T)); k += 64) prefetch(reinterpret_cast<const char*>(keys[kTile + i] + c) + k);
+      };
+      int i = 0;
+      if (count == kPair) {
+        for (; i + 1 < n; i += 2) {
+          if (fetches) fetch(i), fetch(i + 1);
+          add({values[i] + c, values[i + 1] + c}, i);
+        }
+        if (i < n) add(TwoChunks<T>(values[i] + c), i);
       } else {
-        for (int i = 0; i < n; ++i) take(i, load_part(values[i] + c, dim - c));
+        for (; i < n; i += 2) {
+          Part<T> a(values[i] + c, count), b(values[i + 1] + c, i + 1 < n ? count : 0);
+          add({a.numbers, b.numbers}, i);
+        }
       }
       for (int h = 0; h < H; ++h) {
         float* state = piece + h * (2 + padded) + 2 + c;
@@ -509,8 +498,12 @@ class Step {
         total += weight * state[1];
         for (int c = 0; c < padded_; ++c) sums[c] += weight * state[2 + c];
       }
-      for (int c = 0; c < layer_.head_dim; ++c)
-        output[g * layer_.head_dim + c] = from_float<T>(sums[pair_slot<T>(c)] / total);
+      for (int c = 0; c < padded_; c += kPair) {
+        Pair pair = in_order<T>(load_pair(sums.data() + c));
+        store(sums.data() + c, pair.a);
+        store(sums.data() + c + kWidth, pair.b);
+      }
+      for (int c = 0; c < layer_.head_dim; ++c) output[g * layer_.head_dim + c] = from_float<T>(sums[c] / total);
     }
   }
 
@@ -526,21 +519,15 @@ class Step {
     return static_cast<const T*>(rows) + head.index * layer_.head_dim;
   }
 
-  // The head's queries, [G][D].
-  void query_floats(const Head& head, std::vector<float>& out) const {
-    int count = group_ * layer_.head_dim;
-    const T* query = static_cast<const T*>(token_.query) + head.index * count;
-    out.resize(count);
-    for (int c = 0; c < count; ++c) out[c] = to_float(query[c]);
+  const T* query_of(const Head& head) const {  // [G][D]
+    return static_cast<const T*>(token_.query) + head.index * group_ * layer_.head_dim;
   }
-
-  // The head's queries times the scale, [G][padded D] in the order of T; until this thread asks for the next head's.
-  const float* spread_query(const Head& head) const {
-    static thread_local std::vector<float> out;
-    const T* query = static_cast<const T*>(token_.query) + head.index * group_ * layer_.head_dim;
+  // The head's queries as factors, [G][padded D]; until this thread asks for the next head's.
+  const Factor<T>* query_factors(const Head& head) const {
+    static thread_local std::vector<Factor<T>> out;
     out.resize(group_ * padded_);
-    for (int g = 0; g < group_; ++g) spread<T>(query + g * layer_.head_dim, layer_.head_dim, out.data() + g * padded_);
-    for (float& x : out) x *= layer_.scale;
+    for (int g = 0; g < group_; ++g)
+      prepare<T>(query_of(head) + g * layer_.head_dim, layer_.head_dim, out.data() + g * padded_);
     return out.data();
   }
 

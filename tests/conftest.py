@@ -15,13 +15,13 @@ import torch
 from rocketkv.models import LoadedModel, embedded_path, load
 from rocketkv.ops import backends
 
-if folder := os.environ.get("ROCKETKV_TEST_KERNELS"):  # another build of the native library, see `make sanitize`
-    library = backends.cpp.library_name()
-    file = next(Path(folder).glob(f"{library.rpartition('.')[2]}.*so"))
-    spec = importlib.util.spec_from_file_location(library, file)
-    sys.modules[library] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[library])
-    assert backends.cpp.library() is sys.modules[library]
+if folder := os.environ.get("ROCKETKV_TEST_KERNELS"):  # another build of the native libraries, see `make sanitize`
+    for library in backends.cpp.library_names():
+        file = next(Path(folder).glob(f"{library.rpartition('.')[2]}.*so"))
+        spec = importlib.util.spec_from_file_location(library, file)
+        sys.modules[library] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[library])
+    assert backends.cpp.library() is sys.modules[backends.cpp.library_names()[0]]
 
 torch.set_num_threads(1)  # small tensors: two pools of threads spinning against each other cost ten times the work
 

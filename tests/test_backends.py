@@ -18,12 +18,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCORINGS = ("none", "hybrid", "bound", "exact")
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.NAME)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    reason = request.param.decline(torch.zeros(1, 1, 1, 64))
+@pytest.fixture(
+    params=[(backend, None) for backend in BACKENDS if backend is not cpp]
+    + [(cpp, name) for name in cpp.library_names()],
+    ids=lambda param: param[1] or param[0].NAME,
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Every backend, the C++ one with every instruction set of this CPU."""
+    backend, library = request.param
+    if library is not None:
+        monkeypatch.setattr(cpp, "library_names", lambda: [library])
+        forget_library()
+    reason = backend.decline(torch.zeros(1, 1, 1, 64))
     if reason is not None:
-        pytest.skip(f"{request.param.NAME}: {reason}")
-    return request.param
+        pytest.skip(f"{backend.NAME}: {reason}")
+    yield backend
+    forget_library()
+
+
+def forget_library() -> None:
+    cpp._load.cache_clear()
+    cpp._native_dtypes.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from rocketkv.ops.backends.base import LayerTensors
 
 NAME = "cpp"
 MAX_HEAD_DIM = 256
-_LIBRARIES = {"AVX2": "_kernels_x86_64_v3", "AVX512": "_kernels_x86_64_v4"}  # by what torch says this CPU can run
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -157,22 +156,27 @@ def library() -> ModuleType:
     return found
 
 
-def library_name() -> str | None:
-    """The module with the kernels for this CPU; None if it can run none of them."""
-    name: str | None = "_kernels_generic"
+def library_names() -> list[str]:
+    """The modules whose kernels this CPU can run, the best first; what torch is told not to use they do not use."""
+    names = ["_kernels_generic"]
     if platform.machine().lower() in ("x86_64", "amd64"):
-        name = _LIBRARIES.get(torch.backends.cpu.get_cpu_capability())
-    return name and f"{__package__}.{name}"
+        capability = torch.backends.cpu.get_cpu_capability()
+        names = ["_kernels_x86_64_v3"] if capability in ("AVX2", "AVX512") else []
+        if capability == "AVX512":
+            names.insert(0, "_kernels_x86_64_v4")
+            if torch.cpu.get_capabilities()["avx512_bf16"]:
+                names.insert(0, "_kernels_x86_64_v4_bf16")
+    return [f"{__package__}.{name}" for name in names]
 
 
 @cache
 def _load() -> ModuleType | str:
     """The library for this CPU, or why there is none."""
-    name = library_name()
-    if name is None:
+    names = library_names()
+    if not names:
         return f"this CPU runs {torch.backends.cpu.get_cpu_capability()} code only; the kernels need AVX2"
     try:
-        return import_module(name)
+        return import_module(names[0])
     except ImportError as error:
         return f"its native library does not load ({error})"
 
