@@ -10,14 +10,14 @@ inline uint32_t order_bits(float x) { return load<uint32_t>(&x); }
 
 using Lanes = int32_t __attribute__((vector_size(4 * kWidth)));
 
-// How many of numbers[0 .. n) are above `bound`.
+// How many of numbers[0 .. n) are above `bound`. Reads up to a whole Vec beyond.
 inline int64_t count_above(const float* numbers, int64_t n, uint32_t bound) {
-  Lanes bounds = static_cast<int32_t>(bound) - Lanes{}, count = {};
-  int64_t whole = n / kWidth * kWidth, sum = 0;
-  for (int64_t i = 0; i < whole; i += kWidth) count -= load<Lanes>(numbers + i) > bounds;
-  for (int i = 0; i < kWidth; ++i) sum += count[i];
-  for (int64_t i = whole; i < n; ++i) sum += order_bits(numbers[i]) > bound;
-  return sum;
+  Lanes bounds = static_cast<int32_t>(bound) - Lanes{}, count = {}, lane = {};
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) count -= load<Lanes>(numbers + i) > bounds;
+  for (int j = 0; j < kWidth; ++j) lane[j] = j;
+  count -= (load<Lanes>(numbers + i) > bounds) & (lane < static_cast<int32_t>(n - i));
+  return sum_lane(count);
 }
 
 // The largest number such that those from it on are enough; is_enough(b) tells of the numbers above b.
@@ -27,6 +27,17 @@ inline uint32_t find_cut(IsEnough is_enough) {
   for (uint32_t bit = 1u << 30; bit != 0; bit >>= 1)
     if (is_enough((cut | bit) - 1)) cut |= bit;
   return cut;
+}
+
+// Call f(i) for each i of [begin, end) whose number is not below the cut, in order. Reads up to a whole Vec beyond.
+template <class F>
+inline void for_each_from(uint32_t cut, const float* numbers, int64_t begin, int64_t end, F f) {
+  const Lanes cuts = static_cast<int32_t>(cut) - Lanes{};
+  for (int64_t start = begin; start < end; start += kWidth) {
+    uint32_t lanes = lanes_that_hold(load<Lanes>(numbers + start) >= cuts);
+    if (end - start < kWidth) lanes &= (1u << (end - start)) - 1;
+    for (; lanes != 0; lanes &= lanes - 1) f(start + __builtin_ctz(lanes));
+  }
 }
 
 }  // namespace rocketkv

@@ -17,13 +17,14 @@ inline T* page_bounds(const Pages& pages, int64_t head, int64_t page) {
 template <class T>
 inline void fold_token(const Pages& pages, int64_t head, int64_t page_size, int64_t place, const T* key, int head_dim) {
   T* bounds = page_bounds<T>(pages, head, place / page_size);
-  bool opens = place % page_size == 0;
   T* maxima = bounds + static_cast<int64_t>(pages.num_rows - head_dim) * kBlockPages;
-  for (int c = 0; c < head_dim; ++c)
-    if (opens || to_float(key[c]) > to_float(maxima[c * kBlockPages])) maxima[c * kBlockPages] = key[c];
-  if (pages.num_rows == head_dim) return;
-  for (int c = 0; c < head_dim; ++c)
-    if (opens || to_float(key[c]) < to_float(bounds[c * kBlockPages])) bounds[c * kBlockPages] = key[c];
+  const bool opens = place % page_size == 0, has_minima = pages.num_rows > head_dim;
+  for (int c = 0; c < head_dim; ++c) {  // without branches: nobody can foresee them
+    float x = to_float(key[c]);
+    T &most = maxima[c * kBlockPages], &least = bounds[c * kBlockPages];
+    most = (x > to_float(most)) | opens ? key[c] : most;
+    if (has_minima) least = (x < to_float(least)) | opens ? key[c] : least;
+  }
 }
 
 }  // namespace rocketkv

@@ -68,7 +68,7 @@ inline void keep_in_register(Vec& v) {
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec abs(Vec v) { return v > 0.0f ? v : -v; }  // a NaN, too, loses its sign
 
 // ---- one number
 
@@ -295,15 +295,25 @@ inline uint32_t lanes_that_hold(Comparison comparison) {
 #endif
 }
 
-inline float max_lane(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kWidth; ++i) best = std::max(best, v[i]);
-  return best;
+// All lanes joined into one number by `op`, half by half.
+template <class V, class Op>
+inline auto join_lanes(V v, Op op) {
+  if constexpr (sizeof(V) == 64) {
+    return join_lanes(op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)), op);
+  } else if constexpr (sizeof(V) == 32) {
+    return join_lanes(op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)), op);
+  } else {
+    return op(op(v[0], v[1]), op(v[2], v[3]));
+  }
 }
-inline float sum_lane(Vec v) {
-  float sum = v[0];
-  for (int i = 1; i < kWidth; ++i) sum += v[i];
-  return sum;
+template <class V>
+inline auto max_lane(V v) {
+  return join_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+template <class V>
+inline auto sum_lane(V v) {
+  return join_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
 // exp(x) for x <= 0, to about one unit in the last place; below -87 it gives exp(-87) instead of less.

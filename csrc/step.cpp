@@ -211,33 +211,41 @@ class Step {
   void choose_channels(const Head& head, Channels<T>& out) {
     int head_dim = layer_.head_dim, count = static_cast<int>(layer_.num_channels[head.row]);
     bool has_minima = layer_.pages.num_rows > head_dim;
-    const T* query = query_of(head);
-    static thread_local std::vector<float> sizes, sums;
-    sizes.assign(head_dim, 0.0f);
-    sums.assign(head_dim, 0.0f);
+    static thread_local std::vector<float> query, sizes, sums;  // with whole pairs of channels, zeros beyond head_dim
+    query.resize(group_ * padded_);
+    sizes.assign(padded_, 0.0f);
+    sums.assign(padded_, 0.0f);
     for (int g = 0; g < group_; ++g)
-      for (int c = 0; c < head_dim; ++c) {
-        float q = to_float(query[g * head_dim + c]);
-        sizes[c] += std::fabs(q);
-        sums[c] += q;
+      for (int c = 0; c < padded_; c += kPair) {
+        Part<T> part(query_of(head) + g * head_dim + c, std::min(kPair, head_dim - c));
+        Pair pair = in_order<T>(load_pair(part.numbers));
+        for (int half = 0; half < 2; ++half) {
+          Vec q = half == 0 ? pair.a : pair.b;
+          int at = c + half * kWidth;
+          store(query.data() + g * padded_ + at, q);
+          store(sizes.data() + at, load<Vec>(sizes.data() + at) + abs(q));
+          store(sums.data() + at, load<Vec>(sums.data() + at) + q);
+        }
       }
     auto num_above = [&](uint32_t bound) { return count_above(sizes.data(), head_dim, bound); };
     uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= count; });
     int64_t at_cut = count - num_above(cut);  // so many of those equal to the cut are taken
     out.rows.clear();
-    for (int c = 0; c < head_dim; ++c)
-      if (order_bits(sizes[c]) > cut || (order_bits(sizes[c]) == cut && at_cut-- > 0)) out.rows.push_back(c);
+    for_each_from(cut, sizes.data(), 0, head_dim, [&](int64_t c) {
+      if (order_bits(sizes[c]) > cut || at_cut-- > 0) out.rows.push_back(static_cast<int>(c));
+    });
     out.weights.assign(group_ * out.stride(), from_float<Factor<T>>(0.0f));
     out.scales.resize(group_);
     for (int g = 0; g < group_; ++g) {
-      float all = 0.0f, chosen = 0.0f;
-      for (int c = 0; c < head_dim; ++c) all += std::fabs(to_float(query[g * head_dim + c]));
+      const float* q = query.data() + g * padded_;
+      Vec all = {};
+      for (int c = 0; c < padded_; c += kWidth) all += abs(load<Vec>(q + c));
+      float chosen = 0.0f;
       for (int r = 0; r < count; ++r) {
-        T q = query[g * head_dim + out.rows[r]];
-        chosen += std::fabs(to_float(q));
-        out.weights[g * out.stride() + r] = from_float<Factor<T>>(to_float(q));
+        chosen += std::fabs(q[out.rows[r]]);
+        out.weights[g * out.stride() + r] = from_float<Factor<T>>(q[out.rows[r]]);
       }
-      float share = chosen / std::max(all, 1e-30f);  // SparQ's temperature
+      float share = chosen / std::max(sum_lane(all), 1e-30f);  // SparQ's temperature
       out.scales[g] = layer_.scale / std::max(std::sqrt(share), 1e-15f);
     }
     if (has_minima)  // the maxima follow them
@@ -337,18 +345,14 @@ class Step {
     if (wanted > 0) {
       uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= wanted; });
       int64_t at_cut = wanted - num_above(cut);  // so many tokens of the units equal to the cut are taken
-      const Lanes cuts = static_cast<int32_t>(cut) - Lanes{};
-      for (int64_t start = begin; start < end; start += kWidth)
-        for (uint32_t lanes = lanes_that_hold(load<Lanes>(scores + start) >= cuts); lanes != 0; lanes &= lanes - 1) {
-          int64_t unit = start + __builtin_ctz(lanes);
-          if (unit >= end) break;
-          int64_t count = num_open(unit), first = std::max(unit * size, sinks);
-          if (order_bits(scores[unit]) == cut) {
-            count = std::min(count, at_cut);
-            at_cut -= count;
-          }
-          for (int64_t i = 0; i < count; ++i) *out++ = static_cast<int32_t>(first + i);
+      for_each_from(cut, scores, begin, end, [&](int64_t unit) {
+        int64_t count = num_open(unit), first = std::max(unit * size, sinks);
+        if (order_bits(scores[unit]) == cut) {
+          count = std::min(count, at_cut);
+          at_cut -= count;
         }
+        for (int64_t i = 0; i < count; ++i) *out++ = static_cast<int32_t>(first + i);
+      });
     }
     for (int64_t place = open_end; place < head.length; ++place) *out++ = static_cast<int32_t>(place);
   }
@@ -374,7 +378,7 @@ class Step {
       for (int64_t i = 0; i < end; i += kWidth) {
         Vec score = load<Vec>(logits + i) * share;
         if (g > 0) score += load<Vec>(scores + i);
-        store(scores + i, score > 0.0f ? score : -score);  // a NaN without its sign
+        store(scores + i, abs(score));
       }
     }
   }
