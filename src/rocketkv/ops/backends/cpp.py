@@ -96,9 +96,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
-def bind(layer: LayerTensors) -> "CppStep | None":
-    """A step over this storage; None if the backend does not know its scoring."""
-    return CppStep(layer) if hasattr(library().Scoring, layer.scoring) else None
+def scorings() -> list[str]:
+    """The scorings that the kernels know."""
+    return [scoring.name for scoring in library().Scoring]
+
+
+def bind(layer: LayerTensors) -> "CppStep":
+    """A step over this storage."""
+    return CppStep(layer)
 
 
 class CppStep:
