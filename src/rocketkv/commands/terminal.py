@@ -79,16 +79,21 @@ def read_text(path: Path) -> str:
     return text
 
 
-def load_model(name: str, dtype: str, *, fast: bool = False) -> "LoadedModel":
-    """Load a model behind a spinner, with the libraries' own bars and warnings out of the way."""
+def quieten() -> None:
+    """Put the libraries' own bars and warnings out of the way."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
-
-    from rocketkv.models import load
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     hub_logging.get_logger("huggingface_hub").setLevel("ERROR")
+
+
+def load_model(name: str, dtype: str, *, fast: bool = False) -> "LoadedModel":
+    """Load a model behind a spinner."""
+    from rocketkv.models import load
+
+    quieten()
     with err.status(f"loading {name}"):
         loaded = load(name, dtype)
     if fast:
