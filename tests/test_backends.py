@@ -335,10 +335,17 @@ def test_a_backend_declines_with_a_reason() -> None:
     assert "head_dim=257" in str(cpp.decline(torch.zeros(1, 1, 1, 257)))
     assert "float64" in str(cpp.decline(torch.zeros(1, 1, 1, 64, dtype=torch.float64)))
     assert "meta" in str(cpp.decline(torch.zeros(1, 1, 1, 64, device="meta")))
-    backend, reasons = find_backend("auto", torch.zeros(1, 1, 1, 257))
+    backend, reasons = find_backend("auto", torch.zeros(1, 1, 1, 257), "hybrid")
     assert backend is None
     assert any(reason.startswith("cpp: ") for reason in reasons)
-    assert find_backend("reference", torch.zeros(1, 1, 1, 64)) == (None, [])
+    assert find_backend("reference", torch.zeros(1, 1, 1, 64), "hybrid") == (None, [])
+
+
+def test_an_unknown_scoring_is_declined(backend: Backend) -> None:
+    for scoring in (None, "magic"):
+        found, reasons = find_backend(backend.NAME, torch.zeros(1, 1, 1, 64), scoring)
+        assert found is None
+        assert f"scoring={scoring!r} is none of none, hybrid" in reasons[0]
 
 
 def test_every_method_of_ours_has_a_fused_form(backend: Backend) -> None:

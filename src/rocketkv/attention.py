@@ -295,8 +295,8 @@ class LayerCache:
         """The decode step as one call of a backend; None if it is left to the reference."""
         keys, values = (working.archive or working.tokens).fields[:2]
         index = working.index if isinstance(working.index, PageIndex) else None
-        backend, _ = find_backend(self.config.backend, keys)
         scoring = getattr(self.selection, "scoring", None)
+        backend, _ = find_backend(self.config.backend, keys, scoring)
         if backend is None or scoring is None:
             return None
         return backend.bind(

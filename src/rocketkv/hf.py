@@ -272,6 +272,16 @@ def cache_stats(cache: DynamicCache) -> CacheStats:
     )
 
 
+def head_dims(config: PreTrainedConfig) -> list[int]:
+    """Channels of a key, layer by layer."""
+    text = config.get_text_config(decoder=True)
+    layers = getattr(text, "per_layer_config", None)  # where transformers knows that layers may differ
+    return [
+        getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in (layers or [text] * text.num_hidden_layers)
+    ]
+
+
 def take_columns(tokens: Tensor, order: Tensor) -> Tensor:
     """Reorder the columns of `tokens` `[B, H, T, D]` row by row, as `order` `[B, T]` int64 says."""
     return take_tokens(tokens, order[:, None].expand(-1, tokens.shape[1], -1))

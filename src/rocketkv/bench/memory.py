@@ -35,6 +35,9 @@ class Case:
     token_budget: int | None
     batch: int
 
+    def __str__(self) -> str:
+        return f"{self.phase} S={self.seq_len} batch={self.batch}, {self.cache}"
+
 
 def measure_memory(case: Case) -> dict[str, object]:
     """Measure in a process of its own, so that nothing else counts.

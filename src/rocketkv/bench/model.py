@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from rocketkv.bench.geometries import Geometry
 from rocketkv.bench.tensors import kept_tokens
 from rocketkv.config import RocketKVConfig
-from rocketkv.hf import RocketKVCache, RocketKVLayer
+from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
 
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
@@ -74,7 +74,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dims(config)[0],
         weight_bytes=sum(weights.values()),
     )
 

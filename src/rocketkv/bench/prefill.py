@@ -1,6 +1,6 @@
 """What compression adds to a prefill: one layer's exact attention with and without it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,23 +10,14 @@ from rocketkv.attention import LayerCache
 from rocketkv.bench.geometries import Geometry
 from rocketkv.bench.machine import check_memory
 from rocketkv.bench.tensors import random_tokens, sparse_config
-from rocketkv.bench.timing import Call, OnRound, Pace, Row, run_rounds, timed
+from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 
 Prefill = Callable[[int | None, tuple[Tensor, ...]], None]
 
 _LAYERS = 2  # with inputs of their own, taken in turn
 
 
-def measure_prefill(
-    geometry: Geometry,
-    seq_len: int,
-    token_budgets: Sequence[int],
-    batch: int,
-    dtype: torch.dtype,
-    *,
-    pace: Pace,
-    on_round: OnRound | None = None,
-) -> list[Row]:
+def measure_prefill(geometry: Geometry, dtype: torch.dtype, point: Point, on_round: OnRound | None = None) -> list[Row]:
     """Measure the prefill of one layer's attention; a model's is `num_layers` of them, and its matrix products.
 
     Returns:
@@ -36,6 +27,7 @@ def measure_prefill(
     Raises:
         InputError: it would not fit in memory.
     """
+    seq_len, batch = point.seq_len, point.batch
     shapes = [(geometry.num_heads, geometry.head_dim), *[(geometry.num_kv_heads, geometry.head_dim)] * 2]
     input_bytes = sum(batch * seq_len * heads * width for heads, width in shapes) * dtype.itemsize
     check_memory(f"the prefill of {seq_len} tokens x batch {batch}", (_LAYERS + 2) * input_bytes)
@@ -54,8 +46,8 @@ def measure_prefill(
         held[token_budget] = cache.kv_bytes
 
     with torch.inference_mode():
-        calls = {budget: _call(prefill, budget, inputs) for budget in (*token_budgets, None)}
-        times = run_rounds(calls, pace, on_round)
+        calls = {budget: _call(prefill, budget, inputs) for budget in (*point.token_budgets, None)}
+        times = run_rounds(calls, point.pace, on_round)
     rows = []
     for token_budget, times_ms in times.items():
         name = "sdpa" if token_budget is None else "rocketkv"

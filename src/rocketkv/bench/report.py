@@ -19,14 +19,8 @@ Record = Mapping[str, Any]
 AXES = {"seq_len": "tokens", "token_budget": "token budget", "batch": "batch"}
 PLOT_FORMATS = (".png", ".svg")
 
-FLOOR_OF = {  # the floor that a row is compared with
-    "sparse": "sparse_floor",
-    "rocketkv": "sparse_floor",
-    "dense": "dense_floor",
-    "sdpa_grouped": "dense_floor",
-    "transformers_default": "dense_floor",
-    "full": "dense_floor",
-}
+# the floor that a row is compared with
+FLOOR_OF = FLOORS | dict.fromkeys(("sdpa_grouped", "transformers_default", "full"), "dense_floor")
 
 out = Console(highlight=False)
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TypeVar
@@ -30,6 +30,26 @@ class Pace:
 
     repeats: int = 0
     limit_s: float = 20.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep: what is compared in the same rounds.
+
+    Attributes:
+        seq_len: tokens of context.
+        batch: rows.
+        token_budgets: of our configurations.
+        pace: how long to measure.
+    """
+
+    seq_len: int
+    batch: int
+    token_budgets: Sequence[int]
+    pace: Pace
+
+    def __str__(self) -> str:
+        return f"S={self.seq_len} batch={self.batch}"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ BACKENDS: tuple[Backend, ...] = (cpp,)  # the fastest first; what none accepts i
 __all__ = ["BACKENDS", "Backend", "FusedStep", "LayerTensors", "find_backend"]
 
 
-def find_backend(name: str, tokens: Tensor) -> tuple[Backend | None, list[str]]:
+def find_backend(name: str, tokens: Tensor, scoring: str | None) -> tuple[Backend | None, list[str]]:
     """Find who decodes these tokens, `[B, H, S, D]`.
 
     Args:
         name: of a backend; `auto`: any; `reference`: none.
         tokens: of the dtype, device and head_dim in question.
+        scoring: of the selection method; None: its own business.
 
     Returns:
         The backend, None for the reference; and why each one asked before it declined.
@@ -27,6 +28,8 @@ def find_backend(name: str, tokens: Tensor) -> tuple[Backend | None, list[str]]:
     for backend in BACKENDS:
         if name in ("auto", backend.NAME):
             reason = backend.decline(tokens)
+            if reason is None and scoring not in backend.scorings():
+                reason = f"the selection method's scoring={scoring!r} is none of {', '.join(backend.scorings())}"
             if reason is None:
                 return backend, reasons
             reasons.append(f"{backend.NAME}: {reason}")

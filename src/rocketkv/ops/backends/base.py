@@ -1,5 +1,6 @@
 """What a backend is given: one layer's storage and plan, as tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,6 +77,10 @@ class Backend(Protocol):
         """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""
         ...
 
-    def bind(self, layer: LayerTensors) -> FusedStep | None:
-        """A step over this storage; None if the backend does not know its scoring."""
+    def scorings(self) -> Sequence[str]:
+        """The scorings that the backend knows, once it does not decline."""
+        ...
+
+    def bind(self, layer: LayerTensors) -> FusedStep:
+        """A step over this storage, whose tokens the backend does not decline and whose scoring it knows."""
         ...

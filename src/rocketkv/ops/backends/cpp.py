@@ -12,6 +12,7 @@ from rocketkv.ops.backends.base import LayerTensors
 
 NAME = "cpp"
 MAX_HEAD_DIM = 256
+OUTPUTS = 16  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -95,9 +96,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
-def bind(layer: LayerTensors) -> "CppStep | None":
-    """A step over this storage; None if the backend does not know its scoring."""
-    return CppStep(layer) if hasattr(library().Scoring, layer.scoring) else None
+def scorings() -> list[str]:
+    """The scorings that the kernels know."""
+    return [scoring.name for scoring in library().Scoring]
+
+
+def bind(layer: LayerTensors) -> "CppStep":
+    """A step over this storage."""
+    return CppStep(layer)
 
 
 class CppStep:
@@ -106,6 +112,7 @@ class CppStep:
     def __init__(self, layer: LayerTensors) -> None:
         self._layer = layer  # keeps the buffers alive
         assert all(x.is_contiguous() for x in vars(layer).values() if isinstance(x, Tensor))
+        self._outputs: list[Tensor] = []
         bounds = layer.bounds
         self._native = library().Layer(
             dtype=_dtype(layer.keys.dtype),
@@ -137,7 +144,10 @@ class CppStep:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, int]:
         """See `FusedStep`."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        output = torch.empty_like(query)
+        if not self._outputs:
+            with torch.inference_mode(False):
+                self._outputs = list(torch.empty(OUTPUTS, *query.shape, dtype=query.dtype).unbind())
+        output = self._outputs.pop()
         elements = self._native.decode(
             query.data_ptr(),
             key.data_ptr(),

@@ -1,0 +1,224 @@
+"""The commands of `rocketkv bench`: they measure point by point, and report."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from rocketkv.bench.geometries import find_geometry
+from rocketkv.bench.report import check_plot, print_json, print_result, save_plot
+from rocketkv.bench.timing import OnRound, Pace, Point, Row, floor_rows
+from rocketkv.commands.options import AsJson, numbers
+from rocketkv.commands.terminal import err, load_model, passing_bar
+from rocketkv.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Item = TypeVar("Item")
+
+GeometryName = Annotated[str, typer.Option("--geometry", "-g", help="Sizes of a known model, such as llama-3.1-8b.")]
+SeqLens = Annotated[str, typer.Option("--seq-len", help="Tokens of context, separated by commas.")]
+TokenBudgets = Annotated[str, typer.Option("--token-budget", "-t", help="Token budgets, separated by commas.")]
+Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16, or the model's own.")]
+Repeats = Annotated[int, typer.Option(min=0, help="Rounds; 0: until the medians are stable.")]
+TimeLimit = Annotated[float, typer.Option(min=0, help="Seconds that a row may take, unless --repeats is given.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw the result into this file, .png or .svg.")]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The sizes that a benchmark goes through, and where its result goes."""
+
+    geometry: GeometryName = "llama-3.2-1b"
+    seq_len: SeqLens = "32768"
+    token_budget: TokenBudgets = "512"
+    batch: Batches = "1"
+    dtype: Dtype = "auto"
+    as_json: AsJson = False
+    plot: Plot = None
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """The dtype of that name; auto: bfloat16."""
+        import torch
+
+        from rocketkv.models import find_dtype
+
+        dtype: torch.dtype = find_dtype(self.dtype, torch.bfloat16)
+        return dtype
+
+    def axes(self) -> tuple[list[int], list[int], list[int]]:
+        """Lengths, batches and budgets, checked with all that can be before anything is measured."""
+        find_geometry(self.geometry)
+        check_plot(self.plot)
+        lengths, batches = numbers("seq-len", self.seq_len), numbers("batch", self.batch)
+        budgets = numbers("token-budget", self.token_budget)
+        from rocketkv.config import RocketKVConfig
+
+        for token_budget in budgets:
+            RocketKVConfig(token_budget=token_budget)
+        return lengths, batches, budgets
+
+    def report(self, benchmark: str, rows: list[dict[str, object]], **more: Any) -> None:
+        """Print the result and draw it."""
+        from rocketkv.bench.machine import describe_machine, describe_versions
+
+        result: dict[str, Any] = {
+            "benchmark": benchmark,
+            "model": self.geometry,
+            "dtype": str(self.torch_dtype).removeprefix("torch."),
+            "machine": describe_machine(),
+            "versions": describe_versions(),
+            **more,
+            "rows": rows,
+        }
+        if self.as_json:
+            print_json(result)
+        else:
+            print_result(result)
+        if self.plot is not None:
+            save_plot(result, self.plot)
+
+
+@dataclass(frozen=True)
+class TimedSweep(Sweep):
+    """A sweep, and how long each of its points may take."""
+
+    repeats: Repeats = 0
+    time_limit: TimeLimit = 30.0
+
+    def points(self) -> list[Point]:
+        """Every length with every batch."""
+        lengths, batches, budgets = self.axes()
+        pace = Pace(self.repeats, self.time_limit)
+        return [Point(length, batch, budgets, pace) for length, batch in product(lengths, batches)]
+
+
+def attention(
+    sweep: TimedSweep = TimedSweep(geometry="llama-3.1-8b", time_limit=20.0),
+    cold_mib: Annotated[int, typer.Option(min=0, help="MiB read before a layer is met again.")] = 256,
+) -> None:
+    """Time one layer's decode step: ours, torch's, transformers', and the floor that memory sets."""
+    todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
+    from rocketkv.bench.attention import measure_attention
+
+    rows: list[Row] = []
+    bandwidth = 0.0
+    with _counted("attention", todo) as points:
+        for point, on_round in points:
+            measured, reached = measure_attention(geometry, dtype, point, cold_mib * 2**20, on_round)
+            rows += measured
+            bandwidth = max(bandwidth, reached)
+    records = [row.record() for row in [*rows, *floor_rows(rows, bandwidth)]]
+    sweep.report("attention", records, bandwidth_gb_per_s=bandwidth / 1e9)
+
+
+def decode(
+    sweep: TimedSweep = TimedSweep(),
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A real model instead: hub id, folder, GGUF file, smollm2.")
+    ] = None,
+    paths: Annotated[str, typer.Option(help="Ways to run the model: eager, as transformers does; fast, compiled.")] = (
+        "eager,fast"
+    ),
+) -> None:
+    """Time whole decode steps of a transformers model, and say how much of Amdahl's limit is reached."""
+    todo = sweep.points()
+    from rocketkv.bench.decode import PATHS, measure_decode
+
+    chosen = [name.strip() for name in paths.split(",")]
+    for name in chosen:
+        if name not in PATHS:
+            raise InputError(f"--paths {name!r} does not exist; choose from {', '.join(PATHS)}.")
+    built = _build(sweep) if model is None else load_model(model, sweep.dtype).model
+    rows: list[Row] = []
+    comparisons: list[dict[str, object]] = []
+    bandwidth = 0.0
+    with _counted("decode", todo) as points:
+        for point, on_round in points:
+            measured, compared, reached = measure_decode(built, point, chosen, on_round)
+            rows += measured
+            comparisons += compared
+            bandwidth = max(bandwidth, reached)
+    records = [row.record() for row in [*rows, *floor_rows(rows, bandwidth)]]
+    sweep.report(
+        "decode",
+        records,
+        model=model or sweep.geometry,
+        dtype=str(built.dtype).removeprefix("torch."),
+        comparisons=comparisons,
+        bandwidth_gb_per_s=bandwidth / 1e9,
+    )
+
+
+def prefill(sweep: TimedSweep = TimedSweep(seq_len="4096", time_limit=60.0)) -> None:
+    """Time one layer's prefill attention with compression and without."""
+    todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
+    from rocketkv.bench.prefill import measure_prefill
+
+    rows: list[Row] = []
+    with _counted("prefill", todo) as points:
+        for point, on_round in points:
+            rows += measure_prefill(geometry, dtype, point, on_round)
+    sweep.report("prefill", [row.record() for row in rows])
+
+
+def memory(
+    sweep: Sweep = Sweep(),
+    prefill_len: Annotated[
+        str, typer.Option(help="Tokens to prefill, separated by commas: these are computed.")
+    ] = "4096",
+    phases: Annotated[str, typer.Option(help="prefill, decode or both, separated by a comma.")] = "prefill,decode",
+) -> None:
+    """Measure peak memory and KV bytes, full and compressed, each in a process of its own."""
+    from rocketkv.bench.memory import PHASES, cases, measure_memory
+
+    lengths, batches, budgets = sweep.axes()
+    wanted = phases.split(",")
+    for phase in wanted:
+        if phase not in PHASES:
+            raise InputError(f"phases={phases!r} has {phase!r}; choose from {', '.join(PHASES)}.")
+    dtype = str(sweep.torch_dtype).removeprefix("torch.")
+    prefills = numbers("prefill-len", prefill_len)
+    todo = list(cases(sweep.geometry, dtype, wanted, lengths, prefills, budgets, batches))
+    with _counted("memory", todo) as counted:
+        rows = [measure_memory(case) for case, _ in counted]
+    sweep.report("memory", rows)
+
+
+def _build(sweep: Sweep) -> "PreTrainedModel":
+    """A model of the geometry, behind a spinner."""
+    geometry, dtype = find_geometry(sweep.geometry), sweep.torch_dtype
+    from rocketkv.bench.machine import check_memory
+    from rocketkv.bench.model import build_model
+
+    check_memory(f"a model of {geometry.name} in {sweep.dtype}", geometry.num_parameters * dtype.itemsize)
+    with err.status(f"building {geometry.name}"):
+        return build_model(geometry, dtype)
+
+
+@contextmanager
+def _counted(title: str, items: Sequence[Item]) -> Iterator[Iterator[tuple[Item, OnRound]]]:
+    """The items behind a bar on standard error, each with what tells the bar of its rounds."""
+    progress = passing_bar()
+    task = progress.add_task(title, total=len(items))
+
+    def on_round(name: str, number: int) -> None:
+        progress.update(task, description=f"{name}, round {number}")
+
+    def each() -> Iterator[tuple[Item, OnRound]]:
+        for done, item in enumerate(items):
+            name = f"{title} {item}"
+            progress.update(task, completed=done, description=name)
+            yield item, partial(on_round, name)
+
+    with progress:
+        yield each()

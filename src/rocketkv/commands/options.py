@@ -1,0 +1,53 @@
+"""How commands are called: the options that several of them have, as types or as dataclasses."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from rocketkv.errors import InputError
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, GGUF file, or the embedded smollm2.")]
+TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="Tokens' worth of KV traffic per decode step.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses: their fields become options, their default instance holds the defaults."""
+    options: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, each in inspect.signature(command).parameters.items():
+        if not is_dataclass(each.default):
+            options.append(each)
+            continue
+        groups[name] = type(each.default)
+        for option in inspect.signature(groups[name]).parameters.values():
+            options.append(option.replace(default=getattr(each.default, option.name)))
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # where typer looks
+    return wrapped
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """Whole numbers separated by commas, each once.
+
+    Raises:
+        InputError: the text of option `name` is something else, or one is below 1.
+    """
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name}={text!r} is no list of numbers; separate them by commas, as in 128,256.") from None
+    if min(found) < 1:
+        raise InputError(f"{name}={text!r} has a number below 1; give positive ones.")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,166 @@
+"""`rocketkv generate` and `rocketkv chat`."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.progress import TextColumn
+from rich.table import Table
+
+from rocketkv.commands.options import AsJson, Dtype, Model, TokenBudget
+from rocketkv.commands.terminal import load_model, out, passing_bar, print_error, read_text
+from rocketkv.errors import InputError
+
+if TYPE_CHECKING:
+    from rocketkv.session import Answer, Session
+
+WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Fast = Annotated[
+    bool, typer.Option("--fast", help="Compile the decode step: its first token takes a minute, seconds in later runs.")
+]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What answers, and how its cache is compressed."""
+
+    model: Model = "smollm2"
+    token_budget: TokenBudget = 256
+    max_new_tokens: MaxNewTokens = 128
+    window_size: WindowSize = 32
+    dtype: Dtype = "auto"
+    fast: Fast = False
+
+
+def generate(
+    prompt_file: Annotated[Path, typer.Option("--prompt-file", "-f", help="The long text, UTF-8.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
+    setup: Setup = Setup(),
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about a long text with a compressed cache."""
+    from rocketkv.config import RocketKVConfig
+
+    config = RocketKVConfig(token_budget=setup.token_budget, window_size=setup.window_size)
+    text = read_text(prompt_file)
+    loaded = load_model(setup.model, setup.dtype, fast=setup.fast)
+    from rocketkv.session import Session
+
+    sessions = {f"RocketKV t={setup.token_budget}": Session(loaded, config, setup.max_new_tokens)}
+    if compare:
+        sessions["full cache"] = Session(loaded, None, setup.max_new_tokens)
+    answers: dict[str, Answer] = {}
+    for name, session in sessions.items():
+        answers[name] = _ask(session, f"{text}\n\n{question}", title=name, quiet=as_json)
+    if as_json:
+        records = dict(zip(("rocketkv", "full_cache"), map(_answer_record, answers.values()), strict=False))
+        print(json.dumps({"model": setup.model, "token_budget": setup.token_budget, **records}, indent=2))
+    else:
+        out.print(_answer_table(answers))
+
+
+def chat(
+    file: Annotated[Path, typer.Option("--file", "-f", help="The document to talk about, UTF-8.")],
+    setup: Setup = Setup(),
+) -> None:
+    """Talk about a document over several turns (multi-turn cache). /stats, /reset and /quit do what they say."""
+    from rocketkv.config import RocketKVConfig
+
+    config = RocketKVConfig(token_budget=setup.token_budget, window_size=setup.window_size, mode="multi_turn")
+    text = read_text(file)
+    loaded = load_model(setup.model, setup.dtype, fast=setup.fast)
+    from rocketkv.session import Session
+
+    session = Session(loaded, config, setup.max_new_tokens)
+    answer: Answer | None = None
+    out.print(f"Ask about {file.name}. /stats, /reset, /quit.", style="dim")
+    while True:
+        try:
+            message = out.input("[bold]> [/]").strip()
+        except EOFError:
+            break
+        if message == "/quit":
+            break
+        if message == "/reset":
+            session.reset()
+            answer = None
+            out.print("The conversation is forgotten; the document stays.", style="dim")
+        elif message == "/stats":
+            out.print(
+                _answer_table({f"RocketKV-MT t={setup.token_budget}": answer}) if answer else "Nothing was asked yet."
+            )
+        elif message.startswith("/"):
+            out.print(f"There is no command {message}; /stats, /reset and /quit exist.", style="red", markup=False)
+        elif message:
+            try:
+                answer = _ask(session, message if session.messages else f"{text}\n\n{message}", title=None, quiet=False)
+            except InputError as error:
+                print_error(error)
+
+
+def _ask(session: "Session", message: str, *, title: str | None, quiet: bool) -> "Answer":
+    """Send a message with a bar for the prefill, and stream the answer."""
+
+    def on_text(text: str) -> None:
+        out.print(text, end="", markup=False, soft_wrap=True)
+        out.file.flush()
+
+    if title and not quiet:
+        out.print(title, style="bold")
+    with _prefill_bar() as on_layer:
+        answer = session.send(message, on_layer=on_layer, on_text=None if quiet else on_text)
+    if not quiet:
+        out.print()
+    return answer
+
+
+@contextmanager
+def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar over the layers, and what tells it of them."""
+    progress = passing_bar(TextColumn("layers"))
+    task = progress.add_task("prefill", total=None)
+
+    def on_layer(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+        if done == total:
+            progress.stop()
+
+    with progress:
+        yield on_layer
+
+
+def _answer_table(answers: "dict[str, Answer]") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="read: per decode step; tok/s: of decode alone")
+    table.add_column("cache", no_wrap=True)
+    for column in ("tokens", "held MiB", "of full", "read MiB", "less", "prefill s", "tok/s"):
+        table.add_column(column, justify="right")
+    for name, answer in answers.items():
+        total = answer.stats.total
+        speed = answer.decode_tokens_per_second
+        table.add_row(
+            name,
+            f"{total.num_seen:.0f}",
+            f"{total.kv_bytes / 2**20:.1f}",
+            f"{total.retained_fraction:.0%}",
+            f"{total.read_bytes / 2**20:.1f}",
+            f"{total.compression_factor:.1f} x",
+            f"{answer.prefill_ms / 1000:.1f}",
+            f"{speed:.1f}" if speed else "-",
+        )
+    return table
+
+
+def _answer_record(answer: "Answer") -> dict[str, object]:
+    """An answer as JSON: its figures, and the cache's in all and per layer."""
+    from dataclasses import asdict
+
+    record = asdict(answer)
+    record["stats"] = {"total": asdict(answer.stats.total), "layers": [asdict(layer) for layer in answer.stats.layers]}
+    return record

@@ -1,0 +1,103 @@
+"""What commands share in how they read and print: consoles, bars, errors, texts and models."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+
+from rocketkv.errors import InputError, RocketKVError
+
+if TYPE_CHECKING:
+    from rocketkv.models import LoadedModel
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def report_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print an expected error as one sentence and exit with 2; a traceback is for bugs only."""
+
+    @wraps(command)
+    def wrapped(**given: object) -> None:
+        try:
+            command(**given)
+        except RocketKVError as error:
+            print_error(error)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            err.print("interrupted")
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def print_error(error: RocketKVError) -> None:
+    """One sentence on standard error."""
+    err.print("error:", str(error), style="red", markup=False, soft_wrap=True)
+
+
+def passing_bar(*columns: ProgressColumn) -> Progress:
+    """A bar on standard error that goes away when it is done; nothing where that is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def lasting_bar() -> Progress:
+    """A bar on standard error that says how long it will take, and stays."""
+    return Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a text file.") from None
+    if not text:
+        raise InputError(f"{path} is empty; give a file with text.")
+    return text
+
+
+def quieten() -> None:
+    """Put the libraries' own bars and warnings out of the way."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.get_logger("huggingface_hub").setLevel("ERROR")
+
+
+def load_model(name: str, dtype: str, *, fast: bool = False) -> "LoadedModel":
+    """Load a model behind a spinner."""
+    from rocketkv.models import load
+
+    quieten()
+    with err.status(f"loading {name}"):
+        loaded = load(name, dtype)
+    if fast:
+        from rocketkv.fast import accelerate
+
+        accelerate(loaded.model)
+    return loaded
