@@ -411,7 +411,7 @@ class Step {
       }
     };
     locate(begin, kTile);
-    for (int i = 0; i < kTile; ++i) prefetch(keys[kTile + i], layer_.head_dim * static_cast<int>(sizeof(T)));
+    for (int i = kTile; i < 2 * kTile; ++i) fetch(keys[i], 0, layer_.head_dim), fetch(values[i], 0, layer_.head_dim);
     for (int64_t start = begin; start < end; start += kTile) {
       int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
       std::copy_n(keys + kTile, kTile, keys);
@@ -425,6 +425,9 @@ class Step {
     elements_read_ += 2 * (end - begin) * layer_.head_dim;
   }
 
+  static void fetch(const T* row, int first, int count) { prefetch(row + first, count * static_cast<int>(sizeof(T))); }
+
+  // While this tile is worked on, the next one is fetched at the pace of the work: keys with keys, values with values.
   template <int H>
   void attend_tile(const T* const* keys, const T* const* values, int n, const Factor<T>* query, float* piece, bool fetches) {
     constexpr int N = rows_at_once(H);
@@ -432,7 +435,7 @@ class Step {
     float logits[H][kTile + kAhead], corrections[H];
     Factor<T> weights[H][kTile];
     for (int i = 0; i < n; i += N) {
-      for (int j = i; fetches && j < i + N; ++j) prefetch(values[j], dim * static_cast<int>(sizeof(T)));
+      for (int j = i; fetches && j < i + N; ++j) fetch(keys[kTile + j], 0, dim);
       float products[8];
       dot_rows<H, false>(keys + i, query, padded, dim, products);
       for (int j = 0; j < N; ++j)
@@ -464,13 +467,10 @@ class Step {
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) value.add_weighted(&weights[h][i], sums[h]);
       };
-      auto fetch = [&](int i) __attribute__((always_inline)) {  // for the next tile
-        for (int k = 0; k < kPair * static_cast<int>(sizeof(T)); k += 64) prefetch(reinterpret_cast<const char*>(keys[kTile + i] + c) + k);
-      };
       int i = 0;
       if (count == kPair) {
         for (; i + 1 < n; i += 2) {
-          if (fetches) fetch(i), fetch(i + 1);
+          if (fetches) fetch(values[kTile + i], c, kPair), fetch(values[kTile + i + 1], c, kPair);
           add({values[i] + c, values[i + 1] + c}, i);
         }
         if (i < n) add(TwoChunks<T>(values[i] + c), i);
