@@ -44,6 +44,7 @@ struct Layer {
   Scoring scoring;
   Pages pages;
   const int64_t *num_channels, *top_k, *sinks, *recents;  // [B]
+  const int64_t* dense_lengths;  // [B] >= top_k; up to so many tokens are attended in full
 };
 
 // One token per row: query [B, Hq, D], key and value [B, Hkv, D], output [B, Hq, D], all dense in the layer's dtype.

@@ -29,7 +29,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct Head {
   int64_t index, row;       // b * Hkv + h, b
   int64_t length;           // tokens to choose from, the new one included
-  bool selects;             // whether it holds more than it may attend to
+  bool selects;             // or else everything is attended
   int64_t page_size, num_units, num_chosen;  // units: pages, or tokens where each is scored
   float* logits;            // [G][unit_stride]
   int32_t* chosen;          // [num_chosen] places, ascending; unused where everything is attended
@@ -84,7 +84,7 @@ class Step {
       head.index = i;
       head.row = i / layer_.num_kv_heads;
       head.length = layer_.lengths[i] + 1;
-      head.selects = layer_.scoring != Scoring::kNone && head.length > layer_.top_k[head.row];
+      head.selects = layer_.scoring != Scoring::kNone && head.length > layer_.dense_lengths[head.row];
       head.page_size = layer_.scoring == Scoring::kExact || !head.selects ? 1 : layer_.pages.page_size[head.row];
       head.num_units = head.selects ? (head.length + head.page_size - 1) / head.page_size : 0;
       head.num_chosen = head.selects ? layer_.top_k[head.row] : head.length;

@@ -1,6 +1,7 @@
 """The laws of `LayerCache`, against plain loops and against itself, on ragged batches and poisoned memory."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from rocketkv.selection import SELECTION_METHODS, Hybrid
 
 pytestmark = pytest.mark.usefixtures("decoded_by")
 ALL_METHODS = [(e, s) for e in EVICTION_POLICIES for s in SELECTION_METHODS]
+
+strict = partial(RocketKVConfig, dense_below=0)  # selects as soon as a row holds more than top_k
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def test_rocketkv_is_the_method_in_plain_loops(
     seeded: torch.Generator, mode: str, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
     x = make_inputs(seeded, 1, num_heads, num_kv_heads, 420, head_dim)
-    config = RocketKVConfig(
+    config = strict(
         token_budget=64, mode=mode, window_size=16, kernel_size=5, sink_tokens=3, recent_tokens=5, new_tokens=20
     )
     cache = LayerCache(config)
@@ -109,7 +112,7 @@ def test_streaming_llm_keeps_sinks_and_the_most_recent(
 ) -> None:
     x = make_inputs(seeded, 1, 4, 2, 100, 64)
     budget = Budget(num_tokens, 1, 64, 50)
-    cache = LayerCache(RocketKVConfig(token_budget=50, eviction="streaming_llm", selection="dense", budget=budget))
+    cache = LayerCache(strict(token_budget=50, eviction="streaming_llm", selection="dense", budget=budget))
     cache.prefill(*x)
     assert cache.positions.tolist() == [[kept, kept]]
 
@@ -120,8 +123,8 @@ def test_a_budget_for_everything_is_the_dense_path_to_the_bit(
     decoded_by: str, seeded: torch.Generator, mode: str, eviction: str, selection: str
 ) -> None:
     x = make_inputs(seeded, 2, 6, 2, 90, 64)
-    cache = LayerCache(RocketKVConfig(token_budget=90, mode=mode, eviction=eviction, selection=selection))
-    dense = LayerCache(RocketKVConfig(token_budget=90, mode=mode, eviction="keep_all", selection="dense"))
+    cache = LayerCache(strict(token_budget=90, mode=mode, eviction=eviction, selection=selection))
+    dense = LayerCache(strict(token_budget=90, mode=mode, eviction="keep_all", selection="dense"))
     dense.prefill(*x.part(0, 80))
     prompt = scaled_dot_product_attention(*x.part(0, 80), is_causal=True, enable_gqa=True)
     assert torch.equal(cache.prefill(*x.part(0, 80)), prompt)
@@ -141,9 +144,9 @@ def test_a_budget_for_everything_is_the_dense_path_to_the_bit(
 def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) -> None:
     x = make_inputs(seeded, 2, 6, 2, 300, 64)
     # the first row is long, so that a selection is made; the second holds fewer than top_k tokens
-    config = RocketKVConfig(token_budget=150, eviction="keep_all", selection=selection, budget=Budget(290, 2, 64, 100))
+    config = strict(token_budget=150, eviction="keep_all", selection=selection, budget=Budget(290, 2, 64, 100))
     selecting = LayerCache(config)
-    dense = LayerCache(RocketKVConfig(token_budget=150, eviction="keep_all", selection="dense"))
+    dense = LayerCache(strict(token_budget=150, eviction="keep_all", selection="dense"))
     for cache in (selecting, dense):
         cache.prefill(*x.part(0, 290), padding=torch.tensor([0, 200]))
     output, expected = decode_all(selecting, x, 290, 300), decode_all(dense, x, 290, 300)
@@ -156,7 +159,7 @@ def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_padded_rows_are_what_they_are_alone(seeded: torch.Generator, mode: str, eviction: str, selection: str) -> None:
     x = make_inputs(seeded, 4, 6, 2, 400, 64)
-    config = RocketKVConfig(
+    config = strict(
         token_budget=48, mode=mode, eviction=eviction, selection=selection, window_size=16, kernel_size=7
     )
     padding = torch.tensor([0, 130, 345, 180])  # the third row fits in the budget
@@ -182,7 +185,7 @@ def test_padded_rows_are_what_they_are_alone(seeded: torch.Generator, mode: str,
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_padded_later_turns_are_what_they_are_alone(seeded: torch.Generator, mode: str) -> None:
     x = make_inputs(seeded, 2, 4, 2, 500, 64)
-    config = RocketKVConfig(token_budget=40, mode=mode, window_size=16, kernel_size=7)
+    config = strict(token_budget=40, mode=mode, window_size=16, kernel_size=7)
     turns = [(0, 300, (0, 120), 8), (308, 60, (25, 0), 8), (376, 9, (0, 3), 5)]  # start, width, padding, new tokens
     batch = LayerCache(config)
     outputs = []
@@ -203,7 +206,7 @@ def test_padded_later_turns_are_what_they_are_alone(seeded: torch.Generator, mod
 
 def test_multi_turn_attends_densely_and_chooses_anew(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 700, 64)
-    config = RocketKVConfig(token_budget=48, mode="multi_turn", window_size=16, kernel_size=7)
+    config = strict(token_budget=48, mode="multi_turn", window_size=16, kernel_size=7)
     turns, single = LayerCache(config), LayerCache(config)
     turns.prefill(*x.part(0, 500))
     decode_all(turns, x, 500, 520)
@@ -216,7 +219,7 @@ def test_multi_turn_attends_densely_and_chooses_anew(seeded: torch.Generator) ->
 
 def test_single_turn_sees_what_is_left_and_evicts_again(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 500, 64)
-    cache = LayerCache(RocketKVConfig(token_budget=48, window_size=16, kernel_size=7))
+    cache = LayerCache(strict(token_budget=48, window_size=16, kernel_size=7))
     cache.prefill(*x.part(0, 400))
     left = cache.positions[0]
     output = cache.prefill(*x.part(400, 500))
@@ -232,7 +235,7 @@ def test_single_turn_sees_what_is_left_and_evicts_again(seeded: torch.Generator)
 
 def test_the_budget_holds_however_long_the_answer_gets(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 700, 64)
-    cache = LayerCache(RocketKVConfig(token_budget=64, window_size=16))
+    cache = LayerCache(strict(token_budget=64, window_size=16))
     token_bytes = 2 * 64 * 2 * 4  # keys and values of two KV heads
     cache.prefill(*x.part(0, 30))
     for t in range(30, 700):
@@ -244,7 +247,7 @@ def test_the_budget_holds_however_long_the_answer_gets(seeded: torch.Generator) 
 @pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
 def test_a_batch_reads_what_its_rows_read_alone(seeded: torch.Generator, selection: str) -> None:
     x = make_inputs(seeded, 2, 4, 2, 420, 64)
-    config = RocketKVConfig(token_budget=128, selection=selection)
+    config = strict(token_budget=128, selection=selection)
     batch = LayerCache(config)
     batch.prefill(*x.part(0, 400), padding=torch.tensor([0, 290]))
     rows = [LayerCache(config), LayerCache(config)]
@@ -279,7 +282,7 @@ def test_read_bytes_count_what_the_method_reads(seeded: torch.Generator) -> None
     }
     for selection, elements in expected.items():
         eviction = "snapkv" if selection == "dense" else "keep_all"
-        cache = LayerCache(RocketKVConfig(token_budget=64, eviction=eviction, selection=selection, new_tokens=1))
+        cache = LayerCache(strict(token_budget=64, eviction=eviction, selection=selection, new_tokens=1))
         cache.prefill(*x.part(0, 511))
         cache.decode(*x.part(511, 512))
         assert cache.read_bytes == 2 * 2 * 4 * elements, selection  # two rows, two KV heads, four bytes
@@ -303,7 +306,7 @@ def test_policies_that_return_nonsense_are_refused(
             return returned(keys)
 
     with pytest.raises(InputError, match=message):
-        LayerCache(RocketKVConfig(token_budget=48, eviction=Nonsense())).prefill(*make_inputs(seeded))
+        LayerCache(strict(token_budget=48, eviction=Nonsense())).prefill(*make_inputs(seeded))
 
 
 @pytest.mark.parametrize(
@@ -317,13 +320,13 @@ def test_options_that_do_not_fit_the_layer_are_refused(
     seeded: torch.Generator, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        LayerCache(RocketKVConfig(token_budget=40, **options)).prefill(*make_inputs(seeded))
+        LayerCache(strict(token_budget=40, **options)).prefill(*make_inputs(seeded))
 
 
 def test_sparq_reads_every_token_whatever_page_size_is_given(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 301, 16)
     budget = Budget(300, 4, 4, 10)
-    config = RocketKVConfig(token_budget=100, eviction="keep_all", selection="sparq", budget=budget)
+    config = strict(token_budget=100, eviction="keep_all", selection="sparq", budget=budget)
     cache = LayerCache(config)
     cache.prefill(*x.part(0, 300))
     cache.decode(*x.part(300, 301))
@@ -333,7 +336,7 @@ def test_sparq_reads_every_token_whatever_page_size_is_given(seeded: torch.Gener
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_inference_mode_and_no_grad_may_alternate(seeded: torch.Generator, mode: str) -> None:
     x = make_inputs(seeded, 2, 4, 2, 300, 64)
-    config = RocketKVConfig(token_budget=48, mode=mode)
+    config = strict(token_budget=48, mode=mode)
     mixed, plain = LayerCache(config), LayerCache(config)
     plain.prefill(*x.part(0, 200))
     with torch.inference_mode():
@@ -360,7 +363,7 @@ class HeadsOfTheirOwn(KeepAll):
 @pytest.mark.parametrize("selection", list(SELECTION_METHODS))
 def test_heads_may_keep_different_numbers(seeded: torch.Generator, mode: str, selection: str) -> None:
     x = make_inputs(seeded, 1, 4, 2, 330, 64)
-    config = RocketKVConfig(
+    config = strict(
         token_budget=48, mode=mode, eviction=HeadsOfTheirOwn(), selection=selection, budget=Budget(60, 2, 32, 30)
     )
     cache = LayerCache(config)
@@ -379,7 +382,7 @@ def test_heads_may_keep_different_numbers(seeded: torch.Generator, mode: str, se
                 return (slots >= lengths[..., None] - 40) & (slots < lengths[..., None]) | (slots < first)
 
         alone = LayerCache(
-            RocketKVConfig(
+            strict(
                 token_budget=48, mode=mode, eviction=Alone(), selection=selection, budget=Budget(60, 2, 32, 30)
             )
         )
@@ -400,8 +403,8 @@ def test_a_selection_method_from_outside_works(seeded: torch.Generator) -> None:
 
     x = make_inputs(seeded, 1, 4, 2, 210, 64)
     method = OtherHybrid()
-    cache = LayerCache(RocketKVConfig(token_budget=48, selection=method))
-    same = LayerCache(RocketKVConfig(token_budget=48))
+    cache = LayerCache(strict(token_budget=48, selection=method))
+    same = LayerCache(strict(token_budget=48))
     for c in (cache, same):
         c.prefill(*x.part(0, 200))
     torch.testing.assert_close(decode_all(cache, x, 200, 210), decode_all(same, x, 200, 210), rtol=1e-4, atol=1e-5)
@@ -412,7 +415,7 @@ def test_a_selection_method_from_outside_works(seeded: torch.Generator) -> None:
 def test_dtypes_in_give_dtypes_out(seeded: torch.Generator, dtype: torch.dtype) -> None:
     x = make_inputs(seeded, 1, 4, 2, 300, 64, dtype)
     single = make_inputs(torch.Generator().manual_seed(0), 1, 4, 2, 300, 64)
-    config = RocketKVConfig(token_budget=64, eviction="keep_all", selection="exact")
+    config = strict(token_budget=64, eviction="keep_all", selection="exact")
     cache, reference = LayerCache(config), LayerCache(config)
     assert cache.prefill(*x.part(0, 290)).dtype == dtype
     reference.prefill(*single.part(0, 290))
@@ -428,7 +431,7 @@ def test_select_rows_is_a_batch_of_those_rows(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 3, 4, 2, 300, 64)
     padding = torch.tensor([0, 50, 200])
     for mode in ("single_turn", "multi_turn"):
-        config = RocketKVConfig(token_budget=40, window_size=16, kernel_size=7, mode=mode)
+        config = strict(token_budget=40, window_size=16, kernel_size=7, mode=mode)
         cache = LayerCache(config)
         cache.prefill(*x.part(0, 280), padding=padding)
         decode_all(cache, x, 280, 285)
@@ -444,10 +447,10 @@ def test_select_rows_is_a_batch_of_those_rows(seeded: torch.Generator) -> None:
 
 def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 420, 64)
-    shared = LayerCache(RocketKVConfig(token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense"))
+    shared = LayerCache(strict(token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense"))
     shared.prefill(*x.part(0, 368))
     for selection in SELECTION_METHODS:
-        config = RocketKVConfig(token_budget=48, mode="multi_turn", selection=selection)
+        config = strict(token_budget=48, mode="multi_turn", selection=selection)
         fork, alone = shared.fork(config), LayerCache(config)
         fork.prefill(*x.part(368, 400))
         alone.prefill(*x.part(0, 400))
@@ -461,12 +464,12 @@ def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Genera
     with pytest.raises(
         InputError, match="a single_turn cache cannot be forked into a multi_turn one; set mode='multi_turn' in both"
     ):
-        LayerCache(RocketKVConfig(token_budget=48)).fork(config)
+        LayerCache(strict(token_budget=48)).fork(config)
 
 
 def test_reset_forgets(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 300, 64)
-    cache = LayerCache(RocketKVConfig(token_budget=48))
+    cache = LayerCache(strict(token_budget=48))
     first = cache.prefill(*x)
     cache.reset()
     assert (cache.num_seen, cache.kv_bytes, cache.read_bytes) == (0, 0, 0)
@@ -475,7 +478,7 @@ def test_reset_forgets(seeded: torch.Generator) -> None:
 
 def test_scale_replaces_the_default(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 300, 64)
-    config = RocketKVConfig(token_budget=48)
+    config = strict(token_budget=48)
     scaled, plain = LayerCache(config), LayerCache(config)
     doubled = Inputs(x.query * 2, x.key, x.value)
     torch.testing.assert_close(scaled.prefill(*x.part(0, 290), scale=0.25), plain.prefill(*doubled.part(0, 290)))
@@ -489,7 +492,7 @@ def bad(change: Callable[[Inputs], Inputs]) -> Callable[[LayerCache, Inputs], An
 
 def test_a_step_of_another_kind_is_checked_and_bound_anew(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 110, 64)
-    cache, same = LayerCache(RocketKVConfig(token_budget=48)), LayerCache(RocketKVConfig(token_budget=48))
+    cache, same = LayerCache(strict(token_budget=48)), LayerCache(strict(token_budget=48))
     for c in (cache, same):
         c.prefill(*x.part(0, 100))
     decode_all(cache, x, 100, 105)
@@ -524,13 +527,13 @@ def test_tensors_that_do_not_fit_are_refused(
     seeded: torch.Generator, call: Callable[[LayerCache, Inputs], Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        call(LayerCache(RocketKVConfig(token_budget=48)), make_inputs(seeded, 1, 4, 2, 50, 64))
+        call(LayerCache(strict(token_budget=48)), make_inputs(seeded, 1, 4, 2, 50, 64))
 
 
 def test_gradients_are_refused(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 50, 64)
     with pytest.raises(UnsupportedError, match="has no gradients"):
-        LayerCache(RocketKVConfig(token_budget=48)).prefill(x.query.requires_grad_(), x.key, x.value)
+        LayerCache(strict(token_budget=48)).prefill(x.query.requires_grad_(), x.key, x.value)
 
 
 @settings(deadline=None, max_examples=40)
@@ -546,7 +549,7 @@ def test_any_conversation_stays_finite_and_consistent(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     cache = LayerCache(
-        RocketKVConfig(
+        strict(
             token_budget=budget, mode=mode, eviction=method[0], selection=method[1], window_size=8, kernel_size=3
         )
     )

@@ -182,16 +182,16 @@ class LayerCache:
             self.read_bytes = int(lengths.sum()) * 2 * working.key_bytes
             ragged = lengths if working.tokens.is_ragged else None
             return ops.decode_densely(query, keys, values, lengths=ragged, scale=scale)
+        counts = lengths.where(lengths <= plan.dense_lengths[:, None], plan.top_k[:, None])
         chosen = ops.choose_tokens(
             ops.score_tokens(logits, lengths),
             lengths=lengths,
-            top_k=plan.top_k,
+            top_k=counts.amax(1),
             sinks=plan.sinks,
             recents=plan.recents,
         )
         self.read_bytes = self._count_read_bytes(lengths, plan, key)
         keys, values, slots = working.locate(chosen)
-        counts = lengths.minimum(plan.top_k[:, None])
         return ops.decode_sparsely(query, keys, values, slots=slots, counts=counts, scale=scale)
 
     @property
@@ -312,6 +312,7 @@ class LayerCache:
                 page_size=plan.page_size if index is None else index.page_size,
                 num_channels=plan.num_channels,
                 top_k=plan.top_k,
+                dense_lengths=plan.dense_lengths,
                 sinks=plan.sinks,
                 recents=plan.recents,
                 num_heads=num_heads,
@@ -320,12 +321,12 @@ class LayerCache:
         )
 
     def _count_read_bytes(self, lengths: Tensor, plan: SelectionPlan, key: Tensor) -> int:
-        """Bytes of a selecting step; a row that holds no more than its top_k needs no scores."""
-        top_k = plan.top_k[:, None]
+        """Bytes of a selecting step; a row that is attended in full needs no scores."""
+        selects = lengths > plan.dense_lengths[:, None]
         scored = self.selection.scored_elements(
             lengths, plan.page_size[:, None], plan.num_channels[:, None], key.shape[3]
         )
-        elements = scored.where(lengths > top_k, 0) + 2 * lengths.minimum(top_k) * key.shape[3]
+        elements = scored.where(selects, 0) + 2 * plan.top_k[:, None].where(selects, lengths) * key.shape[3]
         return int(elements.sum()) * key.element_size()
 
     def _started(self) -> WorkingSet:

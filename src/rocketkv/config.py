@@ -29,6 +29,9 @@ class RocketKVConfig:
         kernel_size: width of stage 1's max-pooling over the sequence, odd, >= 1.
         sink_tokens: first tokens of the working set always attended, counted inside `top_k`; None: `top_k // 8`.
         recent_tokens: last tokens always attended, counted inside `top_k`; None: `top_k // 8`.
+        dense_below: a row that holds no more tokens than this is attended in full; None: twice the token budget, up to
+            which that takes no longer than to select (docs/benchmarks.md), or 0 with a `budget` of your own. With 0 no
+            step reads more than the budget.
         new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown.
         budget: the split itself instead of the formulas, the same for every row and turn.
         backend: what decodes: `auto`, the fastest that accepts device, dtype and method; `reference`, plain torch; or a
@@ -47,6 +50,7 @@ class RocketKVConfig:
     kernel_size: int = 63
     sink_tokens: int | None = None
     recent_tokens: int | None = None
+    dense_below: int | None = None
     new_tokens: int = 0
     budget: Budget | None = None
     backend: str = "auto"
@@ -65,7 +69,7 @@ class RocketKVConfig:
         """Check every option and how they fit together."""
         for name, least in (("token_budget", 1), ("window_size", 1), ("kernel_size", 1), ("new_tokens", 0)):
             _check_count(name, getattr(self, name), least)
-        for name in ("sink_tokens", "recent_tokens"):
+        for name in ("sink_tokens", "recent_tokens", "dense_below"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 0)
         _check_choice("mode", self.mode, MODES)
@@ -110,8 +114,15 @@ class RocketKVConfig:
 
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
-        """The method as published: nothing is pinned. Further options, and errors, as for the class."""
-        return cls(**{"token_budget": token_budget, "sink_tokens": 0, "recent_tokens": 0, **options})
+        """The method as published: nothing is pinned, and every row keeps to its budget. Further options, and errors, as for the class."""
+        return cls(**{"token_budget": token_budget, "sink_tokens": 0, "recent_tokens": 0, "dense_below": 0, **options})
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens up to which a row is attended in full, beyond what fits in its split."""
+        if self.dense_below is not None:
+            return self.dense_below
+        return 0 if self.budget is not None else 2 * self.token_budget
 
     def eviction_policy(self) -> EvictionPolicy:
         """The object that does stage 1."""

@@ -39,10 +39,11 @@ class SelectionPlan:
         limits: lengths beyond which a row has outgrown its split.
         page_size: `[B]` int64, of the splits.
         num_channels: `[B]` int64, of the splits.
-        top_k: `[B]` int64, of the splits; a row that holds no more is attended densely.
+        top_k: `[B]` int64, of the splits.
         sinks: `[B]` int64, first tokens always attended.
         recents: `[B]` int64, last tokens always attended.
-        dense_length: up to this length every row is attended densely.
+        dense_lengths: `[B]` int64, up to which length a row is attended in full, top_k at least.
+        dense_length: the least of them, on the host.
         steps_left: decode steps until some row would outgrow its split.
     """
 
@@ -53,6 +54,7 @@ class SelectionPlan:
     top_k: Tensor
     sinks: Tensor
     recents: Tensor
+    dense_lengths: Tensor
     dense_length: int
     steps_left: int
 
@@ -130,6 +132,7 @@ def _plan(config: RocketKVConfig, splits: list[Split], limits: list[int], held: 
         return torch.tensor(list(values), dtype=torch.int64, device=held.device)
 
     pins = [_pins(config, split) for split in splits]
+    dense_lengths = [max(split.top_k, config.dense_tokens) for split in splits]
     return SelectionPlan(
         splits=splits,
         limits=limits,
@@ -138,6 +141,7 @@ def _plan(config: RocketKVConfig, splits: list[Split], limits: list[int], held: 
         top_k=column(split.top_k for split in splits),
         sinks=column(sinks for sinks, _ in pins),
         recents=column(recents for _, recents in pins),
-        dense_length=min(split.top_k for split in splits),
+        dense_lengths=column(dense_lengths),
+        dense_length=min(dense_lengths),
         steps_left=min(limit - length for limit, length in zip(limits, held.amax(1).tolist(), strict=True)),
     )

@@ -18,11 +18,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def method_config(name: str, token_budget: int, **options: Any) -> RocketKVConfig:
-    """The configuration of a method at a budget, with further options of `RocketKVConfig`.
+    """The configuration of a method that keeps to its budget, however short the text; `options` of `RocketKVConfig`.
 
     Raises:
         InputError: there is no such method.
     """
     if name not in METHODS:
         raise InputError(f"method {name!r} does not exist; choose from {', '.join(METHODS)}.")
-    return RocketKVConfig(token_budget=token_budget, **METHODS[name], **options)
+    return RocketKVConfig(token_budget=token_budget, dense_below=0, **METHODS[name], **options)

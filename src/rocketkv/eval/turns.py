@@ -29,8 +29,8 @@ def caches(token_budget: int) -> dict[str, RocketKVConfig | None]:
     """What is compared: the full cache, the multi-turn variant and the single-turn variant."""
     return {
         "full": None,
-        "multi_turn": RocketKVConfig(token_budget=token_budget, mode="multi_turn"),
-        "single_turn": RocketKVConfig(token_budget=token_budget, mode="single_turn"),
+        "multi_turn": RocketKVConfig(token_budget=token_budget, mode="multi_turn", dense_below=0),
+        "single_turn": RocketKVConfig(token_budget=token_budget, mode="single_turn", dense_below=0),
     }
 
 

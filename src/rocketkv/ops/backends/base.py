@@ -23,7 +23,8 @@ class LayerTensors:
         bounds: of the page index, see `ops/pages.py`; None if the scoring needs none, or nothing is to be selected yet.
         page_size: `[B]` int64.
         num_channels: `[B]` int64.
-        top_k: `[B]` int64; a row that holds no more is attended densely.
+        top_k: `[B]` int64.
+        dense_lengths: `[B]` int64, >= top_k; a row that holds no more is attended in full.
         sinks: `[B]` int64, first tokens always attended.
         recents: `[B]` int64, last tokens always attended.
         num_heads: query heads, Hq.
@@ -41,6 +42,7 @@ class LayerTensors:
     page_size: Tensor
     num_channels: Tensor
     top_k: Tensor
+    dense_lengths: Tensor
     sinks: Tensor
     recents: Tensor
     num_heads: int
@@ -62,7 +64,7 @@ class FusedStep(Protocol):
         Returns:
             `[B, Hq, 1, D]`, and the elements of keys, values and index that were read.
 
-        Reads, for each row and KV head that holds more than `top_k` tokens, what its scoring reads and
+        Reads, for each row and KV head that holds more than its `dense_lengths`, what its scoring reads and
         `2 * top_k * D`; for others, `2 * D` for each token.
         """
         ...

@@ -137,6 +137,7 @@ class CppStep:
             page_size=layer.page_size.data_ptr(),
             num_channels=layer.num_channels.data_ptr(),
             top_k=layer.top_k.data_ptr(),
+            dense_lengths=layer.dense_lengths.data_ptr(),
             sinks=layer.sinks.data_ptr(),
             recents=layer.recents.data_ptr(),
         )
