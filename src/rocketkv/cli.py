@@ -43,6 +43,9 @@ TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="Tokens' 
 WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Weights = Annotated[
+    str | None, typer.Option(help="int8 or int4: hold the weights so; the rest is bfloat16. Default: as --dtype says.")
+]
 Fast = Annotated[
     bool, typer.Option("--fast", help="Compile the decode step: its first token takes a minute, seconds in later runs.")
 ]
@@ -76,6 +79,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     window_size: WindowSize = 32,
     dtype: Dtype = "auto",
+    weights: Weights = None,
     fast: Fast = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
     as_json: AsJson = False,
@@ -85,7 +89,7 @@ def generate(
 
     config = RocketKVConfig(token_budget=token_budget, window_size=window_size)
     text = _read_text(prompt_file)
-    loaded = _load(model, dtype, fast=fast)
+    loaded = _load(model, dtype, weights, fast=fast)
     from rocketkv.session import Session
 
     sessions = {f"RocketKV t={token_budget}": Session(loaded, config, max_new_tokens)}
@@ -110,6 +114,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 128,
     window_size: WindowSize = 32,
     dtype: Dtype = "auto",
+    weights: Weights = None,
     fast: Fast = False,
 ) -> None:
     """Talk about a document over several turns (multi-turn cache). /stats, /reset and /quit do what they say."""
@@ -117,7 +122,7 @@ def chat(
 
     config = RocketKVConfig(token_budget=token_budget, window_size=window_size, mode="multi_turn")
     text = _read_text(file)
-    loaded = _load(model, dtype, fast=fast)
+    loaded = _load(model, dtype, weights, fast=fast)
     from rocketkv.session import Session
 
     session = Session(loaded, config, max_new_tokens)
@@ -197,6 +202,7 @@ def facts(
         Path, typer.Option("--out", help="Results, one JSON object a line; resumed if it exists.")
     ] = Path("facts.jsonl"),
     dtype: Dtype = "auto",
+    weights: Weights = None,
 ) -> None:
     """Hide facts in prose and count which ones are found, method by method."""
     from rocketkv.eval.facts import Method, append_row, default_text, describe_source, read_rows, run, summarize
@@ -210,11 +216,11 @@ def facts(
     length_list = _numbers("lengths", lengths)
     prose = default_text() if text is None else _read_text(text)
     rows = read_rows(out_file)
-    loaded = _load(model, dtype)
+    loaded = _load(model, dtype, weights)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err) as progress:
         task = progress.add_task("facts", total=len(length_list) * cases * len(wanted))
         labels = {(length, m.label, m.token_budget) for length in length_list for m in wanted}
-        source = describe_source(model, prose, cases)
+        source = describe_source(model if weights is None else f"{model} in {weights}", prose, cases)
         rows = [row for row in rows if row.source == source and (row.length, row.method, row.token_budget) in labels]
         progress.update(task, completed=len(rows))
         for row in run(loaded, prose, length_list, wanted, cases, source=source, done=list(rows)):
@@ -245,6 +251,7 @@ def turns(
     cases: Annotated[int, typer.Option(min=1, help="Pairs of facts.")] = 20,
     text: Annotated[Path | None, typer.Option(help="Prose to hide facts in; default: Python's help topics.")] = None,
     dtype: Dtype = "auto",
+    weights: Weights = None,
 ) -> None:
     """Hide two facts in prose, ask for them in two turns, and count what each cache still finds."""
     from rocketkv.eval.facts import default_text
@@ -252,7 +259,7 @@ def turns(
 
     names = list(caches(token_budget))
     prose = default_text() if text is None else _read_text(text)
-    loaded = _load(model, dtype)
+    loaded = _load(model, dtype, weights)
     rows = []
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err) as progress:
         task = progress.add_task("turns", total=cases * len(names))
@@ -355,7 +362,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _load(name: str, dtype: str, *, fast: bool = False) -> "LoadedModel":
+def _load(name: str, dtype: str, weights: str | None, *, fast: bool = False) -> "LoadedModel":
     """Load a model behind a spinner, with the libraries' own bars and warnings out of the way."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
@@ -366,7 +373,7 @@ def _load(name: str, dtype: str, *, fast: bool = False) -> "LoadedModel":
     logging.set_verbosity_error()
     hub_logging.get_logger("huggingface_hub").setLevel("ERROR")
     with err.status(f"loading {name}"):
-        loaded = load(name, dtype)
+        loaded = load(name, dtype, weights)
     if fast:
         from rocketkv.fast import accelerate
 

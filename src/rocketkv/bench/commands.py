@@ -84,6 +84,7 @@ def decode(
     token_budget: TokenBudgets = "512",
     batch: Batches = "1",
     dtype: Dtype = "auto",
+    weights: Annotated[str | None, typer.Option(help="int8 or int4: hold the weights so, on every path.")] = None,
     paths: Annotated[str, typer.Option(help="Ways to run the model: eager, as transformers does; fast, compiled.")] = (
         "eager,fast"
     ),
@@ -101,7 +102,7 @@ def decode(
     for name in chosen:
         if name not in PATHS:
             raise InputError(f"--paths {name!r} does not exist; choose from {', '.join(PATHS)}.")
-    built = _build(geometry, dtype) if model is None else _load(model, dtype)
+    built = _build(geometry, dtype, weights) if model is None else _load(model, dtype, weights)
     from rocketkv.bench.timing import floor_rows
 
     rows: list[Row] = []
@@ -116,9 +117,10 @@ def decode(
             rows += measured
             comparisons += compared
             bandwidth = max(bandwidth, reached)
+    name = model or geometry
     _report(
         "decode",
-        model or geometry,
+        name if weights is None else f"{name} in {weights}",
         built.dtype,
         [row.record() for row in [*rows, *floor_rows(rows, bandwidth)]],
         as_json,
@@ -241,18 +243,20 @@ def _pace(repeats: int, time_limit: float) -> "Pace":
     return Pace(repeats, time_limit)
 
 
-def _build(name: str, dtype: str) -> "PreTrainedModel":
+def _build(name: str, dtype: str, weights: str | None) -> "PreTrainedModel":
     """A model of a geometry, behind a spinner."""
     geometry, torch_dtype = find_geometry(name), _torch_dtype(dtype)
     from rocketkv.bench.machine import check_memory
     from rocketkv.bench.model import build_model
+    from rocketkv.weights import quantize
 
     check_memory(f"a model of {name} in {dtype}", geometry.num_parameters * torch_dtype.itemsize)
     with err.status(f"building {name}"):
-        return build_model(geometry, torch_dtype)
+        model = build_model(geometry, torch_dtype)
+        return model if weights is None else quantize(model, weights)
 
 
-def _load(name: str, dtype: str) -> "PreTrainedModel":
+def _load(name: str, dtype: str, weights: str | None) -> "PreTrainedModel":
     """A real model, behind a spinner."""
     from transformers.utils import logging
 
@@ -261,7 +265,7 @@ def _load(name: str, dtype: str) -> "PreTrainedModel":
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with err.status(f"loading {name}"):
-        return load(name, dtype).model
+        return load(name, dtype, weights).model
 
 
 @contextmanager
