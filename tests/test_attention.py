@@ -159,9 +159,7 @@ def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_padded_rows_are_what_they_are_alone(seeded: torch.Generator, mode: str, eviction: str, selection: str) -> None:
     x = make_inputs(seeded, 4, 6, 2, 400, 64)
-    config = strict(
-        token_budget=48, mode=mode, eviction=eviction, selection=selection, window_size=16, kernel_size=7
-    )
+    config = strict(token_budget=48, mode=mode, eviction=eviction, selection=selection, window_size=16, kernel_size=7)
     padding = torch.tensor([0, 130, 345, 180])  # the third row fits in the budget
     batch = LayerCache(config)
     batch_prompt = batch.prefill(*x.part(0, 380), padding=padding)
@@ -382,9 +380,7 @@ def test_heads_may_keep_different_numbers(seeded: torch.Generator, mode: str, se
                 return (slots >= lengths[..., None] - 40) & (slots < lengths[..., None]) | (slots < first)
 
         alone = LayerCache(
-            strict(
-                token_budget=48, mode=mode, eviction=Alone(), selection=selection, budget=Budget(60, 2, 32, 30)
-            )
+            strict(token_budget=48, mode=mode, eviction=Alone(), selection=selection, budget=Budget(60, 2, 32, 30))
         )
         y = Inputs(x.query[:, 2 * head : 2 * head + 2], x.key[:, [head]], x.value[:, [head]])
         alone.prefill(*y.part(0, 300))
@@ -549,9 +545,7 @@ def test_any_conversation_stays_finite_and_consistent(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     cache = LayerCache(
-        strict(
-            token_budget=budget, mode=mode, eviction=method[0], selection=method[1], window_size=8, kernel_size=3
-        )
+        strict(token_budget=budget, mode=mode, eviction=method[0], selection=method[1], window_size=8, kernel_size=3)
     )
     seen = 0
     for prompt, new in turns:

@@ -97,6 +97,13 @@ def test_decode_reports_every_path(run: Any) -> None:
         assert line["share_percent"] == pytest.approx(100 * best_ms / sparse["median_ms"])
 
 
+def test_decode_with_quantized_weights_reads_fewer_bytes(run: Any) -> None:
+    record = result_of(run("decode", *TINY, "--repeats", "1", "--paths", "eager", "--weights", "int8", "--json"))
+    (rest,) = rows_named(record, "rest")
+    assert record["model"] == "smollm2-135m in int8"
+    assert 1 < rest["bytes"] / GEOMETRIES["smollm2-135m"].num_parameters < 1.01
+
+
 def test_decode_of_a_real_model_one_after_the_other(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny import save_tiny
 

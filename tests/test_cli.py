@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def loaded(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The real model, loaded once for all tests instead of once a command."""
-    monkeypatch.setattr("rocketkv.models.load", lambda name, dtype: smollm2)
+    monkeypatch.setattr("rocketkv.models.load", lambda name, dtype, weights: smollm2)
     yield smollm2
     disable(smollm2.model)
 
@@ -183,6 +183,15 @@ def test_generate_fast_gives_the_same_answer(run: Any, tmp_path: Path, document:
     assert json.loads(fast.stdout)["rocketkv"]["text"] == json.loads(plain.stdout)["rocketkv"]["text"]
 
 
+def test_generate_with_quantized_weights(run: Any, tmp_path: Path, document: str) -> None:
+    save_tiny(tmp_path / "model", head_dim=32, intermediate_size=128)
+    Path(document).write_text(Path(document).read_text()[:1000])
+    arguments = ("generate", "-f", document, "-q", "What?", "-m", str(tmp_path / "model"), "-t", "64", "--json")
+    result = run(*arguments, "--max-new-tokens", "8", "--weights", "int4")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rocketkv"]["new_tokens"] > 0
+
+
 def test_generate_answers_and_compares(run: Any, loaded: LoadedModel, document: str) -> None:
     question = "What does the license say?"
     arguments = ("generate", "-f", document, "-q", question, "-t", "128", "--max-new-tokens", "6", "--compare")
@@ -230,6 +239,7 @@ def test_chat_survives_a_message_that_does_not_fit(run: Any, loaded: LoadedModel
         (("-m", "/no/model"), "model '/no/model' is neither a folder nor a GGUF file"),
         (("-m", "no-such-model"), "model 'no-such-model' cannot be loaded"),
         (("--dtype", "int3"), "dtype='int3' does not exist"),
+        (("--weights", "int3"), "weights='int3' does not exist; choose from int8, int4."),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(

@@ -39,9 +39,9 @@ from rocketkv.eviction import KeepAll, SnapKV
 from tiny import CONFIGS, GROUPED, prompts, tiny_model
 
 SMALL = {"window_size": 8, "kernel_size": 5}
-EVERYTHING = RocketKVConfig(token_budget=4096)
-COMPRESSED = RocketKVConfig(token_budget=24, **SMALL)
-COMPRESSED_MT = RocketKVConfig(token_budget=24, mode="multi_turn", **SMALL)
+EVERYTHING = RocketKVConfig(dense_below=0, token_budget=4096)
+COMPRESSED = RocketKVConfig(dense_below=0, token_budget=24, **SMALL)
+COMPRESSED_MT = RocketKVConfig(dense_below=0, token_budget=24, mode="multi_turn", **SMALL)
 architectures = pytest.mark.parametrize("name", list(CONFIGS))
 
 
@@ -315,7 +315,8 @@ def test_a_fork_of_a_shared_prefill_gives_the_same_tokens() -> None:
     model = enable(tiny_model("gemma3"))
     ids, _ = prompts(200)
     shared = RocketKVCache(
-        model.config, RocketKVConfig(token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense")
+        model.config,
+        RocketKVConfig(dense_below=0, token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense"),
     )
     with torch.inference_mode():
         model(input_ids=ids[:, :-8], past_key_values=shared)
@@ -359,7 +360,7 @@ def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest(monkeypatch: p
     measured(SnapKV, "keep")
     measured(RaggedTokens, "keep")
     measured(PageIndex, "__init__")
-    cache = RocketKVCache(model.config, RocketKVConfig(token_budget=32, window_size=8, kernel_size=5))
+    cache = RocketKVCache(model.config, RocketKVConfig(dense_below=0, token_budget=32, window_size=8, kernel_size=5))
     ids, _ = prompts(num_tokens)
     before = live_token_bytes()
     with torch.inference_mode():
@@ -557,7 +558,7 @@ def test_a_cache_whose_pass_broke_off_says_so(layer: int) -> None:
 
     model = enable(tiny_model("llama"))
     ids, _ = prompts(50)
-    cache = RocketKVCache(model.config, RocketKVConfig(token_budget=24, eviction=Breaks()))
+    cache = RocketKVCache(model.config, RocketKVConfig(dense_below=0, token_budget=24, eviction=Breaks()))
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match="no luck"):
             model(input_ids=ids, past_key_values=cache)

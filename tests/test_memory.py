@@ -28,7 +28,7 @@ ids = torch.randint(64, (1, 32768))
 if sys.argv[1] == "dense":
     cache = DynamicCache(config=config)
 else:
-    cache = RocketKVCache(enable(model).config, RocketKVConfig(token_budget=256))
+    cache = RocketKVCache(enable(model).config, RocketKVConfig(dense_below=0, token_budget=256))
 with torch.inference_mode():
     model(input_ids=ids[:, :64], logits_to_keep=1)
     before = memory_kib("VmRSS")

@@ -2,10 +2,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import T5Config
 
-from rocketkv import InputError
+from rocketkv import InputError, UnsupportedError
 from rocketkv.models import LoadedModel, embedded_path, load
+from rocketkv.weights import quantized_as
 from tiny import save_tiny
 
 
@@ -46,6 +48,17 @@ def test_what_cannot_be_loaded_is_one_sentence(
 def test_a_dtype_that_does_not_exist_is_refused() -> None:
     with pytest.raises(InputError, match="dtype='int3' does not exist; choose from auto, float32"):
         load("smollm2", "int3")
+
+
+def test_quantized_weights_are_those_of_a_bfloat16_model(tmp_path: Path) -> None:
+    save_tiny(tmp_path, head_dim=32, intermediate_size=128)
+    model = load(str(tmp_path), weights="int8").model
+    assert quantized_as(model) == "int8"
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(UnsupportedError, match="q_proj is in float32; load the model in bfloat16"):
+        load(str(tmp_path), "float32", "int8")
+    with pytest.raises(InputError, match="weights='int3' does not exist; choose from int8, int4"):
+        load("/no/such/folder", weights="int3")
 
 
 def test_a_broken_tokenizer_is_refused(tmp_path: Path, smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_a_budget_for_everything_gives_plain_generates_tokens(smollm2: LoadedMod
     enable(smollm2.model)
 
     def cache() -> RocketKVCache:
-        return RocketKVCache(smollm2.model.config, RocketKVConfig(token_budget=4096))
+        return RocketKVCache(smollm2.model.config, RocketKVConfig(dense_below=0, token_budget=4096))
 
     assert [generate(smollm2, [text], past_key_values=cache()) for text in TEXTS] == plain[0]
     assert generate(smollm2, TEXTS, past_key_values=cache()) == plain[1]
@@ -48,7 +48,7 @@ def test_a_budget_for_everything_gives_plain_generates_tokens(smollm2: LoadedMod
 @pytest.mark.parametrize("token_budget", [4096, 128])
 def test_padded_rows_give_the_tokens_they_give_alone(smollm2: LoadedModel, mode: str, token_budget: int) -> None:
     enable(smollm2.model)
-    config = RocketKVConfig(token_budget=token_budget, mode=mode)
+    config = RocketKVConfig(dense_below=0, token_budget=token_budget, mode=mode)
     together = generate(smollm2, TEXTS, past_key_values=RocketKVCache(smollm2.model.config, config))
     for text, tokens in zip(TEXTS, together, strict=True):
         alone = generate(smollm2, [text], past_key_values=RocketKVCache(smollm2.model.config, config))
@@ -72,10 +72,10 @@ def run_again(loaded: LoadedModel, rows: list[Any], methods: list[Method]) -> li
 def test_a_shared_prefill_answers_as_a_prefill_of_ones_own(smollm2: LoadedModel) -> None:
     enable(smollm2.model)
     prompt, _, _ = make_prompt(smollm2, PROSE, 600, case=1, cases=4)
-    config = RocketKVConfig(token_budget=96, mode="multi_turn")
+    config = RocketKVConfig(dense_below=0, token_budget=96, mode="multi_turn")
     shared = prefill_shared(smollm2, prompt, config.window_size).fork(config)
     alone = [
-        RocketKVCache(smollm2.model.config, RocketKVConfig(token_budget=96, mode=mode))
+        RocketKVCache(smollm2.model.config, RocketKVConfig(dense_below=0, token_budget=96, mode=mode))
         for mode in ("multi_turn", "single_turn")
     ]
     expected = answer(smollm2, prompt, shared)
@@ -96,7 +96,7 @@ def test_multi_turn_finds_the_second_fact(smollm2: LoadedModel, report: Report) 
 
 
 def test_a_session_of_the_full_cache_is_plain_generate(smollm2: LoadedModel) -> None:
-    dense = Session(smollm2, RocketKVConfig(token_budget=8192), max_new_tokens=8)
+    dense = Session(smollm2, RocketKVConfig(dense_below=0, token_budget=8192), max_new_tokens=8)
     full = Session(smollm2, None, max_new_tokens=8)
     for message in (PROSE[10000:12000] + "\n\nWhat is this about?", "And why?"):
         one, other = dense.send(message), full.send(message)

@@ -70,9 +70,9 @@ def prompts(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def save_tiny(folder: Path) -> None:
+def save_tiny(folder: Path, **changes: int) -> None:
     """A tiny Llama and a tokenizer of single bytes in a folder, as a user's own model would lie there."""
-    tiny_model("llama", vocab_size=256).save_pretrained(folder)
+    tiny_model("llama", vocab_size=256, **changes).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

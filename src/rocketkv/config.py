@@ -114,8 +114,9 @@ class RocketKVConfig:
 
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
-        """The method as published: nothing is pinned, and every row keeps to its budget. Further options, and errors, as for the class."""
-        return cls(**{"token_budget": token_budget, "sink_tokens": 0, "recent_tokens": 0, "dense_below": 0, **options})
+        """The method as published: nothing is pinned, and no row exceeds its budget. Options and errors as above."""
+        published = {"sink_tokens": 0, "recent_tokens": 0, "dense_below": 0}
+        return cls(**{"token_budget": token_budget, **published, **options})
 
     @property
     def dense_tokens(self) -> int:

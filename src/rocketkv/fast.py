@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rocketkv import ops
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf import Call, RocketKVCache, RocketKVLayer, after_forward, before_forward, enable
+from rocketkv.weights import quantize, quantized_as
 
 _COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 
@@ -146,7 +147,7 @@ class _FastCall:
         return logits
 
 
-def accelerate(model: PreTrainedModel) -> PreTrainedModel:
+def accelerate(model: PreTrainedModel, *, weights: str | None = None) -> PreTrainedModel:
     """Compile the model's decode step; prompts, and calls that ask for more than logits, run as they did.
 
     The first decoded token waits for the compiler, a minute for 30 layers on one core; later processes find most of it
@@ -156,14 +157,18 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: a decoder of transformers; it is enabled if it is not yet.
+        weights: `int8` or `int4` hands the model to `quantize` too; None leaves its weights as they are.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedError: `enable` refuses the model, or it was compiled already by other means.
+        InputError: there is no such format of weights.
+        UnsupportedError: `enable` or `quantize` refuses the model, or it was compiled already by other means.
     """
     enable(model)
+    if weights is not None:
+        quantize(model, weights)
     if model._compiled_call_impl is None:
         model._compiled_call_impl = _FastCall(model)
     elif not isinstance(model._compiled_call_impl, _FastCall):
@@ -174,7 +179,13 @@ def accelerate(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def decelerate(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `accelerate`; the model stays enabled, and one that is not accelerated stays as it is."""
+    """Undo `accelerate`; the model stays enabled, and one that is not accelerated stays as it is.
+
+    Raises:
+        UnsupportedError: the weights are quantized, and their originals gone; `disable` takes the compiled step away.
+    """
+    if (held := quantized_as(model)) is not None:
+        raise UnsupportedError(f"the weights of {type(model).__name__} were given up for {held}; load it anew.")
     if isinstance(model._compiled_call_impl, _FastCall):
         model._compiled_call_impl = None
     return model

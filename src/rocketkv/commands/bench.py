@@ -13,7 +13,7 @@ import typer
 from rocketkv.bench.geometries import find_geometry
 from rocketkv.bench.report import check_plot, print_json, print_result, save_plot
 from rocketkv.bench.timing import OnRound, Pace, Point, Row, floor_rows
-from rocketkv.commands.options import AsJson, numbers
+from rocketkv.commands.options import AsJson, Weights, numbers
 from rocketkv.commands.terminal import err, load_model, passing_bar
 from rocketkv.errors import InputError
 
@@ -126,6 +126,7 @@ def decode(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A real model instead: hub id, folder, GGUF file, smollm2.")
     ] = None,
+    weights: Weights = None,
     paths: Annotated[str, typer.Option(help="Ways to run the model: eager, as transformers does; fast, compiled.")] = (
         "eager,fast"
     ),
@@ -138,7 +139,7 @@ def decode(
     for name in chosen:
         if name not in PATHS:
             raise InputError(f"--paths {name!r} does not exist; choose from {', '.join(PATHS)}.")
-    built = _build(sweep) if model is None else load_model(model, sweep.dtype).model
+    built = _build(sweep, weights) if model is None else load_model(model, sweep.dtype, weights).model
     rows: list[Row] = []
     comparisons: list[dict[str, object]] = []
     bandwidth = 0.0
@@ -149,10 +150,11 @@ def decode(
             comparisons += compared
             bandwidth = max(bandwidth, reached)
     records = [row.record() for row in [*rows, *floor_rows(rows, bandwidth)]]
+    name = model or sweep.geometry
     sweep.report(
         "decode",
         records,
-        model=model or sweep.geometry,
+        model=name if weights is None else f"{name} in {weights}",
         dtype=str(built.dtype).removeprefix("torch."),
         comparisons=comparisons,
         bandwidth_gb_per_s=bandwidth / 1e9,
@@ -194,15 +196,17 @@ def memory(
     sweep.report("memory", rows)
 
 
-def _build(sweep: Sweep) -> "PreTrainedModel":
+def _build(sweep: Sweep, weights: str | None) -> "PreTrainedModel":
     """A model of the geometry, behind a spinner."""
     geometry, dtype = find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.machine import check_memory
     from rocketkv.bench.model import build_model
+    from rocketkv.weights import quantize
 
     check_memory(f"a model of {geometry.name} in {sweep.dtype}", geometry.num_parameters * dtype.itemsize)
     with err.status(f"building {geometry.name}"):
-        return build_model(geometry, dtype)
+        model = build_model(geometry, dtype)
+        return model if weights is None else quantize(model, weights)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from rocketkv.commands.options import Dtype, Model, TokenBudget, numbers
+from rocketkv.commands.options import Dtype, Model, TokenBudget, Weights, numbers
 from rocketkv.commands.terminal import lasting_bar, load_model, out, read_text
 from rocketkv.errors import InputError
 
@@ -26,6 +26,7 @@ def facts(
         Path, typer.Option("--out", help="Results, one JSON object a line; resumed if it exists.")
     ] = Path("facts.jsonl"),
     dtype: Dtype = "auto",
+    weights: Weights = None,
 ) -> None:
     """Hide facts in prose and count which ones are found, method by method."""
     from rocketkv.eval.facts import Method, append_row, default_text, describe_source, read_rows, run, summarize
@@ -39,11 +40,11 @@ def facts(
     length_list = numbers("lengths", lengths)
     prose = default_text() if text is None else read_text(text)
     rows = read_rows(out_file)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, weights)
     with lasting_bar() as progress:
         task = progress.add_task("facts", total=len(length_list) * cases * len(wanted))
         labels = {(length, m.label, m.token_budget) for length in length_list for m in wanted}
-        source = describe_source(model, prose, cases)
+        source = describe_source(model if weights is None else f"{model} in {weights}", prose, cases)
         rows = [row for row in rows if row.source == source and (row.length, row.method, row.token_budget) in labels]
         progress.update(task, completed=len(rows))
         for row in run(loaded, prose, length_list, wanted, cases, source=source, done=list(rows)):
@@ -72,6 +73,7 @@ def turns(
     cases: Annotated[int, typer.Option(min=1, help="Pairs of facts.")] = 20,
     text: Text = None,
     dtype: Dtype = "auto",
+    weights: Weights = None,
 ) -> None:
     """Hide two facts in prose, ask for them in two turns, and count what each cache still finds."""
     from rocketkv.eval.facts import default_text
@@ -79,7 +81,7 @@ def turns(
 
     names = list(caches(token_budget))
     prose = default_text() if text is None else read_text(text)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, weights)
     rows = []
     with lasting_bar() as progress:
         task = progress.add_task("turns", total=cases * len(names))

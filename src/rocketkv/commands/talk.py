@@ -12,7 +12,7 @@ from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, Dtype, Model, TokenBudget
+from rocketkv.commands.options import AsJson, Dtype, Model, TokenBudget, Weights
 from rocketkv.commands.terminal import load_model, out, passing_bar, print_error, read_text
 from rocketkv.errors import InputError
 
@@ -35,6 +35,7 @@ class Setup:
     max_new_tokens: MaxNewTokens = 128
     window_size: WindowSize = 32
     dtype: Dtype = "auto"
+    weights: Weights = None
     fast: Fast = False
 
 
@@ -50,7 +51,7 @@ def generate(
 
     config = RocketKVConfig(token_budget=setup.token_budget, window_size=setup.window_size)
     text = read_text(prompt_file)
-    loaded = load_model(setup.model, setup.dtype, fast=setup.fast)
+    loaded = load_model(setup.model, setup.dtype, setup.weights, fast=setup.fast)
     from rocketkv.session import Session
 
     sessions = {f"RocketKV t={setup.token_budget}": Session(loaded, config, setup.max_new_tokens)}
@@ -75,7 +76,7 @@ def chat(
 
     config = RocketKVConfig(token_budget=setup.token_budget, window_size=setup.window_size, mode="multi_turn")
     text = read_text(file)
-    loaded = load_model(setup.model, setup.dtype, fast=setup.fast)
+    loaded = load_model(setup.model, setup.dtype, setup.weights, fast=setup.fast)
     from rocketkv.session import Session
 
     session = Session(loaded, config, setup.max_new_tokens)

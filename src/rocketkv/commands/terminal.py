@@ -89,13 +89,13 @@ def quieten() -> None:
     hub_logging.get_logger("huggingface_hub").setLevel("ERROR")
 
 
-def load_model(name: str, dtype: str, *, fast: bool = False) -> "LoadedModel":
+def load_model(name: str, dtype: str, weights: str | None = None, *, fast: bool = False) -> "LoadedModel":
     """Load a model behind a spinner."""
     from rocketkv.models import load
 
     quieten()
     with err.status(f"loading {name}"):
-        loaded = load(name, dtype)
+        loaded = load(name, dtype, weights)
     if fast:
         from rocketkv.fast import accelerate
 
