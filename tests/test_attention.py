@@ -140,6 +140,29 @@ def test_a_budget_for_everything_is_the_dense_path_to_the_bit(
     assert cache.working.index is None  # nothing to select: no index is paid for
 
 
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_what_is_held_is_attended_in_full_up_to_twice_the_budget(seeded: torch.Generator, mode: str) -> None:
+    x = make_inputs(seeded, 2, 6, 2, 200, 64)
+    padding = torch.tensor([0, 100])  # the second row is alone in being short, once the first has grown
+    options: dict[str, Any] = {"token_budget": 80, "mode": mode, "window_size": 16, "kernel_size": 7}
+    by_default, in_full, selecting = (
+        LayerCache(RocketKVConfig(**options, **more)) for more in ({}, {"dense_below": 10**6}, {"dense_below": 0})
+    )
+    for cache in (by_default, in_full, selecting):
+        cache.prefill(*x.part(0, 150), padding=padding)
+    assert by_default.working is not None
+    assert 100 < by_default.working.max_length < 160
+    for t in range(150, 200):
+        output, full, _ = (cache.decode(*x.part(t, t + 1)) for cache in (by_default, in_full, selecting))
+        if by_default.working.max_length <= 160:
+            assert torch.equal(output, full)
+            assert by_default.working.index is None
+    assert by_default.working.max_length > 160
+    torch.testing.assert_close(output[1], full[1])
+    assert not torch.allclose(output[0], full[0], rtol=1e-3, atol=1e-3)
+    assert selecting.read_bytes < by_default.read_bytes < in_full.read_bytes
+
+
 @pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
 def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) -> None:
     x = make_inputs(seeded, 2, 6, 2, 300, 64)

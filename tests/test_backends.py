@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rocketkv import ops
+from rocketkv import LayerCache, RocketKVConfig, UnsupportedError, ops
 from rocketkv.cache import PageIndex
 from rocketkv.ops.backends import BACKENDS, Backend, LayerTensors, cpp, find_backend
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
@@ -389,3 +389,11 @@ def test_linear_is_a_matrix_product(
 def test_linear_leaves_many_rows_to_torch(seeded: torch.Generator) -> None:
     x, weight = torch.randn(2, 7, 40, generator=seeded), torch.randn(30, 40, generator=seeded)
     assert torch.equal(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_a_backend_asked_for_by_name_does_not_leave_it_to_the_reference(seeded: torch.Generator) -> None:
+    tokens = torch.randn(3, 1, 1, 40, 64, dtype=torch.float64, generator=seeded)
+    cache = LayerCache(RocketKVConfig(token_budget=64, backend="cpp"))
+    cache.prefill(*tokens[..., :39, :])
+    with pytest.raises(UnsupportedError, match=r"backend='cpp' does not take this cache \(cpp: .*float64.*\); set"):
+        cache.decode(*tokens[..., 39:, :])

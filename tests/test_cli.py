@@ -109,10 +109,12 @@ def test_info_tells_which_way_decode_steps_go(describe: Any, monkeypatch: pytest
         "1 sliding-window, head_dim=32: transformers' own cache, not compressed",
         f"2 full-attention, head_dim=32: {fast}",
     ]
-    wide = "plain torch (cpp: head_dim=258 is more than 256)"
-    assert describe("qwen3", head_dim=258) == ([f"3 full-attention, head_dim=258: {wide}"], [wide])
-    double = "plain torch (cpp: it has no kernels for torch.float64)"
-    assert describe("llama", dtype="float64")[1] == [double]
+    wide = "(cpp: head_dim=258 is more than 256)"
+    assert describe("qwen3", head_dim=258) == (
+        [f"3 full-attention, head_dim=258: plain torch {wide}"],
+        [f"refused {wide}"],
+    )
+    assert describe("llama", dtype="float64")[1] == ["refused (cpp: it has no kernels for torch.float64)"]
 
     class Mine(Hybrid):
         scoring = "magic"

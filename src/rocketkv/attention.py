@@ -137,7 +137,7 @@ class LayerCache:
 
         Raises:
             InputError: shapes or dtypes do not fit, or nothing was prefilled.
-            UnsupportedError: gradients are asked for.
+            UnsupportedError: gradients are asked for, or the backend asked for by name does not take this cache.
         """
         working, plan = self._prefilled()
         scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -296,7 +296,11 @@ class LayerCache:
         keys, values = (working.archive or working.tokens).fields[:2]
         index = working.index if isinstance(working.index, PageIndex) else None
         scoring = getattr(self.selection, "scoring", None)
-        backend, _ = find_backend(self.config.backend, keys, scoring)
+        backend, reasons = find_backend(self.config.backend, keys, scoring)
+        if backend is None and self.config.backend not in ("auto", "reference"):
+            raise UnsupportedError(
+                f"backend={self.config.backend!r} does not take this cache ({'; '.join(reasons)}); set backend='auto'."
+            )
         if backend is None or scoring is None:
             return None
         return backend.bind(

@@ -126,7 +126,9 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
         backend, reasons = find_backend(name, torch.empty(1, 1, 1, head_dim, dtype=model.dtype), scoring)
         if backend is not None:
             return f"native kernels ({backend.NAME})"
-        return f"plain torch ({'; '.join(reasons) or f'backend={name} was chosen'})"
+        if name not in ("auto", "reference"):
+            return f"refused ({'; '.join(reasons)})"
+        return f"plain torch ({'; '.join(reasons) or 'backend=reference was chosen'})"
 
     ways = []
     for (is_compressed, head_dim), count in kinds.items():
