@@ -65,18 +65,28 @@ facts: setup
 	$(BIN)/rocketkv eval facts --lengths 2000,4000 --budgets 128,256 --pins 0/0,auto --cases 30 \
 	    --out build/facts.jsonl $(if $(TEXT),--text $(TEXT))
 
-# Speed and memory: the figures of docs/benchmarks.md. An hour on two cores, which it wants for itself, and 16 GiB.
+# Speed and memory: the figures of docs/benchmarks.md. Half an hour on two cores, which it wants for itself, and 20 GiB.
+R := benchmarks/results
 BENCH := $(BIN)/rocketkv bench
+LAYER := $(BENCH) attention --geometry llama-3.1-8b --time-limit 5 --json
+MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
-	mkdir -p benchmarks/results
-	$(BENCH) attention --geometry llama-3.1-8b --seq-len 16384,32768,65536,131072 --token-budget 256,512,1024,2048 --json \
-	    > benchmarks/results/attention-llama-3.1-8b.json
-	$(BENCH) decode --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json \
-	    > benchmarks/results/decode-llama-3.2-1b.json
-	$(BENCH) prefill --geometry llama-3.2-1b --seq-len 2048,8192 --token-budget 512 --json \
-	    > benchmarks/results/prefill-llama-3.2-1b.json
-	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json \
-	    > benchmarks/results/memory-llama-3.2-1b.json
+	mkdir -p $(R)
+	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024,2048 \
+	    --plot $(R)/layer-by-length.svg > $(R)/layer-by-length.json
+	$(LAYER) --seq-len 65536 --token-budget 128,256,512,1024,2048,4096,8192 \
+	    --plot $(R)/layer-by-budget.svg > $(R)/layer-by-budget.json
+	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8,16 \
+	    --plot $(R)/layer-by-batch.svg > $(R)/layer-by-batch.json
+	$(LAYER) --seq-len 384,512,768,1024,1536,2048,3072,4096 --token-budget 256,512,1024 > $(R)/layer-short.json
+	$(MODEL) --seq-len 98304 --token-budget 256 > $(R)/model-long.json
+	$(MODEL) --seq-len 98304 --token-budget 256 --batch 4 > $(R)/model-long-batch-4.json
+	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 > $(R)/model-bfloat16.json
+	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weights int8 > $(R)/model-int8.json
+	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weights int4 > $(R)/model-int4.json
+	$(MODEL) --geometry smollm2-135m --seq-len 64 --token-budget 64 --paths eager > $(R)/model-short.json
+	$(BENCH) prefill --geometry llama-3.1-8b --seq-len 2048,8192 --token-budget 512 --json > $(R)/prefill.json
+	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json > $(R)/memory.json
 
 clean:
 	rm -rf .venv .venv-oldest build dist

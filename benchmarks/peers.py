@@ -54,6 +54,7 @@ Decode = Callable[[OnToken], None]  # reads the prompt and decodes `Job.new_toke
 QUESTION = "Who is the heroine of this story, and what is she like?"
 
 QUIET = 0.03  # of the machine's CPU time, used by others
+FILES = ("gguf", "openvino_model")  # of a job
 
 
 class SkippedError(Exception):
@@ -196,7 +197,9 @@ def openvino(evict: bool) -> Callable[[Job], Decode]:
     return load
 
 
-def transformers(dtype: str, compressed: bool, *, fast: bool = False) -> Callable[[Job], Decode]:
+def transformers(
+    dtype: str, compressed: bool, *, fast: bool = False, weights: str | None = None
+) -> Callable[[Job], Decode]:
     """`generate` of transformers, with its own DynamicCache or with rocketkv's, the decode step compiled if `fast`."""
 
     def load(job: Job) -> Decode:
@@ -222,7 +225,7 @@ def transformers(dtype: str, compressed: bool, *, fast: bool = False) -> Callabl
                 pass
 
         torch.set_num_threads(job.threads)
-        model = load_model(job.gguf, dtype).model
+        model = load_model(job.gguf, dtype, weights).model
         pad = model.generation_config.eos_token_id
         model.generation_config.eos_token_id = None  # go on past the end of the answer
         prompt = torch.tensor([job.prompt])
@@ -260,6 +263,9 @@ ENGINES = {
     "rocketkv fp32": Engine("rocketkv", "rocketkv", "fp32 / fp32", transformers("float32", True)),
     "rocketkv bf16": Engine("rocketkv", "rocketkv", "bf16 / bf16", transformers("bfloat16", True)),
     "rocketkv fast": Engine("rocketkv", "rocketkv", "bf16 / bf16", transformers("bfloat16", True, fast=True)),
+    "rocketkv fast int4": Engine(
+        "rocketkv", "rocketkv", "int4 / bf16", transformers("bfloat16", True, fast=True, weights="int4")
+    ),
 }
 
 
@@ -553,7 +559,11 @@ def main() -> None:
                     note += f", others {result.others:.0%}"
             print(f"round {index + 1} of {arguments.rounds}, {name}: {note}", file=sys.stderr, flush=True)
     if arguments.json is not None:
-        record = {"job": asdict(job), "engines": {name: asdict(outcome) for name, outcome in outcomes.items()}}
+        files = {name: path and Path(path).name for name, path in asdict(job).items() if name in FILES}
+        record = {
+            "job": {**asdict(job), **files, "prompt": len(job.prompt)},
+            "engines": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        }
         arguments.json.write_text(json.dumps(record))
     show(outcomes, job, tokenizer)
     return None

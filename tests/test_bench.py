@@ -54,7 +54,7 @@ def assert_floor(record: dict[str, Any], name: str, of: str) -> None:
     """A floor is the time that its row's bytes take at the measured bandwidth."""
     for floor, row in zip(rows_named(record, name), rows_named(record, of), strict=True):
         assert floor["bytes"] == row["bytes"] > 0
-        assert floor["median_ms"] == pytest.approx(row["bytes"] / record["bandwidth_gb_per_s"] / 1e6)
+        assert floor["median_ms"] == pytest.approx(row["bytes"] / floor["bandwidth_gb_per_s"] / 1e6)
 
 
 def test_attention_sweeps_and_reports(run: Any) -> None:

@@ -6,6 +6,7 @@ layer that was not touched for so many bytes that no cache still holds it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rocketkv.attention import LayerCache
 from rocketkv.bench.geometries import Geometry
-from rocketkv.bench.machine import available_bytes, check_memory, measure_bandwidth
+from rocketkv.bench.machine import MemoryRead, available_bytes, check_memory
 from rocketkv.bench.tensors import adopted_cache, dense_config, held_bytes, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 
@@ -60,21 +61,21 @@ def measure_attention(
 
     Returns:
         Rows `sparse` (one per budget), `dense`, `sdpa_grouped` and `transformers_default`; `bytes` are those that a
-        step must read. And the bandwidth of the memory meanwhile, in bytes per second.
+        step must read. And the bandwidth of the memory in the same rounds, of its median read, in bytes per second.
 
     Raises:
         InputError: it would not fit in memory.
     """
-    bandwidth = measure_bandwidth()
+    read = MemoryRead()
     with torch.inference_mode():
         paths = _build(geometry, dtype, point, cold_bytes)
-        times = run_rounds(_calls(paths, geometry, point.batch, dtype), point.pace, on_round)
+        calls: dict[int, Call] = {**_calls(paths, geometry, point.batch, dtype), len(paths): read}
+        times = run_rounds(calls, point.pace, on_round)
     rows = []
     for i, path in enumerate(paths):
         details: dict[str, object] = {"layers": path.num_layers}
         rows.append(Row(path.name, times[i], path.read_bytes(), point.seq_len, path.token_budget, point.batch, details))
-    del paths
-    return rows, max(bandwidth, measure_bandwidth())
+    return rows, 1000 * read.num_bytes / median(times[len(paths)])
 
 
 def _build(geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int) -> list[Path]:

@@ -4,13 +4,13 @@ import os
 import platform
 import resource
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import rocketkv
+from rocketkv.bench.timing import timed
 from rocketkv.errors import InputError
 from rocketkv.ops.backends import cpp
 
@@ -46,15 +46,26 @@ def last_level_cache_bytes() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)
 
 
+class MemoryRead:
+    """Reads more memory than the caches hold, once per call: the measure of how fast anything else could read.
+
+    Attributes:
+        num_bytes: read per call.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(max(READ_BYTES, 8 * last_level_cache_bytes()) // 4)
+        self.num_bytes = self._buffer.nbytes
+
+    def __call__(self) -> float:
+        """The milliseconds of one read."""
+        return timed(self._buffer.sum)
+
+
 def measure_bandwidth(reads: int = 5) -> float:
-    """Bytes per second at which memory can be read: the best of a few sums over more than the caches hold."""
-    buffer = torch.ones(max(READ_BYTES, 8 * last_level_cache_bytes()) // 4)
-    best = 0.0
-    for _ in range(reads):
-        start = time.perf_counter()
-        buffer.sum()
-        best = max(best, buffer.nbytes / (time.perf_counter() - start))
-    return best
+    """Bytes per second at which memory can be read: the best of a few reads."""
+    read = MemoryRead()
+    return max(1000 * read.num_bytes / read() for _ in range(reads))
 
 
 def available_bytes() -> int | None:

@@ -103,6 +103,7 @@ def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
         if name is None:
             continue
         floor = Row(name, [1000 * row.num_bytes / bandwidth], row.num_bytes, row.seq_len, row.token_budget, row.batch)
+        floor.details["bandwidth_gb_per_s"] = bandwidth / 1e9
         if "tokens_per_second" in row.details:
             floor.details["tokens_per_second"] = 1000 * row.batch / floor.median_ms
         floors.setdefault((name, row.seq_len, row.token_budget, row.batch), floor)
