@@ -68,17 +68,17 @@ facts: setup
 # Speed and memory: the figures of docs/benchmarks.md. Half an hour on two cores, which it wants for itself, and 20 GiB.
 R := benchmarks/results
 BENCH := $(BIN)/rocketkv bench
-LAYER := $(BENCH) attention --geometry llama-3.1-8b --time-limit 5 --json
+LAYER := $(BENCH) attention --geometry llama-3.1-8b --time-limit 4 --json
 MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
 	mkdir -p $(R)
-	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024,2048 \
+	$(LAYER) --seq-len 8192,16384,65536,131072,262144 --token-budget 256,512,1024,2048 \
 	    --plot $(R)/layer-by-length.svg > $(R)/layer-by-length.json
-	$(LAYER) --seq-len 65536 --token-budget 128,256,512,1024,2048,4096,8192 \
+	$(LAYER) --seq-len 32768 --token-budget 128,256,512,1024,2048,4096,8192 \
 	    --plot $(R)/layer-by-budget.svg > $(R)/layer-by-budget.json
-	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8,16 \
+	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8 \
 	    --plot $(R)/layer-by-batch.svg > $(R)/layer-by-batch.json
-	$(LAYER) --seq-len 384,512,768,1024,1536,2048,3072,4096 --token-budget 256,512,1024 > $(R)/layer-short.json
+	$(LAYER) --seq-len 384,512,768,1024,1536,2048,4096 --token-budget 256,512,1024 > $(R)/layer-short.json
 	$(MODEL) --seq-len 98304 --token-budget 256 > $(R)/model-long.json
 	$(MODEL) --seq-len 98304 --token-budget 256 --batch 4 > $(R)/model-long-batch-4.json
 	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 > $(R)/model-bfloat16.json
