@@ -175,7 +175,6 @@ def test_info_refuses_what_does_not_exist(run: Any, options: tuple[str, ...], me
     assert message in result.stderr
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own compiler
 def test_generate_fast_gives_the_same_answer(run: Any, tmp_path: Path, document: str) -> None:
     save_tiny(tmp_path / "model")
     Path(document).write_text(Path(document).read_text()[:1000])

@@ -17,8 +17,6 @@ from tiny import prompts, tiny_model
 
 SMALL = RocketKVConfig(dense_below=0, token_budget=24, window_size=8, kernel_size=5)
 SMALL_MT = RocketKVConfig(dense_below=0, token_budget=24, window_size=8, kernel_size=5, mode="multi_turn")
-# torch's own compiler imports it
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,6 @@ def test_int4_is_right_in_the_order_of_avx2() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own compiler
 def test_a_fast_model_computes_what_one_with_the_unpacked_weights_does() -> None:
     check_fast("llama", "int4")
 

@@ -100,7 +100,7 @@ class _FastCall:
         except _COMPILE_ERRORS as error:  # nothing was computed
             warnings.warn(
                 f"{type(self.model).__name__} cannot be compiled and goes on uncompiled, only slower "
-                f"({str(error).strip().splitlines()[0]}).",
+                f"({' '.join(str(error).split()[:20])}).",
                 stacklevel=3,
             )
             self.step = None

@@ -27,8 +27,8 @@ def same_tokens(batch: int, num_heads: int, num_tokens: int, head_dim: int, dtyp
 
 
 def sparse_config(token_budget: int) -> RocketKVConfig:
-    """RocketKV as users have it."""
-    return RocketKVConfig(token_budget=token_budget)
+    """RocketKV, selecting however short the context: where that begins to pay is among what is measured."""
+    return RocketKVConfig(token_budget=token_budget, dense_below=0)
 
 
 def dense_config(token_budget: int) -> RocketKVConfig:
