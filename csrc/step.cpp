@@ -256,14 +256,14 @@ class Step {
   void all_channels(const Head& head, Channels<T>& out) {
     int head_dim = layer_.head_dim, num_rows = layer_.pages.num_rows;
     out.rows.resize(num_rows);
-    out.weights.resize(num_rows * group_);
+    out.weights.assign(group_ * out.stride(), from_float<Factor<T>>(0.0f));
     out.scales.assign(group_, layer_.scale);
     for (int r = 0; r < num_rows; ++r) {
       out.rows[r] = r;
       for (int g = 0; g < group_; ++g) {
         float q = to_float(query_of(head)[g * head_dim + r % head_dim]);
         bool is_read = num_rows == head_dim || (r < head_dim ? q < 0 : q > 0);  // minima if negative, maxima if positive
-        out.weights[g * num_rows + r] = from_float<Factor<T>>(is_read ? q : 0.0f);
+        out.weights[g * out.stride() + r] = from_float<Factor<T>>(is_read ? q : 0.0f);
       }
     }
   }

@@ -233,6 +233,17 @@ def test_odd_sizes(
     check_steps(backend, layer, seeded)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", ["hybrid", "bound"])
+def test_an_odd_number_of_index_rows(
+    backend: Backend, seeded: torch.Generator, scoring: str, dtype: torch.dtype
+) -> None:
+    layer = make_layer(
+        seeded, scoring, [[90, 90]], group=5, head_dim=7, dtype=dtype, page_size=1, num_channels=3, top_k=20
+    )
+    check_steps(backend, layer, seeded)
+
+
 @pytest.mark.parametrize("dense_below", [0, 60])
 @pytest.mark.parametrize("archived", [False, True])
 @pytest.mark.parametrize("scoring", SCORINGS)
