@@ -10,13 +10,15 @@ inline uint32_t order_bits(float x) { return load<uint32_t>(&x); }
 
 using Lanes = int32_t __attribute__((vector_size(4 * kWidth)));
 
-// How many of numbers[0 .. n) are above `bound`. Reads up to a whole Vec beyond.
+// How many of numbers[0 .. n) are above `bound`. Reads to the end of the last Vec.
 inline int64_t count_above(const float* numbers, int64_t n, uint32_t bound) {
   Lanes bounds = static_cast<int32_t>(bound) - Lanes{}, count = {}, lane = {};
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) count -= load<Lanes>(numbers + i) > bounds;
-  for (int j = 0; j < kWidth; ++j) lane[j] = j;
-  count -= (load<Lanes>(numbers + i) > bounds) & (lane < static_cast<int32_t>(n - i));
+  if (i < n) {
+    for (int j = 0; j < kWidth; ++j) lane[j] = j;
+    count -= (load<Lanes>(numbers + i) > bounds) & (lane < static_cast<int32_t>(n - i));
+  }
   return sum_lane(count);
 }
 
@@ -29,7 +31,7 @@ inline uint32_t find_cut(IsEnough is_enough) {
   return cut;
 }
 
-// Call f(i) for each i of [begin, end) whose number is not below the cut, in order. Reads up to a whole Vec beyond.
+// Call f(i) for each i of [begin, end) whose number is not below the cut, in order. Reads to the end of the last Vec.
 template <class F>
 inline void for_each_from(uint32_t cut, const float* numbers, int64_t begin, int64_t end, F f) {
   const Lanes cuts = static_cast<int32_t>(cut) - Lanes{};
