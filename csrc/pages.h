@@ -22,8 +22,8 @@ inline void fold_token(const Pages& pages, int64_t head, int64_t page_size, int6
   for (int c = 0; c < head_dim; ++c) {  // without branches: nobody can foresee them
     float x = to_float(key[c]);
     T &most = maxima[c * kBlockPages], &least = bounds[c * kBlockPages];
-    most = (x > to_float(most)) | opens ? key[c] : most;
-    if (has_minima) least = (x < to_float(least)) | opens ? key[c] : least;
+    most = ((x > to_float(most)) | opens) ? key[c] : most;
+    if (has_minima) least = ((x < to_float(least)) | opens) ? key[c] : least;
   }
 }
 

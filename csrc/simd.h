@@ -12,6 +12,8 @@
 #include <type_traits>
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace rocketkv {
@@ -34,6 +36,11 @@ struct Bfloat16 {
 struct Float16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using Half = __fp16;  // as _Float16, which GCC's C++ has from version 13 on
+#elif !defined(__F16C__)
+using Half = _Float16;
+#endif
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -68,7 +75,10 @@ inline void keep_in_register(Vec& v) {
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec abs(Vec v) { return v > 0.0f ? v : -v; }  // a NaN, too, loses its sign
+inline Vec abs(Vec v) {  // a zero and a NaN, too, lose their sign
+  VecBits bits = load<VecBits>(&v) & 0x7fffffffu;
+  return load<Vec>(&bits);
+}
 
 // ---- one number
 
@@ -81,7 +91,7 @@ inline float to_float(Float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  return static_cast<float>(load<_Float16>(&x));
+  return static_cast<float>(load<Half>(&x));
 #endif
 }
 
@@ -100,7 +110,7 @@ inline Float16 from_float<Float16>(float x) {
 #if defined(__F16C__)
   return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
 #else
-  _Float16 half = static_cast<_Float16>(x);
+  Half half = static_cast<Half>(x);
   return load<Float16>(&half);
 #endif
 }
@@ -124,8 +134,10 @@ inline Vec load_half(const Float16* p) {
   return reinterpret_cast<Vec>(_mm512_cvtph_ps(load<__m256i>(p)));
 #elif defined(__F16C__)
   return reinterpret_cast<Vec>(_mm256_cvtph_ps(load<__m128i>(p)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vec>(vcvt_f32_f16(load<float16x4_t>(p)));  // GCC would convert one by one
 #else
-  using Halves = _Float16 __attribute__((vector_size(2 * kWidth)));
+  using Halves = Half __attribute__((vector_size(2 * kWidth)));
   return __builtin_convertvector(load<Halves>(p), Vec);
 #endif
 }

@@ -241,7 +241,7 @@ class Step {
       Vec all = {};
       for (int c = 0; c < padded_; c += kWidth) all += abs(load<Vec>(q + c));
       float chosen = 0.0f;
-      for (int r = 0; r < count; ++r) {
+      for (size_t r = 0; r < out.rows.size(); ++r) {
         chosen += std::fabs(q[out.rows[r]]);
         out.weights[g * out.stride() + r] = from_float<Factor<T>>(q[out.rows[r]]);
       }

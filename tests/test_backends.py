@@ -402,6 +402,28 @@ def test_linear_leaves_many_rows_to_torch(seeded: torch.Generator) -> None:
     assert torch.equal(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_a_query_that_is_no_number_gives_no_number(
+    backend: Backend, seeded: torch.Generator, scoring: str, dtype: torch.dtype
+) -> None:
+    for value in (torch.nan, -torch.tensor(torch.nan)):
+        layer = make_layer(seeded, scoring, [[90, 90]], dtype=dtype)
+        query, key, chosen = (
+            torch.randn(1, 6, 1, 64),
+            torch.randn(1, 2, 1, 64).to(dtype),
+            torch.full_like(layer.positions, -2),
+        )
+        query[0, 1] = value
+        output, _ = backend.bind(layer)(query.to(dtype), key, key, chosen)
+        assert output[0, 1].isnan().all()
+        assert output[0, 3:].isfinite().all()
+        if scoring != "none":
+            places = chosen[0, :, : int(layer.top_k[0])]
+            assert ((places >= 0) & (places < 91)).all()
+            assert (places.diff(dim=1) > 0).all()
+
+
 def test_a_backend_asked_for_by_name_does_not_leave_it_to_the_reference(seeded: torch.Generator) -> None:
     tokens = torch.randn(3, 1, 1, 40, 64, dtype=torch.float64, generator=seeded)
     cache = LayerCache(RocketKVConfig(token_budget=64, backend="cpp"))
