@@ -9,47 +9,47 @@ namespace rocketkv {
 
 constexpr int kMaxHeads = 4;  // rows of factors handled at once; more are done in blocks of four
 
-// How many rows meet H rows of factors at once: as many as keep eight sums, which sum_lanes then adds up together.
-constexpr int rows_at_once(int num_heads) { return num_heads == 1 ? 8 : num_heads == 2 ? 4 : 2; }
+// How many rows meet H rows of factors at once: as many as keep the sums that sum_lanes then adds up together.
+constexpr int rows_at_once(int num_heads) { return num_heads == 1 ? 8 : num_heads == 2 ? kSums / 2 : kSums / 4; }
 
 constexpr int kAhead = 8;  // rows between a prefetch and its use
 
-// out[i * H + h] = rows[i] . x[h] for i < rows_at_once(H).
+// out[h * rows_at_once(H) + i] = rows[i] . x[h] for i < rows_at_once(H); `out` has room for kSums.
 //
 // rows: pointers to `count` channels of T; with Fetch, those kAhead further on are fetched for a later call.
 // x: [H][x_stride] factors, zeros beyond `count`.
 template <int H, bool Fetch, class T>
 inline void dot_rows(const T* const* rows, const Factor<T>* x, int x_stride, int count, float* out) {
   constexpr int N = rows_at_once(H);
-  Vec sums[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) sums[i] = Vec{};
-  auto add = [&](const Chunk<T>(&k)[N], int c) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int h = 0; h < H; ++h) {
-      Chunk<Factor<T>> factors(x + h * x_stride + c);
-      factors.keep_in_registers();  // the compiler would load them anew for every row
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) k[i].add_product(factors, sums[i * H + h]);
-    }
-  };
-  int whole = count / kPair * kPair;
-  Chunk<T> k[N];
+  Vec sums[kSums];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSums; ++i) sums[i] = Vec{};
+  const int whole = count / kPair * kPair;
   for (int c = 0; c < whole; c += kPair) {
+    Chunk<T> k[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       k[i] = Chunk<T>(rows[i] + c);
       if (Fetch) prefetch(rows[i + kAhead] + c);
     }
-    add(k, c);
+#pragma GCC unroll 8
+    for (int h = 0; h < H; ++h) {
+      Chunk<Factor<T>> factors(x + h * x_stride + c);
+      factors.keep_in_registers();  // the compiler would load them anew for every row
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) k[i].add_product(factors, sums[h * N + i]);
+    }
   }
   if (whole < count) {
-    for (int i = 0; i < N; ++i) k[i] = Chunk<T>(Part<T>(rows[i] + whole, count - whole).numbers);
-    add(k, whole);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      Part<T> part(rows[i] + whole, count - whole);
+      Chunk<T> k(part.numbers);
+#pragma GCC unroll 8
+      for (int h = 0; h < H; ++h) k.add_product(Chunk<Factor<T>>(x + h * x_stride + whole), sums[h * N + i]);
+    }
   }
-  float summed[8];
-  sum_lanes(sums, summed);
-  std::memcpy(out, summed, N * H * sizeof(float));
+  sum_lanes(sums, out);
 }
 
 // Call f with the number of heads as a constant, for 1 to kMaxHeads.

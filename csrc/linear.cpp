@@ -44,11 +44,11 @@ struct Product {
     for (int64_t row = begin; row < end; row += N) {
       const T* rows[N + kAhead];
       for (int i = 0; i < N + kAhead; ++i) rows[i] = weight + std::min(row + i, end - 1) * linear.num_in;
-      float sums[8];
+      float sums[kSums];
       dot_rows<H, true>(rows, input.data() + first * padded, static_cast<int>(padded), static_cast<int>(linear.num_in), sums);
       for (int i = 0; i < N && row + i < end; ++i)
         for (int h = 0; h < H; ++h)
-          output[(first + h) * linear.num_out + row + i] = from_float<T>(sums[i * H + h]);
+          output[(first + h) * linear.num_out + row + i] = from_float<T>(sums[h * N + i]);
     }
   }
 };

@@ -58,9 +58,11 @@ inline void store(void* p, V v) {
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
-// Fetch what is needed soon, into the second-level cache: it takes in more lines at a time than the first level.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-inline void prefetch(const void* p, int num_bytes) {
+// Always inlined, as is whatever calls it and does nothing else: GCC takes such a function for one without effect and
+// drops calls of it.
+#define ROCKETKV_INLINE inline __attribute__((always_inline))
+ROCKETKV_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+ROCKETKV_INLINE void prefetch(const void* p, int num_bytes) {
   for (int i = 0; i < num_bytes; i += 64) prefetch(static_cast<const char*>(p) + i);
 }
 
@@ -175,6 +177,15 @@ constexpr bool kMultipliesBfloat16 = false;
 template <class T>
 using Factor = std::conditional_t<kMultipliesBfloat16 && std::is_same_v<T, Bfloat16>, Bfloat16, float>;
 
+template <class T>
+inline Factor<T> to_factor(T x) {
+  if constexpr (std::is_same_v<Factor<T>, T>) {
+    return x;
+  } else {
+    return to_float(x);
+  }
+}
+
 // The first `count` numbers of a chunk of kPair, zeros after them.
 template <class T>
 struct Part {
@@ -211,7 +222,8 @@ struct Chunk {
   }
 };
 
-// kPair numbers of each of two rows, and adding the rows to a pair, each times a factor.
+// kPair numbers of each of two rows, and adding the rows to a pair, each times a factor. The pair has an order of channels
+// of its own, see `sums_in_order`.
 template <class T>
 struct TwoChunks {
   Pair first, second;
@@ -223,6 +235,7 @@ struct TwoChunks {
     sum.a += second.a * factors[1];
     sum.b += second.b * factors[1];
   }
+  static Pair sums_in_order(Pair sums) { return in_order<T>(sums); }
 };
 
 // Round to factors and store them; returns what was stored.
@@ -233,7 +246,8 @@ inline Vec store_factors(float* p, Vec v) {
 
 #if defined(__AVX512BF16__)
 inline Vec add_products(Vec sum, VecBits a, VecBits b) {
-  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
+                                                reinterpret_cast<__m512bh>(b)));
 }
 
 template <>
@@ -247,16 +261,23 @@ struct Chunk<Bfloat16> {
 
 template <>
 struct TwoChunks<Bfloat16> {
-  VecBits even, odd;  // of both rows, side by side
-  explicit TwoChunks(const Bfloat16* a) : even(load<VecBits>(a) & 0xffffu), odd(load<VecBits>(a) >> 16) {}
-  TwoChunks(const Bfloat16* a, const Bfloat16* b)
-      : even((load<VecBits>(a) & 0xffffu) | load<VecBits>(b) << 16),
-        odd(load<VecBits>(a) >> 16 | (load<VecBits>(b) & 0xffff0000u)) {}
+  VecBits low, high;  // of both rows, number beside number: the first and the second four of every eight
+  explicit TwoChunks(const Bfloat16* a) : TwoChunks(load<__m512i>(a), __m512i{}) {}
+  TwoChunks(const Bfloat16* a, const Bfloat16* b) : TwoChunks(load<__m512i>(a), load<__m512i>(b)) {}
   void add_weighted(const Bfloat16* factors, Pair& sum) const {
     VecBits both = load<uint32_t>(factors) - VecBits{};
-    sum.a = add_products(sum.a, even, both);
-    sum.b = add_products(sum.b, odd, both);
+    sum.a = add_products(sum.a, low, both);
+    sum.b = add_products(sum.b, high, both);
   }
+  static Pair sums_in_order(Pair sums) {
+    return {__builtin_shufflevector(sums.a, sums.b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+            __builtin_shufflevector(sums.a, sums.b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31)};
+  }
+
+ private:
+  TwoChunks(__m512i a, __m512i b)
+      : low(reinterpret_cast<VecBits>(_mm512_unpacklo_epi16(a, b))),
+        high(reinterpret_cast<VecBits>(_mm512_unpackhi_epi16(a, b))) {}
 };
 
 inline Vec store_factors(Bfloat16* p, Vec v) {
@@ -268,28 +289,40 @@ inline Vec store_factors(Bfloat16* p, Vec v) {
 
 // ---- across the lanes
 
-#if defined(__AVX2__)
-using Vec8 = float __attribute__((vector_size(32)));
-inline Vec8 add_neighbours(Vec8 a, Vec8 b) {
-  return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
-}
-inline Vec8 narrow(Vec v) {
+// The sums of kSums vectors, by a tree that adds two of them at a time.
+constexpr int kSums = kWidth > 8 ? kWidth : 8;
+
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  return v;
-#endif
+inline Vec sum_four(const Vec* v) {  // in each quarter: the quarter's sums of the four
+  auto two = [](Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  };
+  Vec ab = two(v[0], v[1]), cd = two(v[2], v[3]);
+  return __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
-// The sums of eight vectors.
 inline void sum_lanes(const Vec* v, float* out) {
-  Vec8 low = add_neighbours(add_neighbours(narrow(v[0]), narrow(v[1])), add_neighbours(narrow(v[2]), narrow(v[3])));
-  Vec8 high = add_neighbours(add_neighbours(narrow(v[4]), narrow(v[5])), add_neighbours(narrow(v[6]), narrow(v[7])));
+  auto halve = [](Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  Vec low = halve(sum_four(v), sum_four(v + 4)), high = halve(sum_four(v + 8), sum_four(v + 12));
+  store(out, __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                 __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+}
+#elif defined(__AVX2__)
+inline void sum_lanes(const Vec* v, float* out) {
+  auto two = [](Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+  };
+  Vec low = two(two(v[0], v[1]), two(v[2], v[3])), high = two(two(v[4], v[5]), two(v[6], v[7]));
   store(out, __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
                  __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15));
 }
 #else
 inline void sum_lanes(const Vec* v, float* out) {
-  for (int i = 0; i < 8; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+  for (int i = 0; i < kSums; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
 }
 #endif
 

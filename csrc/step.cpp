@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "channels.h"
 #include "cut.h"
 #include "dot.h"
 #include "kernels.h"
@@ -21,8 +22,10 @@ namespace rocketkv {
 namespace {
 
 constexpr int kTile = 64;           // tokens attended between two updates of the running softmax
+constexpr int kRowsAhead = 32;      // of keys or values, between a prefetch and its use
+constexpr int kRowsMeanwhile = 12;  // of the index, fetched in each pass over a head's scores
 constexpr int kPieceTokens = 2048;  // tokens of an attend task at most
-constexpr int kBlocksAhead = 2;     // of pages, between a prefetch and its use
+constexpr int kChunks = kWidth > 8 ? 2 : 1;  // of pages or channels handled at once: what the registers hold sums for
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // What the tasks of one (row, KV head) share.
@@ -38,13 +41,19 @@ struct Head {
   std::atomic<bool> is_ready;
 };
 
-// Which rows of the index a step reads, and what each adds to the logits of the heads.
+// Memory that a thread keeps from step to step.
 template <class T>
-struct Channels {
-  std::vector<int> rows;
-  std::vector<Factor<T>> weights;  // [G][rows, and one more if they are odd in number]
-  std::vector<float> scales;       // [G] factors on the sums
-  int stride() const { return round_up(static_cast<int>(rows.size()), 2); }
+struct Scratch {
+  std::vector<float> floats, sums;
+  std::vector<int32_t> places;
+  std::vector<Factor<T>> query;  // [G][padded D] of one head
+  Channels<T> channels[2];       // of the present head and of the next
+  Ahead<T> ahead;
+
+  static Scratch& mine() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
 };
 
 template <class T>
@@ -124,16 +133,27 @@ class Step {
   int64_t next_task() { return next_task_.fetch_add(1, std::memory_order_relaxed); }
 
   void work_on_heads() {
-    static thread_local std::vector<float> floats;
-    static thread_local std::vector<int32_t> places;
-    floats.resize(num_floats_);
-    places.resize(num_places_);
-    for (int64_t task; (task = next_task()) < num_heads_;) {
+    Scratch<T>& mine = Scratch<T>::mine();
+    mine.floats.resize(num_floats_);
+    mine.places.resize(num_places_);
+    auto begin = [&](int64_t task, Channels<T>& channels) {
       Head& head = heads_[task];
-      give_memory(head, floats.data(), places.data());
+      give_memory(head, mine.floats.data(), mine.places.data());
+      if (head.selects && find_channels(head, channels))
+        mine.ahead.begin(layer_, head.index, channels, (head.num_units - 1) / kBlockPages);
+    };
+    Channels<T>*channels = mine.channels, *next_channels = mine.channels + 1;
+    int64_t task = next_task();
+    if (task < num_heads_) begin(task, *channels);
+    while (task < num_heads_) {
+      Head& head = heads_[task];
+      mine.ahead.fetch_all();
       append(head);
-      if (head.selects) score(head, 0);
-      if (head.selects) choose(head);
+      if (head.selects) score(head, 0, *channels);
+      task = next_task();
+      std::swap(channels, next_channels);
+      if (task < num_heads_) begin(task, *channels);
+      if (head.selects) choose(head, mine.ahead);
       if (token_.chosen) report(head);
       for (int64_t piece = 0; piece < num_pieces_; ++piece) attend(head, piece);
       merge(head);
@@ -141,15 +161,17 @@ class Step {
   }
 
   void work_on_parts() {
+    Scratch<T>& mine = Scratch<T>::mine();
     int64_t score_tasks = num_heads_ * num_score_tasks_, tasks = score_tasks + num_heads_ * num_pieces_;
     for (int64_t task; (task = next_task()) < tasks;) {
       if (task < score_tasks) {
         Head& head = heads_[task / num_score_tasks_];
         int64_t part = task % num_score_tasks_;
         if (part == num_score_tasks_ - 1) append(head);  // before the part that scores the new token
-        if (head.selects) score(head, part);
+        if (head.selects) find_channels(head, *mine.channels);
+        if (head.selects) score(head, part, *mine.channels);
         if (head.scores_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-          if (head.selects) choose(head);
+          if (head.selects) choose(head, mine.ahead);
           if (token_.chosen) report(head);
           head.is_ready.store(true, std::memory_order_release);
         }
@@ -179,7 +201,14 @@ class Step {
 
   // ---- score
 
-  void score(Head& head, int64_t part) {
+  // Which rows of the index are read; false if none are.
+  bool find_channels(const Head& head, Channels<T>& channels) {
+    if (layer_.scoring == Scoring::kHybrid) channels.choose_largest(layer_, head.row, query_of(head));
+    if (layer_.scoring == Scoring::kBound) channels.take_all(layer_, query_of(head));
+    return layer_.scoring != Scoring::kExact;
+  }
+
+  void score(Head& head, int64_t part, const Channels<T>& channels) {
     int64_t num_blocks = (head.num_units + kBlockPages - 1) / kBlockPages;
     int64_t begin = num_blocks * part / num_score_tasks_, end = num_blocks * (part + 1) / num_score_tasks_;
     if (begin == end) return;
@@ -189,119 +218,64 @@ class Step {
       elements_read_ += num_units * layer_.head_dim;
       return;
     }
-    static thread_local Channels<T> channels;
-    if (layer_.scoring == Scoring::kHybrid) {
-      choose_channels(head, channels);
-    } else {
-      all_channels(head, channels);
-    }
-    for (int64_t block = begin; block < std::min(begin + kBlocksAhead, end); ++block) {
+    for (int64_t block = begin; is_shared_ && block < std::min(begin + kBlocksAhead, end); ++block) {
       const T* bounds = page_bounds<T>(layer_.pages, head.index, block * kBlockPages);
-      for (int row : channels.rows) prefetch(bounds + row * kBlockPages, kBlockPages * sizeof(T));
+      for (int place : channels.places) prefetch(bounds + place, kBlockPages * sizeof(T));
     }
-    for (int64_t block = begin; block < end; ++block)
+    auto score_chunks = [&](auto chunks, int64_t page) {
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
-          score_block<heads>(head, channels, h, block, h == 0 && block + kBlocksAhead < end);
+          score_pages<heads, chunks>(head, channels, h, page, h == 0 ? end : 0);
         });
-    elements_read_ += num_units * static_cast<int64_t>(channels.rows.size());
+    };
+    int64_t page = begin * kBlockPages;
+    for (; page + kChunks * kPair <= end * kBlockPages; page += kChunks * kPair)
+      score_chunks(std::integral_constant<int, kChunks>(), page);
+    for (; page < end * kBlockPages; page += kPair) score_chunks(std::integral_constant<int, 1>(), page);
+    elements_read_ += num_units * channels.count();
   }
 
-  // RocketKV, section "Hybrid Sparse Attention", step 1; see hybrid_logits in ops/pages.py.
-  void choose_channels(const Head& head, Channels<T>& out) {
-    int head_dim = layer_.head_dim, count = static_cast<int>(layer_.num_channels[head.row]);
-    bool has_minima = layer_.pages.num_rows > head_dim;
-    static thread_local std::vector<float> query, sizes, sums;  // with whole pairs of channels, zeros beyond head_dim
-    query.resize(group_ * padded_);
-    sizes.assign(padded_, 0.0f);
-    sums.assign(padded_, 0.0f);
-    for (int g = 0; g < group_; ++g)
-      for (int c = 0; c < padded_; c += kPair) {
-        Part<T> part(query_of(head) + g * head_dim + c, std::min(kPair, head_dim - c));
-        Pair pair = in_order<T>(load_pair(part.numbers));
-        for (int half = 0; half < 2; ++half) {
-          Vec q = half == 0 ? pair.a : pair.b;
-          int at = c + half * kWidth;
-          store(query.data() + g * padded_ + at, q);
-          store(sizes.data() + at, load<Vec>(sizes.data() + at) + abs(q));
-          store(sums.data() + at, load<Vec>(sums.data() + at) + q);
-        }
-      }
-    auto num_above = [&](uint32_t bound) { return count_above(sizes.data(), head_dim, bound); };
-    uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= count; });
-    int64_t at_cut = count - num_above(cut);  // so many of those equal to the cut are taken
-    out.rows.clear();
-    for_each_from(cut, sizes.data(), 0, head_dim, [&](int64_t c) {
-      if (order_bits(sizes[c]) > cut || at_cut-- > 0) out.rows.push_back(static_cast<int>(c));
-    });
-    out.weights.assign(group_ * out.stride(), from_float<Factor<T>>(0.0f));
-    out.scales.resize(group_);
-    for (int g = 0; g < group_; ++g) {
-      const float* q = query.data() + g * padded_;
-      Vec all = {};
-      for (int c = 0; c < padded_; c += kWidth) all += abs(load<Vec>(q + c));
-      float chosen = 0.0f;
-      for (size_t r = 0; r < out.rows.size(); ++r) {
-        chosen += std::fabs(q[out.rows[r]]);
-        out.weights[g * out.stride() + r] = from_float<Factor<T>>(q[out.rows[r]]);
-      }
-      float share = chosen / std::max(sum_lane(all), 1e-30f);  // SparQ's temperature
-      out.scales[g] = layer_.scale / std::max(std::sqrt(share), 1e-15f);
-    }
-    if (has_minima)  // the maxima follow them
-      for (int& row : out.rows) row += sums[row] > 0 ? head_dim : 0;
-  }
-
-  // Quest, section "Dynamically Estimating Token Criticality"; see bound_logits in ops/pages.py.
-  void all_channels(const Head& head, Channels<T>& out) {
-    int head_dim = layer_.head_dim, num_rows = layer_.pages.num_rows;
-    out.rows.resize(num_rows);
-    out.weights.assign(group_ * out.stride(), from_float<Factor<T>>(0.0f));
-    out.scales.assign(group_, layer_.scale);
-    for (int r = 0; r < num_rows; ++r) {
-      out.rows[r] = r;
-      for (int g = 0; g < group_; ++g) {
-        float q = to_float(query_of(head)[g * head_dim + r % head_dim]);
-        bool is_read = num_rows == head_dim || (r < head_dim ? q < 0 : q > 0);  // minima if negative, maxima if positive
-        out.weights[g * out.stride() + r] = from_float<Factor<T>>(is_read ? q : 0.0f);
-      }
-    }
-  }
-
-  // logits[h][page] = scale[h] * sum over rows of weight[h][row] * bounds[row][page], for H heads from `first` on.
-  template <int H>
-  void score_block(Head& head, const Channels<T>& channels, int first, int64_t block, bool fetches) {
-    const T* bounds = page_bounds<T>(layer_.pages, head.index, block * kBlockPages);
-    const int64_t ahead = static_cast<int64_t>(kBlocksAhead) * layer_.pages.num_rows * kBlockPages;
-    const int num_rows = static_cast<int>(channels.rows.size()), stride = channels.stride();
-    const int* rows = channels.rows.data();
+  // logits[h][page] = scale[h] * sum over rows of weight[h][row] * bounds[row][page], for H heads from `first` on and
+  // C chunks of pages. What is to be read kBlocksAhead further on is fetched, up to the block `fetch_end`.
+  template <int H, int C>
+  void score_pages(Head& head, const Channels<T>& channels, int first, int64_t page, int64_t fetch_end) {
+    const int num_rows = channels.count(), stride = channels.stride();
+    const int* places = channels.places.data();
     const Factor<T>* weights = channels.weights.data() + first * stride;
-    for (int lane = 0; lane < kBlockPages; lane += kPair) {
-      Pair sums[H];
+    const T* bounds[C];
+    for (int k = 0; k < C; ++k) bounds[k] = page_bounds<T>(layer_.pages, head.index, page + k * kPair);
+    const int64_t ahead = static_cast<int64_t>(kBlocksAhead) * layer_.pages.num_rows * kBlockPages;
+    const bool fetches = page / kBlockPages + kBlocksAhead < fetch_end;
+    Pair sums[C][H];
+#pragma GCC unroll 2
+    for (int k = 0; k < C; ++k)
 #pragma GCC unroll 4
-      for (int h = 0; h < H; ++h) sums[h] = {Vec{}, Vec{}};
-      auto add = [&](const TwoChunks<T>& bound, int r) __attribute__((always_inline)) {
+      for (int h = 0; h < H; ++h) sums[k][h] = {Vec{}, Vec{}};
+    auto add = [&](const TwoChunks<T>& bound, int r, int k) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) bound.add_weighted(weights + h * stride + r, sums[h]);
-      };
-      int r = 0;
-      for (; r + 1 < num_rows; r += 2) {
-        const T *a = bounds + rows[r] * kBlockPages + lane, *b = bounds + rows[r + 1] * kBlockPages + lane;
-        if (fetches) prefetch(a + ahead), prefetch(b + ahead);
-        add({a, b}, r);
+      for (int h = 0; h < H; ++h) bound.add_weighted(weights + h * stride + r, sums[k][h]);
+    };
+    int r = 0;
+    for (; r + 1 < num_rows; r += 2) {
+      const int a = places[r], b = places[r + 1];
+#pragma GCC unroll 2
+      for (int k = 0; k < C; ++k) {
+        if (fetches) prefetch(bounds[k] + ahead + a), prefetch(bounds[k] + ahead + b);
+        add({bounds[k] + a, bounds[k] + b}, r, k);
       }
-      if (r < num_rows) {
-        const T* a = bounds + rows[r] * kBlockPages + lane;
-        if (fetches) prefetch(a + ahead);
-        add(TwoChunks<T>(a), r);
+    }
+    if (r < num_rows)
+      for (int k = 0; k < C; ++k) {
+        if (fetches) prefetch(bounds[k] + ahead + places[r]);
+        add(TwoChunks<T>(bounds[k] + places[r]), r, k);
       }
+    for (int k = 0; k < C; ++k)
       for (int h = 0; h < H; ++h) {
-        Pair ordered = in_order<T>(sums[h]);
-        float* out = head.logits + (first + h) * unit_stride_ + block * kBlockPages + lane;
+        Pair ordered = TwoChunks<T>::sums_in_order(sums[k][h]);
+        float* out = head.logits + (first + h) * unit_stride_ + page + k * kPair;
         store(out, ordered.a * channels.scales[first + h]);
         store(out + kWidth, ordered.b * channels.scales[first + h]);
       }
-    }
   }
 
   void score_exactly(Head& head, int64_t begin, int64_t count) {
@@ -313,10 +287,11 @@ class Step {
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
           for (int i = 0; i < n; i += rows_at_once(heads)) {
-            float out[8];
+            float out[kSums];
             dot_rows<heads, true>(rows + i, query + h * padded_, padded_, layer_.head_dim, out);
-            for (int j = 0; j < rows_at_once(heads) && i + j < n; ++j)
-              for (int k = 0; k < heads; ++k) head.logits[(h + k) * unit_stride_ + start + i + j] = out[j * heads + k] * layer_.scale;
+            for (int k = 0; k < heads; ++k)
+              for (int j = 0; j < rows_at_once(heads) && i + j < n; ++j)
+                head.logits[(h + k) * unit_stride_ + start + i + j] = out[k * rows_at_once(heads) + j] * layer_.scale;
           }
         });
     }
@@ -324,11 +299,11 @@ class Step {
 
   // ---- choose
 
-  // See score_tokens and choose_tokens in ops/scores.py.
-  void choose(Head& head) {
+  // See score_tokens and choose_tokens in ops/scores.py. Meanwhile, what comes next is fetched.
+  void choose(Head& head, Ahead<T>& ahead) {
     int64_t size = head.page_size;
     float* scores = head.logits;
-    average_softmax(head, scores);
+    average_softmax(head, scores, ahead);
     int64_t sinks = std::min(layer_.sinks[head.row], head.length);
     int64_t open_end = head.length - std::min(layer_.recents[head.row], head.length - sinks);  // the pinned last ones follow
     int64_t wanted = head.num_chosen - sinks - (head.length - open_end);
@@ -343,7 +318,10 @@ class Step {
     int32_t* out = head.chosen;
     for (int64_t place = 0; place < sinks; ++place) *out++ = static_cast<int32_t>(place);
     if (wanted > 0) {
-      uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= wanted; });
+      uint32_t cut = find_cut([&](uint32_t bound) {
+        ahead.fetch(kRowsMeanwhile);
+        return num_above(bound) >= wanted;
+      });
       int64_t at_cut = wanted - num_above(cut);  // so many tokens of the units equal to the cut are taken
       for_each_from(cut, scores, begin, end, [&](int64_t unit) {
         int64_t count = num_open(unit), first = std::max(unit * size, sinks);
@@ -358,11 +336,12 @@ class Step {
   }
 
   // scores[unit] = mean over heads of the softmax over tokens, each of which has its unit's logit.
-  void average_softmax(const Head& head, float* scores) {
+  void average_softmax(const Head& head, float* scores, Ahead<T>& ahead) {
     int64_t num_units = head.num_units, end = (num_units + kWidth - 1) / kWidth * kWidth;
     float in_last = static_cast<float>(head.length - (num_units - 1) * head.page_size);
     for (int g = 0; g < group_; ++g) {
       float* logits = head.logits + g * unit_stride_;
+      ahead.fetch(kRowsMeanwhile);
       for (int64_t i = num_units; i < end; ++i) logits[i] = -kInfinity;
       Vec best = broadcast(-kInfinity), sum = {};
       for (int64_t i = 0; i < end; i += kWidth) best = max(best, load<Vec>(logits + i));
@@ -400,49 +379,65 @@ class Step {
       state[0] = -kInfinity;
     }
     const Factor<T>* query = query_factors(head);
-    bool is_scattered = head.selects || layer_.archived;  // then the hardware cannot foresee what is read next
-    const T *keys[2 * kTile], *values[2 * kTile];  // of a tile and of the next
-    auto locate = [&](int64_t from, int at) {
-      for (int i = at; i < at + kTile; ++i, ++from) {
-        int64_t place = std::min(from, end - 1);
-        int64_t slot = is_scattered ? slot_at(head, head.selects ? head.chosen[place] : place) : place;
-        keys[i] = stored(layer_.keys, head, slot);
-        values[i] = stored(layer_.values, head, slot);
+    const T *keys = stored(layer_.keys, head, 0), *values = stored(layer_.values, head, 0);
+    int64_t rows[2 * kTile];  // where those of a tile and of the next begin
+    auto locate = [&](int64_t from, int64_t* out) {
+      for (int i = 0; i < kTile; ++i) {
+        int64_t place = std::min(from + i, end - 1);
+        out[i] = slot_at(head, head.selects ? head.chosen[place] : place) * layer_.head_dim;
       }
     };
-    locate(begin, kTile);
-    for (int i = kTile; i < 2 * kTile; ++i) fetch(keys[i], 0, layer_.head_dim), fetch(values[i], 0, layer_.head_dim);
+    locate(begin, rows + kTile);
+    for (int i = kTile; i < kTile + kRowsAhead; ++i) fetch(keys + rows[i], layer_.head_dim);
     for (int64_t start = begin; start < end; start += kTile) {
       int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
-      std::copy_n(keys + kTile, kTile, keys);
-      std::copy_n(values + kTile, kTile, values);
-      locate(start + kTile, kTile);
+      std::copy_n(rows + kTile, kTile, rows);
+      locate(start + kTile, rows + kTile);
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
-          attend_tile<heads>(keys, values, n, query + h * padded_, piece + h * (2 + padded_), h == 0);
+          attend_tile<heads>(keys, values, rows, n, query + h * padded_, piece + h * (2 + padded_), h == 0);
         });
     }
     elements_read_ += 2 * (end - begin) * layer_.head_dim;
   }
 
-  static void fetch(const T* row, int first, int count) { prefetch(row + first, count * static_cast<int>(sizeof(T))); }
+  static ROCKETKV_INLINE void fetch(const T* row, int count) { prefetch(row, count * static_cast<int>(sizeof(T))); }
 
-  // While this tile is worked on, the next one is fetched at the pace of the work: keys with keys, values with values.
+  // Fetches the rows of a tile kRowsAhead before they are used, and after the last one those that are used next. Not more
+  // at a time: a core that waits for too many lines drops what it is asked to fetch.
+  struct Fetcher {
+    const T* base;
+    const int64_t* rows;
+    int n, count;  // rows, channels of each
+    const T* next_base;
+    const int64_t* next_rows;
+    int next_count;
+    bool is_on;
+    ROCKETKV_INLINE void fetch_for(int i) const {
+      i += kRowsAhead;
+      if (is_on) i < n ? fetch(base + rows[i], count) : fetch(next_base + next_rows[i - n], next_count);
+    }
+  };
+
   template <int H>
-  void attend_tile(const T* const* keys, const T* const* values, int n, const Factor<T>* query, float* piece, bool fetches) {
+  void attend_tile(const T* keys, const T* values, const int64_t* rows, int n, const Factor<T>* query, float* piece,
+                   bool fetches) {
     constexpr int N = rows_at_once(H);
-    const int dim = layer_.head_dim, padded = padded_;
-    float logits[H][kTile + kAhead], corrections[H];
+    const int dim = layer_.head_dim;
+    auto width_at = [&](int c) { return c + kChunks * kPair <= dim ? kChunks * kPair : std::min(kPair, dim - c); };
+    float logits[H][kTile + N], corrections[H];
     Factor<T> weights[H][kTile];
+    const Fetcher fetcher{keys, rows, n, dim, values, rows, width_at(0), fetches};
     for (int i = 0; i < n; i += N) {
-      for (int j = i; fetches && j < i + N; ++j) fetch(keys[kTile + j], 0, dim);
-      float products[8];
-      dot_rows<H, false>(keys + i, query, padded, dim, products);
-      for (int j = 0; j < N; ++j)
-        for (int h = 0; h < H; ++h) logits[h][i + j] = products[j * H + h];
+      const T* tile_rows[N];
+      for (int j = 0; j < N; ++j) tile_rows[j] = keys + rows[i + j];
+      for (int j = 0; j < N; ++j) fetcher.fetch_for(i + j);
+      float products[kSums];
+      dot_rows<H, false>(tile_rows, query, padded_, dim, products);
+      for (int h = 0; h < H; ++h) std::memcpy(&logits[h][i], products + h * N, N * sizeof(float));
     }
     for (int h = 0; h < H; ++h) {
-      float* state = piece + h * (2 + padded);
+      float* state = piece + h * (2 + padded_);
       for (int i = n; i < round_up(n, kWidth); ++i) logits[h][i] = -kInfinity;
       Vec best = broadcast(state[0]), sum = {};
       for (int i = 0; i < n; i += kWidth) {
@@ -451,47 +446,74 @@ class Step {
         store(&logits[h][i], scaled);
       }
       float top = max_lane(best);
-      for (int i = 0; i < n; i += kWidth) sum += store_factors(&weights[h][i], exp_of_negative(load<Vec>(&logits[h][i]) - top));
+      for (int i = 0; i < n; i += kWidth)
+        sum += store_factors(&weights[h][i], exp_of_negative(load<Vec>(&logits[h][i]) - top));  // of weights as rounded
       corrections[h] = std::exp(state[0] - top);
       state[0] = top;
       state[1] = state[1] * corrections[h] + sum_lane(sum);
     }
-    for (int c = 0; c < dim; c += kPair) {
-      const int count = std::min(kPair, dim - c);
-      Pair sums[H];
-      for (int h = 0; h < H; ++h) {
-        const float* state = piece + h * (2 + padded) + 2 + c;
-        sums[h] = {load<Vec>(state) * corrections[h], load<Vec>(state + kWidth) * corrections[h]};
-      }
-      auto add = [&](const TwoChunks<T>& value, int i) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) value.add_weighted(&weights[h][i], sums[h]);
-      };
-      int i = 0;
-      if (count == kPair) {
-        for (; i + 1 < n; i += 2) {
-          if (fetches) fetch(values[kTile + i], c, kPair), fetch(values[kTile + i + 1], c, kPair);
-          add({values[i] + c, values[i + 1] + c}, i);
-        }
-        if (i < n) add(TwoChunks<T>(values[i] + c), i);
+    for (int c = 0, width; c < dim; c += width) {
+      width = width_at(c);
+      const bool is_last = c + width == dim;
+      const Fetcher fetcher{values + c, rows, n, width, is_last ? keys : values + c + width, is_last ? rows + kTile : rows,
+                            is_last ? dim : width_at(c + width), fetches};
+      if (width == kChunks * kPair) {
+        add_values<H, kChunks>(fetcher, weights, corrections, piece + 2 + c);
       } else {
-        for (; i < n; i += 2) {
-          Part<T> a(values[i] + c, count), b(values[i + 1] + c, i + 1 < n ? count : 0);
-          add({a.numbers, b.numbers}, i);
-        }
-      }
-      for (int h = 0; h < H; ++h) {
-        float* state = piece + h * (2 + padded) + 2 + c;
-        store(state, sums[h].a);
-        store(state + kWidth, sums[h].b);
+        add_values<H, 1>(fetcher, weights, corrections, piece + 2 + c);
       }
     }
+  }
+
+  // Add the weighted values of a tile, C chunks of channels, or a part of one.
+  template <int H, int C>
+  void add_values(const Fetcher& fetcher, const Factor<T> (&weights)[H][kTile], const float* corrections,
+                  float* piece) const {
+    const int stride = 2 + padded_, n = fetcher.n, count = fetcher.count;
+    const T* values = fetcher.base;
+    const int64_t* rows = fetcher.rows;
+    Pair sums[H][C];
+#pragma GCC unroll 8
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 2
+      for (int k = 0; k < C; ++k) {
+        const float* state = piece + h * stride + k * kPair;
+        sums[h][k] = {load<Vec>(state) * corrections[h], load<Vec>(state + kWidth) * corrections[h]};
+      }
+    auto add = [&](const TwoChunks<T>& value, int i, int k) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) value.add_weighted(&weights[h][i], sums[h][k]);
+    };
+    int i = 0;
+    if (count == C * kPair) {
+      for (; i + 1 < n; i += 2) {
+        const T *a = values + rows[i], *b = values + rows[i + 1];
+        fetcher.fetch_for(i), fetcher.fetch_for(i + 1);
+#pragma GCC unroll 2
+        for (int k = 0; k < C; ++k) add({a + k * kPair, b + k * kPair}, i, k);
+      }
+      if (i < n)
+        for (int k = 0; k < C; ++k) add(TwoChunks<T>(values + rows[i] + k * kPair), i, k);
+    } else {
+      for (; i < n; i += 2) {
+        Part<T> a(values + rows[i], count), b(values + rows[i + 1], i + 1 < n ? count : 0);
+        add({a.numbers, b.numbers}, i, 0);
+      }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 2
+      for (int k = 0; k < C; ++k) {
+        float* state = piece + h * stride + k * kPair;
+        store(state, sums[h][k].a);
+        store(state + kWidth, sums[h][k].b);
+      }
   }
 
   void merge(const Head& head) {
     int64_t stride = 2 + padded_;
     T* output = static_cast<T*>(token_.output) + head.index * group_ * layer_.head_dim;
-    static thread_local std::vector<float> sums;
+    std::vector<float>& sums = Scratch<T>::mine().sums;
     for (int g = 0; g < group_; ++g) {
       float top = -kInfinity, total = 0.0f;
       for (int64_t p = 0; p < num_pieces_; ++p) top = std::max(top, head.pieces[(p * group_ + g) * stride]);
@@ -503,7 +525,7 @@ class Step {
         for (int c = 0; c < padded_; ++c) sums[c] += weight * state[2 + c];
       }
       for (int c = 0; c < padded_; c += kPair) {
-        Pair pair = in_order<T>(load_pair(sums.data() + c));
+        Pair pair = TwoChunks<T>::sums_in_order(load_pair(sums.data() + c));
         store(sums.data() + c, pair.a);
         store(sums.data() + c + kWidth, pair.b);
       }
@@ -528,7 +550,7 @@ class Step {
   }
   // The head's queries as factors, [G][padded D]; until this thread asks for the next head's.
   const Factor<T>* query_factors(const Head& head) const {
-    static thread_local std::vector<Factor<T>> out;
+    std::vector<Factor<T>>& out = Scratch<T>::mine().query;
     out.resize(group_ * padded_);
     for (int g = 0; g < group_; ++g)
       prepare<T>(query_of(head) + g * layer_.head_dim, layer_.head_dim, out.data() + g * padded_);

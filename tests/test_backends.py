@@ -402,6 +402,17 @@ def test_linear_leaves_many_rows_to_torch(seeded: torch.Generator) -> None:
     assert torch.equal(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+def test_outputs_are_the_callers_own(backend: Backend, seeded: torch.Generator) -> None:
+    step = backend.bind(make_layer(seeded, "hybrid", [[90, 90]]))
+    outputs = []
+    for _ in range(2 * cpp.OUTPUTS + 2):  # allocated several at a time
+        query, key = torch.randn(1, 6, 1, 64, generator=seeded), torch.randn(1, 2, 1, 64, generator=seeded)
+        outputs.append(step(query, key, key)[0])
+    copies = [output.clone() for output in outputs]
+    outputs[0].zero_()
+    assert all(torch.equal(output, copy) for output, copy in zip(outputs[1:], copies[1:], strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_a_query_that_is_no_number_gives_no_number(

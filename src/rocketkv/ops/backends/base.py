@@ -64,6 +64,9 @@ class FusedStep(Protocol):
         Returns:
             `[B, Hq, 1, D]`, and the elements of keys, values and index that were read.
 
+        Accumulates in float32. With bfloat16 keys a backend may round the weights of the values to bfloat16, if it
+        normalises by the sum of the rounded ones.
+
         Reads, for each row and KV head that holds more than its `dense_lengths`, what its scoring reads and
         `2 * top_k * D`; for others, `2 * D` for each token.
         """

@@ -1,7 +1,7 @@
 """The CPU backend: kernels in C++ (csrc/), one library per instruction set."""
 
 import platform
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -12,7 +12,7 @@ from rocketkv.ops.backends.base import LayerTensors
 
 NAME = "cpp"
 MAX_HEAD_DIM = 256
-OUTPUTS = 16  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
+OUTPUTS = 8  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,7 +112,7 @@ class CppStep:
     def __init__(self, layer: LayerTensors) -> None:
         self._layer = layer  # keeps the buffers alive
         assert all(x.is_contiguous() for x in vars(layer).values() if isinstance(x, Tensor))
-        self._outputs: list[Tensor] = []
+        self._outputs = _spare_outputs((layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3]), layer.keys.dtype)
         bounds = layer.bounds
         self._native = library().Layer(
             dtype=_dtype(layer.keys.dtype),
@@ -145,10 +145,12 @@ class CppStep:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, int]:
         """See `FusedStep`."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        if not self._outputs:
+        try:
+            output = self._outputs.pop()
+        except IndexError:
             with torch.inference_mode(False):
-                self._outputs = list(torch.empty(OUTPUTS, *query.shape, dtype=query.dtype).unbind())
-        output = self._outputs.pop()
+                self._outputs += torch.empty(OUTPUTS, *query.shape, dtype=query.dtype).unbind()
+            output = self._outputs.pop()
         elements = self._native.decode(
             query.data_ptr(),
             key.data_ptr(),
@@ -158,6 +160,12 @@ class CppStep:
             torch.get_num_threads(),
         )
         return output, elements
+
+
+@lru_cache(maxsize=16)
+def _spare_outputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs not yet given away, which steps of one kind share: memory used a moment ago is warm."""
+    return []
 
 
 def library() -> ModuleType:

@@ -1,0 +1,128 @@
+// Which rows of the index one head's step reads, what each adds to the logits of its query heads, and fetching them.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cut.h"
+#include "kernels.h"
+#include "pages.h"
+
+namespace rocketkv {
+
+constexpr int kBlocksAhead = 2;  // of pages, between a prefetch and its use
+
+template <class T>
+struct Channels {
+  std::vector<int> places;         // of the rows in a block
+  std::vector<Factor<T>> weights;  // [G][rows, and one more if they are odd in number]
+  std::vector<float> scales;       // [G] factors on the sums
+
+  int count() const { return static_cast<int>(places.size()); }
+  int stride() const { return round_up(count(), 2); }
+
+  // RocketKV, section "Hybrid Sparse Attention", step 1; see hybrid_logits in ops/pages.py. query: [G][D].
+  void choose_largest(const Layer& layer, int64_t row, const T* query) {
+    const int head_dim = layer.head_dim, padded = round_up(head_dim, kPair), group = layer.num_heads / layer.num_kv_heads;
+    const int64_t wanted = layer.num_channels[row];
+    floats_.assign((group + 2) * padded, 0.0f);  // with whole pairs of channels, zeros beyond head_dim
+    float *sizes = floats_.data(), *sums = sizes + padded, *queries = sums + padded;
+    scales.resize(group);  // first all of the query's channels together
+    for (int g = 0; g < group; ++g) {
+      Vec all = {};
+      for (int c = 0; c < padded; c += kPair) {
+        Part<T> part(query + g * head_dim + c, std::min(kPair, head_dim - c));
+        Pair pair = in_order<T>(load_pair(part.numbers));
+        for (int half = 0; half < 2; ++half) {
+          Vec q = half == 0 ? pair.a : pair.b, size = rocketkv::abs(q);
+          int at = c + half * kWidth;
+          all += size;
+          store(queries + g * padded + at, q);
+          store(sizes + at, load<Vec>(sizes + at) + size);
+          store(sums + at, load<Vec>(sums + at) + q);
+        }
+      }
+      scales[g] = sum_lane(all);
+    }
+    auto num_above = [&](uint32_t bound) { return count_above(sizes, head_dim, bound); };
+    const uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= wanted; });
+    int64_t at_cut = wanted - num_above(cut);  // so many of those equal to the cut are taken
+    places.resize(wanted);
+    int r = 0;
+    for_each_from(cut, sizes, 0, head_dim, [&](int64_t c) {
+      if (order_bits(sizes[c]) > cut || at_cut-- > 0) places[r++] = static_cast<int>(c);
+    });
+    weights.resize(group * stride());
+    for (int g = 0; g < group; ++g) {
+      Factor<T>* weight = weights.data() + g * stride();
+      float chosen = 0.0f;
+      for (int i = 0; i < r; ++i) {
+        chosen += std::fabs(queries[g * padded + places[i]]);
+        weight[i] = to_factor(query[g * head_dim + places[i]]);
+      }
+      if (r < stride()) weight[r] = Factor<T>{};
+      float share = chosen / std::max(scales[g], 1e-30f);  // SparQ's temperature
+      scales[g] = layer.scale / std::max(std::sqrt(share), 1e-15f);
+    }
+    const bool has_minima = layer.pages.num_rows > head_dim;  // the maxima follow them
+    for (int& place : places) place = kBlockPages * (place + (has_minima && sums[place] > 0 ? head_dim : 0));
+  }
+
+  // Quest, section "Dynamically Estimating Token Criticality"; see bound_logits in ops/pages.py. query: [G][D].
+  void take_all(const Layer& layer, const T* query) {
+    const int head_dim = layer.head_dim, num_rows = layer.pages.num_rows, group = layer.num_heads / layer.num_kv_heads;
+    places.resize(num_rows);
+    weights.assign(group * stride(), Factor<T>{});
+    scales.assign(group, layer.scale);
+    for (int r = 0; r < num_rows; ++r) {
+      places[r] = r * kBlockPages;
+      for (int g = 0; g < group; ++g) {
+        T stored = query[g * head_dim + r % head_dim];
+        float q = to_float(stored);
+        bool is_read = num_rows == head_dim || (r < head_dim ? q < 0 : q > 0);  // minima if negative, maxima if positive
+        if (is_read) weights[g * stride() + r] = to_factor(stored);
+      }
+    }
+  }
+
+ private:
+  std::vector<float> floats_;
+};
+
+// What a thread's next head reads first, fetched little by little while the present one computes: the memory is idle then.
+template <class T>
+class Ahead {
+ public:
+  // The block of pages that the new token, in block `last`, goes into, and the first blocks that are scored.
+  void begin(const Layer& layer, int64_t head, const Channels<T>& channels, int64_t last) {
+    open_ = page_bounds<T>(layer.pages, head, last * kBlockPages);
+    open_left_ = layer.pages.num_rows;
+    block_ = page_bounds<T>(layer.pages, head, 0);
+    blocks_left_ = std::min<int64_t>(kBlocksAhead, last + 1);
+    block_size_ = layer.pages.num_rows * kBlockPages;
+    channels_ = &channels;
+    row_ = 0;
+  }
+
+  // At most `num_rows` more.
+  void fetch(int num_rows) {
+    for (; num_rows > 0 && blocks_left_ > 0; --num_rows) {
+      prefetch(block_ + channels_->places[row_], kBlockPages * sizeof(T));
+      if (++row_ < channels_->count()) continue;
+      row_ = 0;
+      block_ += block_size_;
+      --blocks_left_;
+    }
+    for (; num_rows > 0 && open_left_ > 0; --num_rows) prefetch(open_ + --open_left_ * kBlockPages, kBlockPages * sizeof(T));
+  }
+  void fetch_all() { fetch(std::numeric_limits<int>::max()); }
+
+ private:
+  const T *open_ = nullptr, *block_ = nullptr;
+  int64_t block_size_ = 0;
+  int open_left_ = 0, blocks_left_ = 0, row_ = 0;  // rows of the open block, blocks
+  const Channels<T>* channels_ = nullptr;
+};
+
+}  // namespace rocketkv
