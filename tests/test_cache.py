@@ -43,11 +43,11 @@ def test_append_keeps_every_rows_tokens_in_order(chunks: list[tuple[int, list[in
 
 def test_append_rarely_allocates() -> None:
     store = RaggedTokens.empty_like([torch.empty(1, 1, 0, 8)])
-    pointers = set()
+    capacities = set()
     for _ in range(1000):
         store.append(torch.zeros(1, 1, 1, 8))
-        pointers.add(store.fields[0].data_ptr())
-    assert len(pointers) < 20
+        capacities.add(store.fields[0].shape[2])
+    assert len(capacities) <= 20
 
 
 def test_keep_takes_each_heads_tokens_in_order(seeded: torch.Generator) -> None:

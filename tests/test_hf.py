@@ -325,6 +325,53 @@ def test_a_fork_of_a_shared_prefill_gives_the_same_tokens() -> None:
         assert torch.equal(generate(model, ids, past_key_values=shared.fork(COMPRESSED_MT)), alone)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_fork_with_kept_queries_decodes_at_once(name: str) -> None:
+    model = enable(tiny_model(name))
+    ids, _ = prompts(200)
+    dense = RocketKVConfig(
+        dense_below=0, token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense", window_size=8
+    )
+    shared = RocketKVCache(model.config, dense, keep_queries=8)
+    with torch.inference_mode():
+        first = model(input_ids=ids, past_key_values=shared).logits[:, -1].argmax(-1)
+        for config in (COMPRESSED, COMPRESSED_MT):
+            alone = RocketKVCache(model.config, config)
+            assert torch.equal(model(input_ids=ids, past_key_values=alone).logits[:, -1].argmax(-1), first)
+            fork, token = shared.fork(config), first[:, None]
+            for _ in range(10):
+                logits = [model(input_ids=token, past_key_values=cache).logits for cache in (fork, alone)]
+                assert torch.equal(*logits)
+                token = logits[0].argmax(-1)
+
+
+def test_a_copy_of_a_cache_goes_its_own_way() -> None:
+    model = enable(tiny_model("gemma3"))
+    ids, _ = prompts(200)
+    for config in (COMPRESSED, COMPRESSED_MT):
+        cache = RocketKVCache(model.config, config)
+        generate(model, ids, past_key_values=cache, new=3)
+        following, _ = prompts(220, seed=1)
+        following[:, :200] = ids
+        copies = [cache.copy(), cache.copy()]
+        answers = [generate(model, following, past_key_values=c) for c in copies]
+        assert torch.equal(*answers)
+        assert cache.get_seq_length() == 202
+        assert torch.equal(generate(model, following, past_key_values=cache), answers[0])
+
+
+def test_a_turn_that_ended_may_be_followed_by_another() -> None:
+    model = enable(tiny_model("llama"))
+    ids, _ = prompts(200)
+    cache = RocketKVCache(model.config, COMPRESSED)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache)
+        cache.end_turn()
+        model(input_ids=ids[:, :5], past_key_values=cache)  # no warning of chunks, which would be an error here
+        with pytest.warns(UserWarning, match="a second prompt before any token was decoded"):
+            model(input_ids=ids[:, :5], past_key_values=cache)
+
+
 # Memory
 
 

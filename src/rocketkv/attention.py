@@ -7,7 +7,8 @@ decode:  append -> stage 2 scores the kept tokens cheaply -> exact attention to 
 in plain torch, which any selection method, device and dtype can take and to which every backend is held.
 """
 
-from copy import deepcopy
+from copy import copy, deepcopy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +21,28 @@ from rocketkv.ops.backends import FusedStep, LayerTensors, find_backend
 from rocketkv.plan import SelectionPlan, plan_eviction, plan_outgrown, plan_prefilled, select_plan_rows
 
 
+class _Observed(NamedTuple):
+    """What stage 1 looks at, kept of the last prefill so that a fork can run it later."""
+
+    query: Tensor  # [B, Hq, W, D], the last queries
+    num_queries: Tensor  # [B] int64, how many of them are real, the last ones
+    scale: float
+    is_first: bool  # whether nothing came before that prefill
+
+
 class LayerCache:
     """The KV cache of one attention layer and the attention over it, compressed in two stages.
 
     RocketKV (arXiv:2502.14051), sections "SnapKV with GQA support", "Hybrid Sparse Attention" and "RocketKV-MT". Rows
     of a batch may differ in length; each is treated as it would be alone.
 
+    Args:
+        config: how it compresses.
+        keep_queries: last queries of each prefill to keep for `fork`, in `multi_turn` only; 0: none.
+
     Attributes:
         config: how it compresses.
+        keep_queries: as given.
         eviction: stage 1.
         selection: stage 2.
         working: what decode chooses from, with its index and archive; None before the first prefill.
@@ -37,8 +52,9 @@ class LayerCache:
         read_bytes: bytes of index, keys and values that the last decode step had to read, all rows and heads.
     """
 
-    def __init__(self, config: RocketKVConfig) -> None:
+    def __init__(self, config: RocketKVConfig, keep_queries: int = 0) -> None:
         self.config = config
+        self.keep_queries = keep_queries
         self.eviction = config.eviction_policy()
         self.selection = config.selection_method()
         self.reset()
@@ -50,6 +66,7 @@ class LayerCache:
         self.num_seen = 0
         self.just_prefilled = False
         self.read_bytes = 0
+        self._observed: _Observed | None = None
         self._fused: FusedStep | None = None  # over the buffers as they are; None: to be bound, or there is no backend
         self._fused_room = 0  # steps until a buffer has to grow or the plan to change
         self._fused_kind: tuple[object, ...] = ()  # of tensors and scale that it was made for
@@ -81,7 +98,7 @@ class LayerCache:
         num_queries = torch.full((key.shape[0],), key.shape[2], device=key.device)
         num_queries = num_queries if padding is None else num_queries - padding
         working = self.working or WorkingSet(key, archived=self.config.mode == "multi_turn")
-        is_first = self.working is None and padding is None
+        is_first = self.working is None
 
         tokens = working.append_prompt(key, value, padding)
         self.working = working
@@ -89,13 +106,13 @@ class LayerCache:
         self.just_prefilled = True
         self._fused_room = 0
         keys, values, _ = tokens.views()
-        lengths = None if is_first else tokens.lengths
+        lengths = None if is_first and padding is None else tokens.lengths
         output = ops.prefill_densely(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
         working.keep(tokens, self._evict(query, keys, tokens.lengths, num_queries, scale), self.config.new_tokens)
-        self.plan = plan_prefilled(
-            self.config, self.selection, seen=working.row_seen, held=working.lengths, head_dim=key.shape[3]
-        )
-        self._prepare(working, self.plan)
+        self._plan(working)
+        if self.keep_queries and working.archive is not None:
+            last = query[:, :, -self.keep_queries :].clone()
+            self._observed = _Observed(last, num_queries.clamp(max=self.keep_queries), scale, is_first)
         return output
 
     def adopt(self, keys: Tensor, values: Tensor, *, num_seen: int) -> None:
@@ -118,19 +135,26 @@ class LayerCache:
         working.seen = torch.full_like(working.seen, num_seen)
         self.num_seen = num_seen
         self.just_prefilled = True
-        self.plan = plan_prefilled(
-            self.config, self.selection, seen=working.row_seen, held=working.lengths, head_dim=keys.shape[3]
-        )
-        self._prepare(working, self.plan)
+        self._plan(working)
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend one new token per row to the best of what is held, or to all of it where that fits in the budget.
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        attended: Tensor | None = None,
+    ) -> Tensor:
+        """Attend one new token per row to the best of what is held, or to all of it where that takes no longer.
 
         Args:
             query: `[B, Hq, 1, D]` float, after RoPE.
             key: `[B, Hkv, 1, D]` in the dtype of `query`, after RoPE.
             value: like `key`.
             scale: factor on the dot products; None: 1 / sqrt(D).
+            attended: `[B, Hkv, N]` bool, N more than any row has seen; set to True at the positions of the tokens that
+                were attended to, to False elsewhere. None: not asked for.
 
         Returns:
             `[B, Hq, 1, D]`.
@@ -160,15 +184,27 @@ class LayerCache:
         plan.steps_left -= 1
         if self._fused is None:
             self._fused_room = 0
-            return self._decode_by_reference(query, key, value, working, plan, scale)
+            return self._decode_by_reference(query, key, value, working, plan, scale, attended)
         self._fused_room -= 1
-        output, elements = self._fused(query, key, value)
+        places = None
+        if attended is not None:
+            places = torch.full_like(working.tokens.fields[-1], -1)
+        output, elements = self._fused(query, key, value, places)
         working.count_appended()
+        if attended is not None and places is not None:
+            working.mark(attended, places.long())
         self.read_bytes = elements * key.element_size()
         return output
 
     def _decode_by_reference(
-        self, query: Tensor, key: Tensor, value: Tensor, working: WorkingSet, plan: SelectionPlan, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        working: WorkingSet,
+        plan: SelectionPlan,
+        scale: float,
+        attended: Tensor | None,
     ) -> Tensor:
         """The decode step in plain torch."""
         working.append(key, value)
@@ -181,6 +217,8 @@ class LayerCache:
             keys, values = working.keys_and_values()
             self.read_bytes = int(lengths.sum()) * 2 * working.key_bytes
             ragged = lengths if working.tokens.is_ragged else None
+            if attended is not None:
+                working.mark(attended, _first(lengths, working.max_length))
             return ops.decode_densely(query, keys, values, lengths=ragged, scale=scale)
         counts = lengths.where(lengths <= plan.dense_lengths[:, None], plan.top_k[:, None])
         chosen = ops.choose_tokens(
@@ -191,6 +229,8 @@ class LayerCache:
             recents=plan.recents,
         )
         self.read_bytes = self._count_read_bytes(lengths, plan, key)
+        if attended is not None:
+            working.mark(attended, chosen.where(_first(counts.minimum(lengths), chosen.shape[2]) >= 0, -1))
         keys, values, slots = working.locate(chosen)
         return ops.decode_sparsely(query, keys, values, slots=slots, counts=counts, scale=scale)
 
@@ -239,21 +279,61 @@ class LayerCache:
         working, plan = self._prefilled()
         working.select_rows(rows)
         self._fused_room = 0
+        if self._observed is not None:
+            query, num_queries = (x[rows] for x in self._observed[:2])
+            self._observed = self._observed._replace(query=query, num_queries=num_queries)
         self.plan = select_plan_rows(self.config, plan, rows.tolist(), working.lengths)
 
+    def copy(self) -> "LayerCache":
+        """An independent cache in the same state."""
+        copied = copy(self)
+        with torch.inference_mode(False):
+            copied.working, copied.plan = deepcopy(self.working), deepcopy(self.plan)
+        copied._fused, copied._fused_room = None, 0
+        return copied
+
     def fork(self, config: RocketKVConfig) -> "LayerCache":
-        """A cache with a copy of this archive that compresses as `config` says from its next prefill on.
+        """A cache with the same past that compresses as `config` says; this one stays as it is.
+
+        Right after a prefill whose last queries were kept (`keep_queries`), the fork has run stage 1 with them and is
+        ready to decode: it is, to the bit, a cache that took in all of the past itself, the last prefill as one of its
+        own. Without them it starts from its next prefill on, as the next turn of what it has seen.
 
         Raises:
-            InputError: one of the two is not `multi_turn`, so that there is no archive.
+            InputError: this cache is not `multi_turn`, so that there is no archive; too few queries were kept for
+                `config`; or a `single_turn` fork has none, or would have evicted at an earlier prefill.
         """
-        if self.config.mode != "multi_turn" or config.mode != "multi_turn":
-            raise InputError(
-                f"a {self.config.mode} cache cannot be forked into a {config.mode} one; set mode='multi_turn' in both."
-            )
-        forked = LayerCache(config)
-        forked.working = deepcopy(self.working)
+        if self.config.mode != "multi_turn":
+            raise InputError("a single_turn cache has evicted what a fork would need; set mode='multi_turn' in it.")
+        forked = LayerCache(config, self.keep_queries)
+        if self.working is None:
+            return forked
+        observed = self._observed if self.just_prefilled else None
+        working = forked.working = self.working.fork(archived=config.mode == "multi_turn")
         forked.num_seen = self.num_seen
+        if observed is None and working.archive is None:
+            raise InputError(
+                "a single_turn fork needs the last queries of a prefill; make the cache with keep_queries and fork it "
+                "before anything is decoded."
+            )
+        if observed is None:
+            return forked
+        if config.window_size > self.keep_queries:
+            raise InputError(
+                f"window_size={config.window_size} is more than the keep_queries={self.keep_queries} of the cache; "
+                "make it with as many."
+            )
+        tokens = self.working.every_token()
+        query, num_queries, scale, is_first = observed
+        mask = forked._evict(query, tokens.fields[0], tokens.lengths, num_queries, scale)
+        if mask is not None and working.archive is None and not is_first:
+            raise InputError(
+                "a single_turn fork would have evicted at an earlier prefill already; fork it after the first one."
+            )
+        working.keep(tokens, mask, config.new_tokens)
+        forked._plan(working)
+        forked.just_prefilled = True
+        forked._observed = None if working.archive is None else observed
         return forked
 
     def _evict(self, query: Tensor, keys: Tensor, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor | None:
@@ -277,6 +357,13 @@ class LayerCache:
         if not bool(mask.any(2).all()):
             raise InputError(f"{type(self.eviction).__name__}.keep left a row without tokens; keep one at least.")
         return mask
+
+    def _plan(self, working: WorkingSet) -> None:
+        """Plan how decode spends the budget on what stage 1 has left, and make ready for it."""
+        self.plan = plan_prefilled(
+            self.config, self.selection, seen=working.row_seen, held=working.lengths, head_dim=working.head_dim
+        )
+        self._prepare(working, self.plan)
 
     def _prepare(self, working: WorkingSet, plan: SelectionPlan) -> SelectionPlan:
         """Make everything ready for one more token: the plan, room, and the index once there is anything to select."""
@@ -378,6 +465,12 @@ class LayerCache:
                 f"{key.shape[0]} in all, from 0 to {key.shape[2] - 1}."
             )
         return padding if bool(padding.any()) else None
+
+
+def _first(counts: Tensor, width: int) -> Tensor:
+    """Places 0, 1, ... up to `counts` (`[B, Hkv]` int64), `[B, Hkv, width]` int64; -1 in the columns beyond."""
+    places = torch.arange(width, device=counts.device).expand(*counts.shape, width)
+    return places.where(places < counts[..., None], -1)
 
 
 def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:

@@ -260,15 +260,13 @@ class WorkingSet:
         Returns:
             All that the turn may see, fields `keys, values, positions`: the archive, or what is left and what is new.
         """
-        batch, num_kv_heads, num_new, _ = key.shape
+        num_new = key.shape[2]
         counts = None if padding is None else num_new - padding
         new = [align_left(key, padding), align_left(value, padding), self._next_positions(num_new, key)]
         self.seen = self.seen + (num_new if counts is None else counts)
         if self.archive is not None:
             self.archive.append(*new[:2], counts=counts)
-            every = torch.arange(self.archive.max_length, dtype=torch.int32, device=key.device)
-            fields = [*self.archive.views(), every.expand(batch, num_kv_heads, -1)]
-            return RaggedTokens(fields, self.archive.lengths, self.archive.max_length, self.archive.is_ragged)
+            return self.every_token()
         if self.tokens.max_length > 0:
             self.tokens.append(*new, counts=counts)
             return self.tokens
@@ -284,6 +282,32 @@ class WorkingSet:
         self.tokens = tokens.keep(mask, new_tokens)
         self.is_whole = mask is None
         self.index = None
+
+    def every_token(self) -> RaggedTokens:
+        """All that was ever seen, fields `keys, values, positions`; there must be an archive."""
+        assert self.archive is not None
+        every = torch.arange(self.archive.max_length, dtype=torch.int32, device=self.seen.device)
+        fields = [*self.archive.views(), every.expand(*self.archive.lengths.shape, -1)]
+        return RaggedTokens(fields, self.archive.lengths, self.archive.max_length, self.archive.is_ragged)
+
+    def fork(self, *, archived: bool) -> "WorkingSet":
+        """The same past, with a copy of the archive if `archived`, and nothing to choose from until `keep`."""
+        assert self.archive is not None
+        forked = WorkingSet(self.archive.fields[0], archived=archived)
+        forked.seen = self.seen.clone()
+        if archived:
+            forked.archive = self.archive.keep(None)
+        return forked
+
+    def mark(self, mask: Tensor, places: Tensor) -> None:
+        """Set `mask` (`[B, Hkv, N]` bool) to True at the positions of tokens of the working set, to False elsewhere.
+
+        Args:
+            mask: N more than any position.
+            places: `[B, Hkv, K]` int64, places in the working set, the first one within the lengths; -1: none.
+        """
+        places = places.where(places >= 0, places[..., :1])
+        mask.zero_().scatter_(2, take_tokens(self.positions, places), True)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add one token per row to working set, index and archive: `key`, `value` `[B, Hkv, 1, D]`."""

@@ -7,7 +7,8 @@ global: a model without a `RocketKVCache` among its arguments computes exactly w
 """
 
 import warnings
-from copy import deepcopy
+from collections.abc import Sequence
+from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +45,9 @@ class RocketKVLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: RocketKVConfig, window: int | None = None) -> None:
+    def __init__(self, cache: LayerCache, window: int | None = None) -> None:
         super().__init__()
-        self.cache = LayerCache(config)
+        self.cache = cache
         self.window = window  # of a sliding-window layer whose window covers the model's whole context
         self.call: Call | None = None  # set by the hook, taken by the attention function
         self.seen_mask: Tensor | None = None  # the mask of the last call, to tell when a later one contradicts it
@@ -81,6 +82,16 @@ class RocketKVLayer(CacheLayerMixin):
             output = take_columns(output, order.argsort(1))
         self.call = None  # only now: a call that is left tells of a pass that broke off
         return output
+
+    def end_turn(self) -> None:
+        """Let the next prompt be a turn of its own; see `RocketKVCache.end_turn`."""
+        self.cache.just_prefilled = False
+
+    def copy(self) -> "RocketKVLayer":
+        """An independent layer in the same state."""
+        copied = copy(self)
+        copied.cache = self.cache.copy()
+        return copied
 
     def get_seq_length(self) -> int:
         """Columns seen, padding included: what positions and masks of transformers count in."""
@@ -155,17 +166,19 @@ class RocketKVCache(DynamicCache):
     Args:
         config: the model's configuration, `model.config`.
         rocketkv_config: how to compress.
+        keep_queries: last queries of each prompt to keep for `fork`, in `multi_turn` only; 0: none.
 
     Raises:
         UnsupportedError: the architecture does not fit.
     """
 
-    def __init__(self, config: PreTrainedConfig, rocketkv_config: RocketKVConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, rocketkv_config: RocketKVConfig, *, keep_queries: int = 0) -> None:
         _check_architecture(config, config.model_type)
         super().__init__(config=config)
         self.model_config = config
         self.config = rocketkv_config
-        self.layers[:] = [_compressed(layer, config, rocketkv_config) for layer in self.layers]
+        self.keep_queries = keep_queries
+        self.layers[:] = [_compressed(layer, config, rocketkv_config, keep_queries) for layer in self.layers]
 
     @property
     def compressed_layers(self) -> list[RocketKVLayer]:
@@ -178,17 +191,32 @@ class RocketKVCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything, sliding-window layers included (some versions of transformers only zero those)."""
-        self.layers[:] = RocketKVCache(self.model_config, self.config).layers
+        self.layers[:] = RocketKVCache(self.model_config, self.config, keep_queries=self.keep_queries).layers
+
+    def copy(self) -> "RocketKVCache":
+        """An independent cache in the same state."""
+        copied = RocketKVCache(self.model_config, self.config, keep_queries=self.keep_queries)
+        copied.layers[:] = [
+            layer.copy() if isinstance(layer, RocketKVLayer) else deepcopy(layer) for layer in self.layers
+        ]
+        return copied
+
+    def end_turn(self) -> None:
+        """Say that the next prompt is a turn of its own, though nothing was decoded since the last one."""
+        for layer in self.compressed_layers:
+            layer.end_turn()
 
     def fork(self, rocketkv_config: RocketKVConfig) -> "RocketKVCache":
-        """A cache with the same past that compresses as `rocketkv_config` says from its next turn on.
+        """A cache with the same past that compresses as `rocketkv_config` says; this one stays as it is.
 
-        One prefill of a long text can so serve many questions and many ways to compress.
+        One prefill of a long text can so serve many questions and many ways to compress. Right after a prompt whose
+        last queries were kept (`keep_queries`) the fork is ready to decode, as if it had taken in the prompt itself;
+        else it starts with its next prompt. See `LayerCache.fork`.
 
         Raises:
-            InputError: one of the two is not `multi_turn`.
+            InputError: this cache is not `multi_turn`, or the fork would need queries that were not kept.
         """
-        forked = RocketKVCache(self.model_config, rocketkv_config)
+        forked = RocketKVCache(self.model_config, rocketkv_config, keep_queries=self.keep_queries)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RocketKVLayer):
                 forked.layers[i].cache = layer.cache.fork(rocketkv_config)
@@ -268,7 +296,7 @@ class RocketKVCache(DynamicCache):
 def cache_stats(cache: DynamicCache) -> CacheStats:
     """What a `RocketKVCache`, or for comparison transformers' own dynamic cache, holds and reads."""
     return CacheStats(
-        [layer.stats() if isinstance(layer, RocketKVLayer) else _plain_stats(layer) for layer in cache.layers]
+        [layer.stats() if isinstance(layer, RocketKVLayer) else plain_stats(layer) for layer in cache.layers]
     )
 
 
@@ -280,6 +308,13 @@ def head_dims(config: PreTrainedConfig) -> list[int]:
         getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         for layer in (layers or [text] * text.num_hidden_layers)
     ]
+
+
+def join_rows(layers: Sequence[DynamicLayer]) -> DynamicLayer:
+    """A layer of transformers' own with the rows of several that have seen equally many columns; they stay as is."""
+    joined = copy(layers[0])
+    joined.keys, joined.values = (torch.cat([getattr(x, name) for x in layers]) for name in ("keys", "values"))
+    return joined
 
 
 def take_columns(tokens: Tensor, order: Tensor) -> Tensor:
@@ -371,11 +406,13 @@ def _is_full(layer: DynamicLayer, config: PreTrainedConfig) -> bool:
     return type(layer) is DynamicLayer or layer.sliding_window >= config.max_position_embeddings
 
 
-def _compressed(layer: DynamicLayer, config: PreTrainedConfig, rocketkv_config: RocketKVConfig) -> Any:
+def _compressed(
+    layer: DynamicLayer, config: PreTrainedConfig, rocketkv_config: RocketKVConfig, keep_queries: int
+) -> Any:
     """The layer to use in place of one of transformers' own: a compressed one if it attends to everything."""
     if not _is_full(layer, config.get_text_config(decoder=True)):
         return layer
-    return RocketKVLayer(rocketkv_config, window=getattr(layer, "sliding_window", None))
+    return RocketKVLayer(LayerCache(rocketkv_config, keep_queries), window=getattr(layer, "sliding_window", None))
 
 
 def before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -470,9 +507,9 @@ def _mask(*args: Any, kv_length: int, **kwargs: Any) -> Tensor | None:
     return None if kv_length == 0 else sdpa_mask(*args, kv_length=kv_length, **kwargs)
 
 
-def _plain_stats(layer: DynamicLayer) -> LayerStats:
-    """A layer of transformers' own: held and read whole, as in a full cache."""
+def plain_stats(layer: DynamicLayer, rows: int = 1) -> LayerStats:
+    """A layer of transformers' own, or one of its `rows`: held and read whole, as in a full cache."""
     if not layer.is_initialized:
         return LayerStats()
-    num_bytes = layer.keys.nbytes + layer.values.nbytes
+    num_bytes = (layer.keys.nbytes + layer.values.nbytes) // rows
     return LayerStats(layer.get_seq_length(), layer.keys.shape[2], num_bytes, num_bytes, num_bytes, num_bytes)

@@ -55,7 +55,15 @@ class NoAttention(LayerCache):
         super().__init__(sparse_config(256))
         self.num_seen = num_seen
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        attended: Tensor | None = None,
+    ) -> Tensor:
         """Zeros in the shape of `query`."""
         self.num_seen += 1
         return torch.zeros_like(query)

@@ -1,49 +1,17 @@
-"""The machine that a measurement ran on: what it is, how fast it reads memory, and how much of it is left."""
+"""The memory of the machine that a measurement runs on: how fast it is read, and how much of it is left."""
 
 import os
-import platform
 import resource
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-import rocketkv
 from rocketkv.bench.timing import timed
 from rocketkv.errors import InputError
-from rocketkv.ops.backends import cpp
+from rocketkv.machine import last_level_cache_bytes
 
 READ_BYTES = 512 * 2**20  # read at once to measure bandwidth, at least
-
-
-def describe_machine() -> dict[str, object]:
-    """The processor and the memory; nothing that names the machine."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "last_level_cache_bytes": last_level_cache_bytes(),
-    }
-
-
-def describe_versions() -> dict[str, str]:
-    """What the measurement ran with."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "rocketkv": rocketkv.__version__,
-        "instruction_set": cpp.instruction_set(),
-    }
-
-
-def last_level_cache_bytes() -> int:
-    """The largest cache that the first core reaches; 32 MiB where the system does not tell."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 2**10, "M": 2**20}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)
 
 
 class MemoryRead:
@@ -109,10 +77,3 @@ def peak_rss_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

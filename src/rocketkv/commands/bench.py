@@ -70,7 +70,7 @@ class Sweep:
 
     def report(self, benchmark: str, rows: list[dict[str, object]], **more: Any) -> None:
         """Print the result and draw it."""
-        from rocketkv.bench.machine import describe_machine, describe_versions
+        from rocketkv.machine import describe_machine, describe_versions
 
         result: dict[str, Any] = {
             "benchmark": benchmark,

@@ -1,15 +1,162 @@
 """The commands of `rocketkv eval`."""
 
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 
 from rocketkv.commands.options import Dtype, Model, TokenBudget, Weights, numbers
-from rocketkv.commands.terminal import lasting_bar, load_model, out, read_text
+from rocketkv.commands.terminal import err, lasting_bar, load_model, out, read_text
 from rocketkv.errors import InputError
+
+if TYPE_CHECKING:
+    from rocketkv.eval.records import Shard
+
+FIDELITY = "fidelity"  # the suite without questions
+PARITIES = ("rocketkv",)  # whose published settings a suite can follow
+Folder = Annotated[Path, typer.Option("--out", help="Folder for the results; a run into it goes on where one stopped.")]
+
+
+def run(
+    suite: Annotated[str, typer.Option(help="niah, ruler, longbench, scbench, qa or fidelity.")],
+    folder: Folder,
+    model: Model = "smollm2",
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,rocketkv",
+    budgets: Annotated[str, typer.Option(help="Token budgets, separated by commas.")] = "256",
+    lengths: Annotated[str | None, typer.Option(help="Lengths, separated by commas; default: the suite's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples per task and length; default: all.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, separated by commas; default: all.")] = None,
+    data: Annotated[Path | None, typer.Option(help="File or folder with the suite's data.")] = None,
+    haystack: Annotated[Path | None, typer.Option(help="Prose to hide things in; default: Python's help.")] = None,
+    parity: Annotated[str | None, typer.Option(help="rocketkv: everything as published, to the letter.")] = None,
+    mode: Annotated[str, typer.Option(help="multi_turn or multi_request, of samples with several.")] = "multi_turn",
+    shard: Annotated[str, typer.Option(help="i/n: only every n-th sample, from the i-th on.")] = "1/1",
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 42,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a text at most, its middle left out; default: what fits.")
+    ] = None,
+    dtype: Dtype = "auto",
+    weights: Weights = None,
+) -> None:
+    """Let methods answer the samples of a suite, one prefill for all of them.
+
+    Exits with 1 if some samples could not be evaluated; they are named in OUT/faults.jsonl.
+    """
+    from rocketkv.eval import fidelity, runner
+    from rocketkv.eval.dialogue import MODES
+    from rocketkv.eval.haystack import default_text
+    from rocketkv.eval.methods import make_arms
+    from rocketkv.eval.passages import find_passages
+    from rocketkv.eval.records import Journal
+    from rocketkv.eval.suites import find_suite
+    from rocketkv.eval.suites.base import Request
+    from rocketkv.machine import describe_machine, describe_versions
+
+    if mode not in MODES:
+        raise InputError(f"mode={mode!r} does not exist; choose from {', '.join(MODES)}.")
+    if parity is not None and parity not in PARITIES:
+        raise InputError(f"parity={parity!r} does not exist; choose from {', '.join(PARITIES)}.")
+    if data is not None and not data.exists():
+        raise InputError(f"there is no {data}; give the path of a file or folder with the suite's data.")
+    arms = make_arms(methods.split(","), numbers("budgets", budgets))
+    part = _shard(shard)
+    chosen = None if suite == FIDELITY else find_suite(suite)
+    text = default_text() if haystack is None else read_text(haystack)
+    length_list = [] if lengths is None else numbers("lengths", lengths)
+    settings = {
+        "suite": suite,
+        "model": model,
+        "dtype": dtype,
+        "weights": weights,
+        "data": None if data is None else data.name,
+        "haystack": sha256(text.encode()).hexdigest()[:12],
+        "parity": parity,
+        "mode": mode,
+        "seed": seed,
+        "max_length": max_length,
+    }
+    journal = Journal(
+        folder,
+        settings,
+        part,
+        facts={"machine": describe_machine(), "versions": describe_versions()},
+        command=shlex.join(["rocketkv", *sys.argv[1:]]),
+    )
+    with journal:
+        loaded = load_model(model, dtype, weights)
+        request = Request(
+            tokenizer=loaded.tokenizer,
+            tasks=[] if tasks is None else tasks.split(","),
+            lengths=length_list,
+            num_samples=samples,
+            seed=seed,
+            data=data,
+            haystack=text,
+            parity=parity is not None,
+            mode=mode,
+        )
+        with lasting_bar() as progress:
+            task = progress.add_task(suite, total=None)
+
+            def on_progress(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            if chosen is None:
+                passages = list(find_passages(request, loaded.context_length))
+                fidelity.run(loaded, passages[part.index - 1 :: part.count], arms, journal, on_progress)
+            else:
+                runner.run(loaded, runner.Plan(chosen, request, arms, max_length, part), journal, on_progress)
+    _summarize(journal.records)
+    if journal.faults:
+        err.print(f"{journal.faults} samples could not be evaluated; see {folder / f'faults{part.suffix}.jsonl'}.")
+        raise typer.Exit(1)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="What `rocketkv eval run` was given as --out.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the report and its plots.")] = Path("report"),
+) -> None:
+    """Write one report of several runs: tables, intervals, plots, as Markdown and as one HTML file."""
+    from rocketkv.eval.report import write_report
+
+    for path in write_report(folders, folder):
+        out.print(str(path), soft_wrap=True)
+
+
+def _shard(text: str) -> "Shard":
+    """Two numbers as in 2/3."""
+    from rocketkv.eval.records import Shard
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise InputError(f"shard={text!r} is no part of a whole; give i/n with i from 1 to n, as in 1/3.")
+    return Shard(int(index), int(count))
+
+
+def _summarize(records: Sequence[Mapping[str, Any]]) -> None:
+    """A short table, and what one prefill for all methods saved."""
+    groups: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["method"], record["token_budget"]), []).append(record)
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("method", "budget", "score", "agrees with full", "n"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for (method, budget), group in groups.items():
+        score = sum(record["scores"]["score"] for record in group) / len(group)
+        agreeing = [record["agrees"] for record in group if record["agrees"] is not None]
+        share = f"{sum(agreeing) / len(agreeing):.0%}" if agreeing else ""
+        table.add_row(method, "" if budget is None else str(budget), f"{100 * score:.1f}", share, str(len(group)))
+    out.print(table)
+    alone = sum(record["prefill_s"] for record in records)
+    spent = sum(record["prefill_s"] / record["rows"] for record in records)
+    out.print(f"prefill took {spent:.0f} s; for each method on its own it would have taken {alone:.0f} s.")
+
 
 Text = Annotated[Path | None, typer.Option(help="Prose to hide facts in; default: Python's help topics.")]
 

@@ -1,0 +1,74 @@
+"""What the runner asks of a suite."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from rocketkv.eval.rows import Fault, Sample
+
+__all__ = ["Fault", "Request", "Suite"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What samples are wanted.
+
+    Attributes:
+        tokenizer: of the model, for lengths in tokens.
+        tasks: of the suite; empty: all of them.
+        lengths: of the context, in tokens; empty: the suite's own. Suites whose data has its own lengths ignore them.
+        num_samples: per task and length (and depth); None: as many as the suite publishes, or the data has.
+        seed: of everything drawn at random.
+        data: a file or a folder; None: what the suite can generate by itself.
+        haystack: prose to hide things in.
+        parity: exactly as published, not as we would have it.
+        mode: of the suites whose samples have several turns: `multi_turn`, each turn follows the one before, or
+            `multi_request`, each turn follows the context.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    num_samples: int | None
+    seed: int
+    data: Path | None
+    haystack: str
+    parity: bool
+    mode: str = "multi_turn"
+
+
+class Suite(Protocol):
+    """A file of this folder.
+
+    Attributes:
+        name: as `--suite` takes it.
+        tasks: all task names, in the suite's own order.
+    """
+
+    name: str
+    tasks: Sequence[str]
+
+    def samples(self, request: Request) -> Iterator[Sample | Fault]:
+        """Make or read samples, the same at every call with the same request.
+
+        Raises:
+            InputError: the request makes no sense: an unknown task, data that is missing or is no file of this suite.
+        """
+        ...
+
+    def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
+        """Judge the answer to one turn.
+
+        Args:
+            sample: as `samples` made it.
+            turn: index into `sample.turns`.
+            prediction: the generated text without special tokens and without the answer prefix.
+
+        Returns:
+            `score`, from 0 to 1, and further figures by name where a suite has them (`released`, as its released
+            scorer would count).
+        """
+        ...

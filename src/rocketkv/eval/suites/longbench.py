@@ -1,0 +1,134 @@
+"""LongBench v1: 21 sets of real texts, of which the 16 English ones are the default.
+
+Source: Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding"; prompts, lengths,
+chat template or not, and metrics as in THUDM/LongBench. Cutting a prompt's middle out where it is too long is the
+runner's business.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from rocketkv.errors import InputError
+from rocketkv.eval import metrics
+from rocketkv.eval.files import DataFile, find_files
+from rocketkv.eval.rows import BrokenRowError, Fault, Sample, Turn, make_samples, take, take_texts
+from rocketkv.eval.suites.base import Request
+from rocketkv.eval.suites.longbench_prompts import PROMPTS
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a set is asked and scored.
+
+    Attributes:
+        metric: of a prediction and an answer, and of the class names for classification; the best answer counts.
+        max_new_tokens: tokens to generate at most.
+        chat: whether the prompt goes through the chat template; few-shot prompts and code do not.
+        first_line: whether only the prediction's first line counts.
+        packages: what the metric needs.
+    """
+
+    metric: Callable[..., float]
+    max_new_tokens: int
+    chat: bool = True
+    first_line: bool = False
+    packages: tuple[str, ...] = ()
+
+
+_ROUGE, _JIEBA = ("rouge",), ("jieba",)
+
+TASKS = {
+    "narrativeqa": Task(metrics.qa_f1, 128),
+    "qasper": Task(metrics.qa_f1, 128),
+    "multifieldqa_en": Task(metrics.qa_f1, 64),
+    "multifieldqa_zh": Task(metrics.qa_f1_chinese, 64, packages=_JIEBA),
+    "hotpotqa": Task(metrics.qa_f1, 32),
+    "2wikimqa": Task(metrics.qa_f1, 32),
+    "musique": Task(metrics.qa_f1, 32),
+    "dureader": Task(metrics.rouge_l_chinese, 128, packages=_ROUGE + _JIEBA),
+    "gov_report": Task(metrics.rouge_l, 512, packages=_ROUGE),
+    "qmsum": Task(metrics.rouge_l, 512, packages=_ROUGE),
+    "multi_news": Task(metrics.rouge_l, 512, packages=_ROUGE),
+    "vcsum": Task(metrics.rouge_l_chinese, 512, packages=_ROUGE + _JIEBA),
+    "trec": Task(metrics.classification, 64, chat=False, first_line=True),
+    "triviaqa": Task(metrics.qa_f1, 32, chat=False, first_line=True),
+    "samsum": Task(metrics.rouge_l, 128, chat=False, first_line=True, packages=_ROUGE),
+    "lsht": Task(metrics.classification, 64, chat=False, first_line=True),
+    "passage_count": Task(metrics.count, 32),
+    "passage_retrieval_en": Task(metrics.retrieval, 32),
+    "passage_retrieval_zh": Task(metrics.retrieval, 32),
+    "lcc": Task(metrics.code_similarity, 64, chat=False),
+    "repobench-p": Task(metrics.code_similarity, 64, chat=False),
+}
+CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
+ENGLISH = tuple(name for name in TASKS if name not in CHINESE)
+
+
+class LongBench:
+    """The suite; see `Suite`."""
+
+    name = "longbench"
+    tasks = tuple(TASKS)
+
+    def samples(self, request: Request) -> Iterator[Sample | Fault]:
+        """The rows of the asked tasks, in the data's order; without tasks, of the English ones that the data has.
+
+        Raises:
+            InputError: an unknown task, no data, data without one of the tasks, or a package is missing.
+        """
+        if request.data is None:
+            raise InputError(
+                "longbench needs its data; give --data the folder or the data.zip of "
+                "huggingface.co/datasets/THUDM/LongBench, or a file of it."
+            )
+        files = {file.stem: file for file in find_files(request.data)}
+        for name in request.tasks:
+            if name not in TASKS:
+                raise InputError(f"longbench has no task {name!r}; choose from {', '.join(TASKS)}.")
+            if name not in files:
+                raise InputError(f"{request.data} has no {name}.jsonl; give data that has it, or other tasks.")
+        names = request.tasks or [name for name in ENGLISH if name in files]
+        if not names:
+            raise InputError(f"{request.data} has none of the files {', '.join(f'{name}.jsonl' for name in ENGLISH)}.")
+        metrics.require(*(package for name in names for package in TASKS[name].packages))
+        return self._read({name: files[name] for name in names}, request.num_samples)
+
+    def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
+        """The task's metric against the best answer."""
+        task = TASKS[sample.task]
+        text = metrics.first_line(prediction) if task.first_line else prediction
+        more = [sample.all_classes] if task.metric is metrics.classification else []
+        return {"score": max(task.metric(text, answer, *more) for answer in sample.turns[turn].answers)}
+
+    def _read(self, files: Mapping[str, DataFile], num_samples: int | None) -> Iterator[Sample | Fault]:
+        for name, file in files.items():
+            yield from make_samples(islice(file.items(), num_samples), partial(_sample, name))
+
+
+def _sample(name: str, row: Mapping[str, Any], number: int) -> Sample:
+    """A row of the official format; the question starts where the prompt first depends on it."""
+    task = TASKS[name]
+    answers = take_texts(row, "answers")
+    classified = task.metric is metrics.classification
+    if task.metric is metrics.retrieval and not all(metrics.paragraph_number(answer) for answer in answers):
+        raise BrokenRowError(f"has {answers[0]!r} as an answer where 'Paragraph' or '段落' and a number is expected")
+    head, question, tail = PROMPTS[name].partition("{input}")
+    if not question:
+        head, question, tail = PROMPTS[name].partition("{context}")
+        head, question = head + question, ""
+    return Sample(
+        id=take(row, "_id", str, str(number)),
+        suite=LongBench.name,
+        task=name,
+        context=head.replace("{context}", take(row, "context", str)),
+        turns=(Turn((take(row, "input", str) if question else "") + tail, answers, task.max_new_tokens),),
+        chat=task.chat,
+        all_classes=take_texts(row, "all_classes") if classified else (),
+        lang=take(row, "language", str, "en"),
+    )
+
+
+SUITE = LongBench()

@@ -1,0 +1,99 @@
+"""A needle in a haystack: one number hidden in prose at ten depths, asked for.
+
+`passkey` is the form published with RocketKV: lengths in words, no chat template (the texts are those of the passkey
+task of Mohtashami and Jaggi, arXiv:2305.16300). `passkey_tokens` is ours: lengths in tokens, chat form, and the first
+words of the answer given, so that small models can do it.
+"""
+
+import random
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+from rocketkv.errors import InputError
+from rocketkv.eval.haystack import fill, plant, split_words, take_words
+from rocketkv.eval.metrics import normalize_english
+from rocketkv.eval.rows import Fault, Sample, Turn
+from rocketkv.eval.suites.base import Request
+
+DEPTHS = [step / 9 for step in range(10)]
+REPEATS = 3
+
+WORD_LENGTHS = [int(512 + step * (20_480 - 512) / 9) for step in range(10)]
+INSTRUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n"
+)
+PASSKEY = "The pass key is {key}. Remember it. {key} is the pass key."
+PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is "
+
+TOKEN_LENGTHS = (1024, 2048, 4096)
+NAMES = ("amber", "basalt", "cedar", "dahlia", "ember", "falcon", "garnet", "harbor", "indigo", "juniper", "kestrel")
+OPENING = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n\n"
+)
+NEEDLE = "One of the special magic numbers for {name} is: {number}."
+QUESTION = "What is the special magic number for {name} mentioned in the provided text?"
+PREFIX = "The special magic number for {name} mentioned in the provided text is"
+
+
+class Niah:
+    """The suite; see `Suite`."""
+
+    name = "niah"
+    tasks = ("passkey", "passkey_tokens")
+
+    def samples(self, request: Request) -> Iterator[Sample | Fault]:
+        """At each length, every depth `num_samples` (3) times; without tasks, of `passkey` for parity, else of ours.
+
+        Raises:
+            InputError: an unknown task, an empty haystack or, while iterating, a length with no room for any of it.
+        """
+        for task in request.tasks:
+            if task not in self.tasks:
+                raise InputError(f"niah has no task {task!r}; choose from {', '.join(self.tasks)}.")
+        names = request.tasks or ["passkey" if request.parity else "passkey_tokens"]
+        return self._make(names, request, split_words(request.haystack))
+
+    def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
+        """Whether the number is in the answer, both normalized."""
+        gold = normalize_english(sample.turns[turn].answers[0])
+        return {"score": float(gold in normalize_english(prediction))}
+
+    def _make(self, names: Sequence[str], request: Request, words: Sequence[str]) -> Iterator[Sample]:
+        for name in names:
+            make, lengths = (_passkey, WORD_LENGTHS) if name == "passkey" else (_passkey_tokens, TOKEN_LENGTHS)
+            for length in request.lengths or lengths:
+                for repeat, step in product(range(request.num_samples or REPEATS), range(len(DEPTHS))):
+                    generator = random.Random(request.seed + len(DEPTHS) * repeat + step)
+                    yield make(f"{length}-{repeat}-{step}", request, words, generator, length, DEPTHS[step])
+
+
+def _passkey(
+    id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
+) -> Sample:
+    """The published form; the prose is always the text's first words."""
+    key = "".join(generator.choices(string.digits, k=7))
+    content = plant(take_words(words, 0, length), PASSKEY.format(key=key), depth)
+    turn = Turn(PASSKEY_QUESTION, (key,), max_new_tokens=128)
+    return Sample(id, Niah.name, "passkey", f"{INSTRUCTION}{content} ", (turn,), chat=False, length=length, depth=depth)
+
+
+def _passkey_tokens(
+    id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
+) -> Sample:
+    """Our form; the prose starts anywhere in the text, and prompt and answer fill `length` tokens."""
+    name, number = generator.choice(NAMES), str(generator.randrange(1_000_000, 10_000_000))
+    start = generator.randrange(len(words))
+    turn = Turn(QUESTION.format(name=name), (number,), max_new_tokens=24, answer_prefix=PREFIX.format(name=name))
+
+    def make(size: int) -> Sample:
+        content = plant(take_words(words, start, size), NEEDLE.format(name=name, number=number), depth)
+        context = f"{OPENING}{content}\n\n"
+        return Sample(id, Niah.name, "passkey_tokens", context, (turn,), chat=True, length=length, depth=depth)
+
+    return fill(make, request.tokenizer, smallest=1, largest=length, length=length)
+
+
+SUITE = Niah()

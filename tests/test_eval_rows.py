@@ -1,0 +1,127 @@
+"""Rows of our own schema: read back as they were written, and refused by name where they are broken."""
+
+import gzip
+import json
+import re
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_inputs import write_lines
+from rocketkv.errors import InputError
+from rocketkv.eval.rows import Fault, Sample, Turn, load_samples
+
+TURNS = (
+    Turn("one?", ("1", "one"), 8, answer_prefix="It is", options=("1", "2"), subtask="numbers"),
+    Turn("two?", ("2",), 1),
+)
+FULL = Sample(
+    id="a",
+    suite="qa",
+    task="squad",
+    context="Zwei Bücher. ",
+    turns=TURNS,
+    chat=True,
+    all_classes=("x", "y"),
+    length=4096,
+    depth=0.5,
+    lang="de",
+)
+SHORT = Sample("b", "qa", "squad", "", (Turn("one?", ("1",), 8),), chat=False)
+SHORT_ROW: dict[str, Any] = {
+    "id": "b",
+    "suite": "qa",
+    "task": "squad",
+    "context": "",
+    "turns": [{"question": "one?", "answers": ["1"], "max_new_tokens": 8}],
+    "chat": False,
+}
+
+
+def test_rows_read_back_as_they_were_written(tmp_path: Path) -> None:
+    text = json.dumps(asdict(FULL), ensure_ascii=False) + "\n\n" + json.dumps(SHORT_ROW) + "\n"
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "list.json").write_text(json.dumps([asdict(FULL), SHORT_ROW]))
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.write(tmp_path / "rows.jsonl", "folder/rows.jsonl")
+    for name in ("rows.jsonl", "packed.jsonl.gz", "list.json", "rows.zip"):
+        assert list(load_samples(tmp_path / name)) == [FULL, SHORT]
+
+
+def test_a_folder_is_all_its_files_and_an_id_stands_once(tmp_path: Path) -> None:
+    write_lines(tmp_path / "2.jsonl", [SHORT_ROW])
+    write_lines(tmp_path / "1.jsonl", [asdict(FULL), SHORT_ROW | {"task": "nq"}])
+    (tmp_path / "notes.txt").write_text("no rows")
+    first, other_task, second = load_samples(tmp_path)
+    assert (first, second) == (FULL, SHORT)
+    assert isinstance(other_task, Sample)
+    write_lines(tmp_path / "3.jsonl", [SHORT_ROW])
+    assert list(load_samples(tmp_path))[3] == Fault(
+        "3.jsonl, line 1", "has the id 'b' of an earlier row of squad; give each its own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"chat": 1}, "has int as 'chat' where bool is expected"),
+        ({"context": 3}, "has int as 'context' where str is expected"),
+        ({"lenght": 3}, "has the unknown key 'lenght'; known are all_classes, chat"),
+        ({"length": True}, "has bool as 'length' where int is expected"),
+        ({"depth": "deep"}, "has str as 'depth' where int or float is expected"),
+        ({"all_classes": [1]}, r"has \[1\] as 'all_classes' where at least 0 strings are expected"),
+        ({"turns": []}, "has 'turns' that are no list of at least one object"),
+        ({"turns": ["one?"]}, "has 'turns' that are no list of at least one object"),
+        ({"turns": [{"answers": ["1"], "max_new_tokens": 8}]}, "has no 'question'"),
+        ({"turns": [{"question": "", "answers": [], "max_new_tokens": 8}]}, r"has \[\] as 'answers' where at least 1"),
+        ({"turns": [{"question": "", "answers": "1", "max_new_tokens": 8}]}, "has str as 'answers' where list"),
+        (
+            {"turns": [{"question": "", "answers": ["1"], "max_new_tokens": 0}]},
+            "has 0 as 'max_new_tokens' where",
+        ),
+        ({"turns": [{"question": "", "answers": ["1"], "tokens": 1}]}, "has the unknown key 'tokens'"),
+    ],
+)
+def test_a_broken_row_is_named_and_the_others_are_read(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [asdict(FULL), SHORT_ROW | {"id": "c"} | changes, SHORT_ROW])
+    first, fault, last = load_samples(path)
+    assert (first, last) == (FULL, SHORT)
+    assert isinstance(fault, Fault)
+    assert fault.source == "rows.jsonl, line 2"
+    assert re.match(reason, fault.reason)
+
+
+def test_a_line_that_is_no_utf8_or_no_json_is_a_broken_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xff\xfe\n{"id": \n' + json.dumps(SHORT_ROW).encode())
+    no_text, torn, last = load_samples(path)
+    assert isinstance(no_text, Fault)
+    assert isinstance(torn, Fault)
+    assert (no_text.source, torn.source) == ("rows.jsonl, line 1", "rows.jsonl, line 2")
+    assert torn.reason.startswith("is no JSON: ")
+    assert last == SHORT
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.jsonl", None, "absent.jsonl does not exist; give a file or a folder"),
+        ("rows.parquet", b"PAR1", "rows.parquet is or holds no .jsonl, .jsonl.gz, .json file"),
+        ("rows.jsonl.gz", b"no gzip", r"rows.jsonl.gz cannot be read \(Not a gzipped file"),
+        ("rows.jsonl.gz", gzip.compress(b"x" * 9999)[:20], r"rows.jsonl.gz cannot be read \("),
+        ("rows.zip", b"no zip", r"rows.zip is no .zip file \("),
+        ("rows.json", b"{", r"rows.json is no JSON \("),
+        ("rows.json", b"{}", "rows.json holds no list of objects"),
+    ],
+)
+def test_a_file_that_is_missing_or_of_the_wrong_kind(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(load_samples(tmp_path / name))
