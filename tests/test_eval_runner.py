@@ -433,15 +433,19 @@ def test_a_run_that_is_killed_loses_and_repeats_nothing(model_folder: Path, tmp_
     assert len({key(record) for record in records}) == len(records) == 2 * 10 * 7
 
 
-def test_the_command_ends_with_a_table_and_what_was_saved(model_folder: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, [*arguments(model_folder, tmp_path, samples=1), "--shard", "2/4"])
+def test_the_command_ends_with_a_table_and_what_was_saved(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*arguments(model_folder, tmp_path, samples=1), "--shard", "2/4"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/rocketkv", *given])
+    result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     rows = [line.split()[:2] for line in result.stdout.splitlines() if "%" in line]
     assert rows[:4] == [["full", rows[0][1]], ["rocketkv", "48"], ["snapkv", "48"], ["quest", "48"]]
     assert "for each method on its own it would have taken" in result.stdout
     written = json.loads((tmp_path / "run.json").read_text())
     assert written["suite"] == "niah"
-    assert written["commands"][0].startswith("rocketkv ")
+    assert written["commands"] == [" ".join(["rocketkv", *given])]
     assert {"machine", "versions"} < set(written)
 
 
