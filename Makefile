@@ -107,7 +107,7 @@ LAYER := $(BENCH) attention --geometry llama-3.1-8b --time-limit 4 --json
 MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
 	mkdir -p $(R)
-	$(LAYER) --seq-len 8192,16384,65536,131072,262144 --token-budget 256,512,1024,2048 \
+	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024,2048 \
 	    --plot $(R)/layer-by-length.svg > $(R)/layer-by-length.json
 	$(LAYER) --seq-len 32768 --token-budget 128,256,512,1024,2048,4096,8192 \
 	    --plot $(R)/layer-by-budget.svg > $(R)/layer-by-budget.json

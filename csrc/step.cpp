@@ -1,10 +1,10 @@
 // One decode step of one layer: append -> score -> choose -> attend, in one parallel region.
 //
 // Where there are many (batch row, KV head)s, a thread draws one after the other and does all of its work in memory that
-// stays in its cache. Where there are few, each is cut into score tasks and then into attend tasks, drawn in that order;
-// whoever finishes a head's last score task chooses its tokens, and an attend task waits until its head is chosen. The
-// wait is short and cannot deadlock: the tasks waited for were drawn earlier and are running. So any number of heads, be
-// it 1 or 3, keeps any number of threads busy.
+// stays in its cache; while it chooses, what the next one reads first is fetched. Where there are few, each is cut into
+// score tasks and then into attend tasks, drawn in that order; whoever finishes a head's last score task chooses its
+// tokens, and an attend task waits until its head is chosen. The wait is short and cannot deadlock: the tasks waited for
+// were drawn earlier and are running. So any number of heads, be it 1 or 3, keeps any number of threads busy.
 #include <atomic>
 #include <cmath>
 #include <limits>

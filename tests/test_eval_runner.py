@@ -345,7 +345,7 @@ def test_a_torn_end_is_dropped_and_answered_anew(loaded: LoadedModel, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("records.jsonl", "{}\n", r"records\.jsonl, line 1 is no record of an evaluation; give another --out"),
+        ("records.jsonl", "{}\n", r"records\.jsonl, line 1 is no record of an evaluation; give another folder"),
         ("records.jsonl", "3\n", r"records\.jsonl, line 1 is no record"),
         ("run.json", "{}", r"run\.json does not describe a run"),
         ("run.json", "oops", r"run\.json does not describe a run"),

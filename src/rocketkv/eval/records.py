@@ -102,7 +102,7 @@ class Journal:
             self._write(whole)
         self._faults_path.write_text("")
         others = [path for path in self._folder.glob("records*.jsonl") if path != self._path]
-        self.records = whole + _whole([record for path in others for record in _read(path)])
+        self.records = whole + read_records(others)
         for record in self.records:
             self._by_case.setdefault(_case(record), []).append(record)
 
@@ -177,6 +177,15 @@ def digest(prompt: object) -> str:
     return sha256(json.dumps(prompt).encode()).hexdigest()[:12]
 
 
+def read_records(paths: Iterable[Path]) -> list[Record]:
+    """The records of several files, without answers of which a turn is missing.
+
+    Raises:
+        InputError: a line is no record.
+    """
+    return _whole([record for path in paths for record in _read(path)])
+
+
 def _read(path: Path) -> list[Record]:
     """The whole lines of a record file.
 
@@ -189,7 +198,7 @@ def _read(path: Path) -> list[Record]:
             record = json.loads(line)
             _case(record), record["turn"], record["turns"], record["method"], record["token_budget"], record["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}, line {number} is no record of an evaluation; give another --out.") from None
+            raise InputError(f"{path}, line {number} is no record of an evaluation; give another folder.") from None
         records.append(record)
     return records
 
