@@ -47,7 +47,7 @@ def test_append_rarely_allocates() -> None:
     for _ in range(1000):
         store.append(torch.zeros(1, 1, 1, 8))
         capacities.add(store.fields[0].shape[2])
-    assert len(capacities) <= 20
+    assert len(capacities) - 1 < 20  # so often were tokens moved; the first allocation moves none
 
 
 def test_keep_takes_each_heads_tokens_in_order(seeded: torch.Generator) -> None:
