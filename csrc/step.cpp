@@ -111,13 +111,12 @@ class Step {
     num_floats_ = group_ * unit_stride_ + num_pieces_ * group_ * (2 + padded_);
     num_places_ = most_units > 0 ? most_chosen : 0;
     if (!is_shared_) return;
-    static thread_local std::vector<float> floats;
-    static thread_local std::vector<int32_t> places;
-    floats.resize(num_heads_ * num_floats_);
-    places.resize(num_heads_ * num_places_);
+    Scratch<T>& mine = Scratch<T>::mine();  // of this thread, for all of them
+    mine.floats.resize(num_heads_ * num_floats_);
+    mine.places.resize(num_heads_ * num_places_);
     for (int64_t i = 0; i < num_heads_; ++i) {
       Head& head = heads_[i];
-      give_memory(head, floats.data() + i * num_floats_, places.data() + i * num_places_);
+      give_memory(head, mine.floats.data() + i * num_floats_, mine.places.data() + i * num_places_);
       head.scores_left.store(static_cast<int>(num_score_tasks_), std::memory_order_relaxed);
       head.pieces_left.store(static_cast<int>(num_pieces_), std::memory_order_relaxed);
       head.is_ready.store(false, std::memory_order_relaxed);
@@ -403,8 +402,7 @@ class Step {
 
   static ROCKETKV_INLINE void fetch(const T* row, int count) { prefetch(row, count * static_cast<int>(sizeof(T))); }
 
-  // Fetches the rows of a tile kRowsAhead before they are used, and after the last one those that are used next. Not more
-  // at a time: a core that waits for too many lines drops what it is asked to fetch.
+  // Fetches the rows of a tile kRowsAhead before they are used, and after the last one those that are used next.
   struct Fetcher {
     const T* base;
     const int64_t* rows;
