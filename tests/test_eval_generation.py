@@ -1,13 +1,15 @@
 """One prefill for all methods, decoded as rows of one batch: each gives what it gives alone, turn after turn."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from rocketkv import ConfigError, InputError, RocketKVCache, RocketKVConfig, UnsupportedError, disable, enable
+from rocketkv.errors import RocketKVError
 from rocketkv.eval.generation import SharedPrefill, decode_greedily, forward, stop_ids
-from rocketkv.eval.methods import METHODS, Arm, make_arms, method_config
+from rocketkv.eval.methods import METHODS, Arm, make_arms, method_config, sort_methods
 from rocketkv.models import LoadedModel
 from rocketkv.stack import row_stats, stack
 from tiny import prompts, tiny_model
@@ -148,7 +150,11 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     for cache in caches[1:3]:
         with pytest.raises(InputError, match="several rows or with padding cannot be stacked"):
             stack([caches[0], cache])
+    with pytest.raises(InputError, match=r"a cache is given twice, whose rows would share their tokens; give its copy"):
+        stack([caches[0], caches[0]])
     stacked = stack([caches[0]])
+    with pytest.raises(UnsupportedError, match="a stack cannot be forked; fork its caches and stack the forks"):
+        stacked.fork(caches[0].config)
     with pytest.raises(UnsupportedError, match="rows of a stack cannot be repeated"):
         stacked.batch_repeat_interleave(2)
 
@@ -203,6 +209,24 @@ def test_arms_are_every_method_at_every_budget_and_the_full_cache_once() -> None
         make_arms(["rocketkv"], [16])
     paper = RocketKVConfig.paper(64)
     assert Arm("rocketkv_paper", 64).config() == paper
+
+
+def test_a_method_takes_options_of_the_configuration() -> None:
+    config = method_config("rocketkv:sink_tokens=0:recent_tokens=0:selection=exact:window_size=8", 64)
+    expected = RocketKVConfig.paper(64, selection="exact", window_size=8)
+    assert config == expected
+    names = ["rocketkv:window_size=8", "snapkv", "rocketkv", "full", "snapkv"]
+    assert sort_methods(names) == ["full", "snapkv", "rocketkv", "rocketkv:window_size=8"]
+    for method, message in [
+        ("rocketkv:window_size", "has 'window_size' where an option stands; write, say, rocketkv:window_size=16"),
+        ("rocketkv:=3", "has '=3' where an option stands"),
+        ("rocketkv:token_budget=3", "has 'token_budget=3' where an option stands"),
+        ("rocketkv:windowsize=3", "windowsize is not an option of RocketKVConfig; did you mean window_size?"),
+        ("rocketkv:window_size=many", "window_size='many' is not a whole number"),
+        ("rocket:window_size=3", "method 'rocket' does not exist"),
+    ]:
+        with pytest.raises(RocketKVError, match=re.escape(message)):
+            make_arms([method], [64])
 
 
 def test_real_rows_give_the_tokens_they_give_alone(smollm2: LoadedModel) -> None:

@@ -1,3 +1,4 @@
+import re
 from itertools import islice
 
 import pytest
@@ -60,6 +61,27 @@ def test_ours_fills_the_length_in_tokens_and_hides_the_answer_at_its_depth(smoll
         assert place == int(sample.depth * (place + len(after.split())))
         assert turn.answer_prefix.startswith("The special magic number for ")
         assert sample.chat
+
+
+@pytest.mark.parametrize("length", [400, 1024])
+def test_needles_of_several_turns_stand_in_a_quarter_each(smollm2: LoadedModel, length: int) -> None:
+    samples = ask(smollm2, tasks=["passkey_turns"], lengths=[length], num_samples=2)
+    assert len(samples) == len({s.id for s in samples}) == 20
+    orders = set()
+    for sample, step in zip(samples, 2 * list(range(10)), strict=True):
+        assert 0.95 * length <= encode(smollm2.tokenizer, sample, "multi_turn").needed_tokens(sample.turns) <= length
+        needles = re.findall(r"One of the special magic numbers for (\w+) is: (\d{7})\. ?", sample.context)
+        asked = [(turn.question.removesuffix(" mentioned in the provided text?").split()[-1], *turn.answers)
+                 for turn in sample.turns]  # fmt: skip
+        assert sorted(needles) == sorted(asked)
+        assert len(dict(needles)) == 4
+        orders.add(tuple(needles.index(needle) for needle in asked))
+        prose = re.split(r"One of the special magic numbers for \w+ is: \d{7}\. ?", sample.context[len(OPENING) :])
+        counts = [len(part.split()) for part in prose]
+        places = [int(sum(counts) * (quarter + step / 9) / 4) for quarter in range(4)]
+        assert [sum(counts[: i + 1]) for i in range(4)] == places
+        assert sample.depth is None
+    assert len(orders) > 1
 
 
 def test_samples_are_the_same_again_and_other_with_another_seed(smollm2: LoadedModel) -> None:

@@ -31,7 +31,7 @@ def record(method: str, budget: int | None, sample: str, score: float, **fields:
         "suite": "niah", "task": "passkey", "id": sample, "length": 1024, "depth": None, "turn": 0, "turns": 1,
         "method": method, "token_budget": budget, "prediction": "", "scores": {"score": score}, "agrees": None,
         "prompt": "", "prompt_tokens": 1000, "new_tokens": 8, "read_bytes": 4 * MIB if budget is None else MIB,
-        "kv_bytes": 8 * MIB, "prefill_s": 3.0, "decode_s": 1.0, "rows": 3,
+        "kv_bytes": 8 * MIB, "group_size": 3, "prefill_s": 3.0, "decode_s": 1.0, "rows": 3,
     } | fields  # fmt: skip
 
 
@@ -279,8 +279,22 @@ def test_lines_hold_the_scores_and_incomplete_methods_have_no_point() -> None:
     assert lines == {"full": [[64, 75], [128, 75]], "quest": [[128, 50]]}
 
 
+def test_snapkv_is_counted_per_query_head_as_well() -> None:
+    records = [*answers("full", None, [1, 1]), *answers("snapkv", 64, [1, 0]), *answers("quest", 64, [1, 0])]
+    rows = {row["method"]: row for row in rows_of(tables.suite_table(Results(records)))}
+    assert list(rows) == ["full", "snapkv", "snapkv, counted per query head", "quest"]
+    counted = rows["snapkv, counted per query head"]
+    assert (counted["t"], counted["score"], counted["read / step"], counted["held"]) == (
+        "64",
+        "",
+        "3.0 MiB",
+        "24.0 MiB",
+    )
+    assert rows["snapkv"]["read / step"] == "1.0 MiB"
+
+
 def test_every_method_has_a_style_of_its_own() -> None:
-    styles = [plots._style(method) for method in METHODS]
+    styles = [plots._style(method) for method in [*METHODS, "rocketkv:window_size=16", "rocketkv:window_size=64"]]
     assert len({(style["color"], style.get("marker"), style["linestyle"]) for style in styles}) == len(styles)
 
 

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import Table
+from pyarrow.parquet import write_table
 
-from eval_inputs import write_lines
+from eval_inputs import make_request, write_lines
 from rocketkv.errors import InputError
+from rocketkv.eval.files import find_files
+from rocketkv.eval.hub import locate_data
 from rocketkv.eval.rows import Fault, Sample, Turn, load_samples
+from rocketkv.eval.suites.rows import SUITE
 
 TURNS = (
     Turn("one?", ("1", "one"), 8, answer_prefix="It is", options=("1", "2"), subtask="numbers"),
@@ -110,7 +115,7 @@ def test_a_line_that_is_no_utf8_or_no_json_is_a_broken_row(tmp_path: Path) -> No
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "absent.jsonl does not exist; give a file or a folder"),
-        ("rows.parquet", b"PAR1", "rows.parquet is or holds no .jsonl, .jsonl.gz, .json file"),
+        ("rows.parquet", b"PAR1", r"rows.parquet is no parquet \("),
         ("rows.jsonl.gz", b"no gzip", r"rows.jsonl.gz cannot be read \(Not a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(b"x" * 9999)[:20], r"rows.jsonl.gz cannot be read \("),
         ("rows.zip", b"no zip", r"rows.zip is no .zip file \("),
@@ -125,3 +130,76 @@ def test_a_file_that_is_missing_or_of_the_wrong_kind(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(load_samples(tmp_path / name))
+
+
+# The suite of such rows
+
+
+def test_own_rows_are_judged_by_the_suite_that_they_name(tmp_path: Path) -> None:
+    rows = [SHORT_ROW | {"id": id} for id in "abc"] + [SHORT_ROW | {"task": "lines"}]
+    rows += [SHORT_ROW | {"suite": suite, "id": suite} for suite in ("rows", "mine")] + [SHORT_ROW | {"task": "poems"}]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    found = list(SUITE.samples(make_request(data=data)))
+    samples = [sample for sample in found if isinstance(sample, Sample)]
+    assert [(sample.task, sample.id) for sample in samples] == [*(("squad", id) for id in "abc"), ("lines", "b")]
+    assert [fault.reason.partition(";")[0] for fault in found if isinstance(fault, Fault)] == [
+        "names the suite 'rows', which judges nothing by itself",
+        "suite 'mine' does not exist",
+        "names a task that qa does not have",
+    ]
+    assert SUITE.score(samples[0], 0, "It is the 1.") == {"score": 1.0}  # the articles go: as `squad` judges
+    assert SUITE.score(samples[3], 0, "It is 11.") == {"score": 0.0}  # whole numbers: as `lines` judges
+    few = SUITE.samples(make_request(data=data, tasks=["squad"], num_samples=2))
+    assert [sample.id for sample in few if isinstance(sample, Sample)] == ["a", "b"]
+    with pytest.raises(InputError, match="rows needs its data; give --data"):
+        SUITE.samples(make_request())
+
+
+# The hub's data, from its own cache
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A revision of a dataset as the hub's client keeps it, and no way to the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "datasets--some--rows" / "snapshots" / COMMIT
+    for split in ("kv", "vt"):
+        (snapshot / f"scbench_{split}").mkdir(parents=True)
+        table = Table.from_pylist(
+            [{"context": split, "multi_turns": [{"input": "one?", "answer": "1"}]}, {"context": "b"}]
+        )
+        write_table(table, snapshot / f"scbench_{split}" / "test-00000-of-00001.parquet")
+    write_lines(snapshot / "rows.jsonl", [SHORT_ROW])
+    return snapshot
+
+
+def test_a_pinned_dataset_of_the_hub_is_data_like_any_other(hub: Path) -> None:
+    source = f"hf://datasets/some/rows@{COMMIT}"
+    assert locate_data(source) == hub
+    assert list(load_samples(locate_data(f"{source}/rows.jsonl"))) == [SHORT]
+    files = {file.stem: file for file in find_files(locate_data(source))}
+    assert list(files) == ["rows", "scbench_kv", "scbench_vt"]
+    first, second = files["scbench_kv"].items()
+    assert first.value == {"context": "kv", "multi_turns": [{"input": "one?", "answer": "1"}]}
+    assert second.source == "test-00000-of-00001.parquet, row 2"
+    assert locate_data(str(hub / "rows.jsonl")) == hub / "rows.jsonl"
+
+
+def test_hub_data_that_cannot_be_had_is_refused(hub: Path) -> None:
+    for source, message in [
+        ("hf://datasets/some/rows", "names no pinned dataset; give hf://datasets/OWNER/NAME@REVISION with a commit"),
+        ("hf://datasets/some/rows@main", "names no pinned dataset"),
+        (f"hf://datasets/other/rows@{COMMIT}", "cannot be fetched"),
+        (f"hf://datasets/some/rows@{COMMIT}/more", "some/rows has no 'more' at that revision"),
+        ("nowhere", "there is no nowhere; give the path of a file or folder"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            locate_data(source)
+    broken = hub / "scbench_kv" / "test-00000-of-00001.parquet"
+    broken.write_text("no parquet")
+    with pytest.raises(InputError, match="is no parquet"):
+        list(find_files(hub)[1].items())

@@ -124,11 +124,17 @@ class LayerCache:
             num_seen: tokens that each row has seen, those left out by stage 1 included, >= N.
 
         Raises:
-            InputError: this cache is not empty, or num_seen is smaller than N.
+            InputError: this cache is not empty, num_seen is smaller than N, or larger in a `multi_turn` cache, whose
+                archive has all tokens.
         """
         if self.working is not None or num_seen < keys.shape[2]:
             raise InputError(
                 f"{keys.shape[2]} tokens of {num_seen} seen cannot be adopted; give at most num_seen to an empty cache."
+            )
+        if self.config.mode == "multi_turn" and num_seen > keys.shape[2]:
+            raise InputError(
+                f"a multi_turn cache keeps every token, so {keys.shape[2]} of {num_seen} seen cannot be adopted; "
+                "give all of them, or set mode='single_turn'."
             )
         working = self.working = WorkingSet(keys, archived=self.config.mode == "multi_turn")
         working.keep(working.append_prompt(keys, values, None), None, self.config.new_tokens)

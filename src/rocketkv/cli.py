@@ -25,7 +25,7 @@ bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 for _group, _commands in (
     (app, (generate, chat, budget, info)),
-    (eval_app, (evaluate.run, evaluate.report, evaluate.facts, evaluate.turns)),
+    (eval_app, (evaluate.run, evaluate.report)),
     (bench_app, (bench.attention, bench.decode, bench.prefill, bench.memory)),
 ):
     for _command in _commands:

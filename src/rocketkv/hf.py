@@ -93,6 +93,12 @@ class RocketKVLayer(CacheLayerMixin):
         copied.cache = self.cache.copy()
         return copied
 
+    def fork(self, config: RocketKVConfig) -> "RocketKVLayer":
+        """A layer with the same past that compresses as `config` says; see `LayerCache.fork`."""
+        forked = RocketKVLayer(self.cache.fork(config), self.window)
+        forked.seen_mask = self.seen_mask
+        return forked
+
     def get_seq_length(self) -> int:
         """Columns seen, padding included: what positions and masks of transformers count in."""
         return self.cache.num_seen
@@ -214,15 +220,11 @@ class RocketKVCache(DynamicCache):
         else it starts with its next prompt. See `LayerCache.fork`.
 
         Raises:
-            InputError: this cache is not `multi_turn`, or the fork would need queries that were not kept.
+            InputError: this cache is not `multi_turn` or a stack, or the fork would need queries that were not kept.
         """
         forked = RocketKVCache(self.model_config, rocketkv_config, keep_queries=self.keep_queries)
         for i, layer in enumerate(self.layers):
-            if isinstance(layer, RocketKVLayer):
-                forked.layers[i].cache = layer.cache.fork(rocketkv_config)
-                forked.layers[i].seen_mask = layer.seen_mask
-            else:
-                forked.layers[i] = deepcopy(layer)
+            forked.layers[i] = layer.fork(rocketkv_config) if isinstance(layer, RocketKVLayer) else deepcopy(layer)
         return forked
 
     def activate_past_recording(self) -> None:

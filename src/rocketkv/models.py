@@ -35,6 +35,13 @@ class LoadedModel(NamedTuple):
         """Tokens that the model was made for."""
         return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
 
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        config = self.model.config.get_text_config(decoder=True)
+        num_heads: int = config.num_attention_heads
+        return num_heads // (getattr(config, "num_key_value_heads", None) or num_heads)
+
 
 def embedded_path() -> Path | None:
     """Where the embedded model's GGUF file lies; None if its wheel is not installed."""

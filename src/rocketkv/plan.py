@@ -70,7 +70,8 @@ def plan_prefilled(
     """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 left `held` (`[B, Hkv]` int64).
 
     Raises:
-        ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than attended.
+        ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than are attended, now or
+            when a row has outgrown its split.
     """
     splits, limits = [], []
     for num_seen, num_held in zip(seen, held.amax(1).tolist(), strict=True):
@@ -84,20 +85,27 @@ def plan_prefilled(
         else:
             splits.append(selection.split(total, config.token_budget, head_dim))
             limits.append(int(OUTGROWN * total))
-    for split in splits:
+    for split, limit in zip(splits, limits, strict=True):
         _check(config, split, head_dim)
+        if config.budget is None:
+            _check(config, selection.split(limit + 1, config.token_budget, head_dim), head_dim)
     return _plan(config, splits, limits, held)
 
 
 def plan_outgrown(
     config: RocketKVConfig, selection: SelectionMethod, plan: SelectionPlan, *, held: Tensor, head_dim: int
 ) -> SelectionPlan:
-    """Plan the rows anew that outgrow their `plan` with the next token, holding `held` (`[B, Hkv]` int64) now."""
+    """Plan the rows anew that outgrow their `plan` with the next token, holding `held` (`[B, Hkv]` int64) now.
+
+    Raises:
+        ConfigError: more tokens are pinned than attended.
+    """
     splits, limits = list(plan.splits), list(plan.limits)
     for row, num_held in enumerate(held.amax(1).tolist()):
         if num_held >= limits[row]:
             splits[row] = selection.split(num_held + 1, config.token_budget, head_dim)
             limits[row] = int(OUTGROWN * (num_held + 1))
+            _check(config, splits[row], head_dim)
     return _plan(config, splits, limits, held)
 
 

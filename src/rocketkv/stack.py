@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.hf import Call, RocketKVCache, RocketKVLayer, join_rows, plain_stats
 from rocketkv.stats import CacheStats, LayerStats
@@ -45,6 +46,14 @@ class StackedLayer(RocketKVLayer):
         copied.seen_mask = self.seen_mask
         return copied
 
+    def fork(self, config: RocketKVConfig) -> RocketKVLayer:
+        """Refused: a fork is of one way to compress.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("a stack cannot be forked; fork its caches and stack the forks.")
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (`[B']` int64).
 
@@ -79,8 +88,10 @@ def stack(caches: Sequence[RocketKVCache]) -> RocketKVCache:
         caches: of one model and one row each, or stacks; without left padding.
 
     Raises:
-        InputError: they have not seen equally many columns, or one has several rows or padding.
+        InputError: they have not seen equally many columns, one has several rows or padding, or one is there twice.
     """
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise InputError("a cache is given twice, whose rows would share their tokens; give its copy().")
     seen = sorted({cache.get_seq_length() for cache in caches})
     if len(seen) != 1 or seen[0] == 0:
         raise InputError(f"caches that have seen {seen} columns cannot be stacked; give some that saw equally many.")

@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from rocketkv.commands.options import Dtype, Model, TokenBudget, Weights, numbers
+from rocketkv.commands.options import Dtype, Model, Weights, numbers
 from rocketkv.commands.terminal import err, lasting_bar, load_model, out, read_text
 from rocketkv.errors import InputError
 
@@ -24,15 +24,19 @@ Folder = Annotated[Path, typer.Option("--out", help="Folder for the results; a r
 
 
 def run(
-    suite: Annotated[str, typer.Option(help="niah, ruler, longbench, scbench, qa or fidelity.")],
+    suite: Annotated[str, typer.Option(help="niah, ruler, longbench, scbench, qa, rows or fidelity.")],
     folder: Folder,
     model: Model = "smollm2",
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,rocketkv",
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas; rocketkv:window_size=16 is one with an option.")
+    ] = "full,rocketkv",
     budgets: Annotated[str, typer.Option(help="Token budgets, separated by commas.")] = "256",
     lengths: Annotated[str | None, typer.Option(help="Lengths, separated by commas; default: the suite's.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples per task and length; default: all.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, separated by commas; default: all.")] = None,
-    data: Annotated[Path | None, typer.Option(help="File or folder with the suite's data.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File or folder with the suite's data, or hf://datasets/OWNER/NAME@COMMIT.")
+    ] = None,
     haystack: Annotated[Path | None, typer.Option(help="Prose to hide things in; default: Python's help.")] = None,
     parity: Annotated[str | None, typer.Option(help="rocketkv: everything as published, to the letter.")] = None,
     mode: Annotated[str, typer.Option(help="multi_turn or multi_request, of samples with several.")] = "multi_turn",
@@ -51,6 +55,7 @@ def run(
     from rocketkv.eval import fidelity, runner
     from rocketkv.eval.dialogue import MODES
     from rocketkv.eval.haystack import default_text
+    from rocketkv.eval.hub import SCHEME, locate_data
     from rocketkv.eval.methods import make_arms
     from rocketkv.eval.passages import find_passages
     from rocketkv.eval.records import Journal
@@ -62,11 +67,14 @@ def run(
         raise InputError(f"mode={mode!r} does not exist; choose from {', '.join(MODES)}.")
     if parity is not None and parity not in PARITIES:
         raise InputError(f"parity={parity!r} does not exist; choose from {', '.join(PARITIES)}.")
-    if data is not None and not data.exists():
-        raise InputError(f"there is no {data}; give the path of a file or folder with the suite's data.")
+    if suite == FIDELITY:
+        asked = {"tasks": tasks, "parity": parity, "max-length": max_length, "mode": mode if mode != MODES[0] else None}
+        if unused := [f"--{name}" for name, value in asked.items() if value is not None]:
+            raise InputError(f"fidelity has no use for {' and '.join(unused)}; run it without.")
     arms = make_arms(methods.split(","), numbers("budgets", budgets))
     part = _shard(shard)
     chosen = None if suite == FIDELITY else find_suite(suite)
+    data_path = None if data is None else locate_data(data)
     text = default_text() if haystack is None else read_text(haystack)
     length_list = [] if lengths is None else numbers("lengths", lengths)
     settings = {
@@ -74,7 +82,7 @@ def run(
         "model": model,
         "dtype": dtype,
         "weights": weights,
-        "data": None if data is None else data.name,
+        "data": data if data is None or data.startswith(SCHEME) else Path(data).name,
         "haystack": sha256(text.encode()).hexdigest()[:12],
         "parity": parity,
         "mode": mode,
@@ -96,7 +104,7 @@ def run(
             lengths=length_list,
             num_samples=samples,
             seed=seed,
-            data=data,
+            data=data_path,
             haystack=text,
             parity=parity is not None,
             mode=mode,
@@ -156,101 +164,3 @@ def _summarize(records: Sequence[Mapping[str, Any]]) -> None:
     alone = sum(record["prefill_s"] for record in records)
     spent = sum(record["prefill_s"] / record["rows"] for record in records)
     out.print(f"prefill took {spent:.0f} s; for each method on its own it would have taken {alone:.0f} s.")
-
-
-Text = Annotated[Path | None, typer.Option(help="Prose to hide facts in; default: Python's help topics.")]
-
-
-def facts(
-    model: Model = "smollm2",
-    lengths: Annotated[str, typer.Option(help="Tokens of text, separated by commas.")] = "2000",
-    budgets: Annotated[str, typer.Option(help="Token budgets, separated by commas.")] = "256",
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas; full is always run.")] = "rocketkv",
-    pins: Annotated[str, typer.Option(help="Sinks/recents to try with each method, as in 0/0,4/16, or auto.")] = "auto",
-    cases: Annotated[int, typer.Option(min=1, help="Cases per length, at depths spread evenly.")] = 30,
-    text: Text = None,
-    out_file: Annotated[
-        Path, typer.Option("--out", help="Results, one JSON object a line; resumed if it exists.")
-    ] = Path("facts.jsonl"),
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-) -> None:
-    """Hide facts in prose and count which ones are found, method by method."""
-    from rocketkv.eval.facts import Method, append_row, default_text, describe_source, read_rows, run, summarize
-    from rocketkv.eval.methods import method_config
-
-    wanted = [Method("full", 1)]
-    for budget in numbers("budgets", budgets):
-        for name in methods.split(","):
-            method_config(name, budget)
-            wanted += [Method(name, budget, pin) for pin in _pins(pins) if name != "full"]
-    length_list = numbers("lengths", lengths)
-    prose = default_text() if text is None else read_text(text)
-    rows = read_rows(out_file)
-    loaded = load_model(model, dtype, weights)
-    with lasting_bar() as progress:
-        task = progress.add_task("facts", total=len(length_list) * cases * len(wanted))
-        labels = {(length, m.label, m.token_budget) for length in length_list for m in wanted}
-        source = describe_source(model if weights is None else f"{model} in {weights}", prose, cases)
-        rows = [row for row in rows if row.source == source and (row.length, row.method, row.token_budget) in labels]
-        progress.update(task, completed=len(rows))
-        for row in run(loaded, prose, length_list, wanted, cases, source=source, done=list(rows)):
-            append_row(out_file, row)
-            rows.append(row)
-            progress.advance(task)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("tokens", "budget", "method", "found", "of full cache's finds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for line in summarize(rows):
-        kept = "" if line.kept is None or not line.full else f"{line.kept}/{line.full} ({line.kept / line.full:.0%})"
-        table.add_row(
-            str(line.length),
-            "" if line.method == "full" else str(line.token_budget),
-            line.method,
-            f"{line.found}/{line.cases}",
-            kept,
-        )
-    out.print(table)
-
-
-def turns(
-    model: Model = "smollm2",
-    length: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 2000,
-    token_budget: TokenBudget = 256,
-    cases: Annotated[int, typer.Option(min=1, help="Pairs of facts.")] = 20,
-    text: Text = None,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-) -> None:
-    """Hide two facts in prose, ask for them in two turns, and count what each cache still finds."""
-    from rocketkv.eval.facts import default_text
-    from rocketkv.eval.turns import caches, run
-
-    names = list(caches(token_budget))
-    prose = default_text() if text is None else read_text(text)
-    loaded = load_model(model, dtype, weights)
-    rows = []
-    with lasting_bar() as progress:
-        task = progress.add_task("turns", total=cases * len(names))
-        for row in run(loaded, prose, length, token_budget, range(cases)):
-            rows.append(row)
-            progress.advance(task)
-    table = Table(box=box.SIMPLE_HEAD, title=f"{cases} pairs of facts in {length} tokens, t={token_budget}")
-    for column in ("cache", "first turn's", "second turn's"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
-    for name in names:
-        found = [row for row in rows if row.cache == name]
-        table.add_row(name, str(sum(row.first for row in found)), str(sum(row.second for row in found)))
-    out.print(table)
-
-
-def _pins(text: str) -> "list[tuple[int, int] | None]":
-    """Pairs like 4/16 separated by commas; auto gives None."""
-    pairs: list[tuple[int, int] | None] = []
-    for part in text.split(","):
-        try:
-            sinks, recents = (None, None) if part == "auto" else map(int, part.split("/"))
-        except ValueError:
-            raise InputError(f"pins={text!r} is no list of pairs; write auto or, say, 0/0,4/16.") from None
-        pairs.append(None if sinks is None or recents is None else (sinks, recents))
-    return pairs

@@ -74,7 +74,7 @@ def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[
     """All figures of a passage, a record per arm."""
     length = passage.case.length
     assert length is not None
-    windows = [arm.config().window_size for arm in arms]
+    windows = [BASE.window_size, *(arm.config().window_size for arm in arms)]
     base = RocketKVCache(loaded.model.config, BASE, keep_queries=max(windows))
     start = time.perf_counter()
     forward(loaded.model, base, [passage.token_ids[:length]])
@@ -103,6 +103,7 @@ def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[
             "new_tokens": STEPS,
             "read_bytes": one.held.read_bytes,
             "kv_bytes": one.held.kv_bytes,
+            "group_size": loaded.group_size,
             "prefill_s": round(prefill_s, 4),
             "decode_s": round(decode_s, 4),
             "rows": len(arms),

@@ -1,4 +1,7 @@
-"""JSON objects from the files that data comes in: .jsonl, .jsonl.gz and .json, alone, in a folder or in a .zip."""
+"""Objects from the files that data comes in: .jsonl, .jsonl.gz, .json and .parquet, alone, in a folder or in a .zip.
+
+Of the hub's parquet files, which all are called `test-...` or so, the folder says what they hold.
+"""
 
 import gzip
 import json
@@ -12,7 +15,9 @@ from typing import Any
 
 from rocketkv.errors import InputError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+PARQUET = ".parquet"
+SPLITS = ("test-", "train-", "validation-")  # how the hub's parquet files are called
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", PARQUET)
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,24 @@ class DataFile:
 
     @property
     def stem(self) -> str:
-        """Its name without folder and suffixes, which says what task it holds."""
-        name = Path(self.member or self.path).name
+        """Its name without folder and suffixes, or for parquet its folder's, which says what task it holds."""
+        path = Path(self.member or self.path)
+        name = path.name
+        if name.endswith(PARQUET) and name.startswith(SPLITS):
+            return path.parent.name
         return next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix))
 
     def items(self) -> Iterator[Item]:
         """Its objects in order; blank lines of a .jsonl file are passed over.
 
         Raises:
-            InputError: the file cannot be read, or is no file of its suffix.
+            InputError: the file cannot be read, or is no file of its suffix, or pyarrow is missing for a .parquet.
         """
         try:
             with self._open() as file:
-                if (self.member or self.path.name).endswith(".json"):
+                if (self.member or self.path.name).endswith(PARQUET):
+                    yield from self._rows(file)
+                elif (self.member or self.path.name).endswith(".json"):
                     yield from self._elements(file)
                 else:
                     yield from self._lines(file)
@@ -86,6 +96,20 @@ class DataFile:
         for number, element in enumerate(elements, 1):
             yield self._object(f"{self.name}, element {number}", element)
 
+    def _rows(self, file: BufferedIOBase) -> Iterator[Item]:
+        try:
+            from pyarrow import ArrowInvalid
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise InputError(f"reading {self.name} needs pyarrow; run `pip install pyarrow`.") from None
+        try:
+            batches = ParquetFile(file).iter_batches(batch_size=16)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield self._object(f"{self.name}, row {number}", row)
+        except ArrowInvalid as error:
+            raise InputError(f"{self.path} is no parquet ({error}); give another file.") from None
+
     def _parse(self, source: str, line: bytes) -> Item:
         try:
             return self._object(source, json.loads(line))
@@ -99,7 +123,7 @@ class DataFile:
 
 
 def find_files(path: Path) -> list[DataFile]:
-    """The files of JSON objects in a folder, in a .zip, or `path` itself, by name.
+    """The files of objects in a folder (and the parquet of the hub's folders in it), in a .zip, or `path` itself.
 
     Raises:
         InputError: there is no such file or folder, or it is or holds none of the kinds that can be read.
@@ -107,7 +131,7 @@ def find_files(path: Path) -> list[DataFile]:
     if not path.exists():
         raise InputError(f"{path} does not exist; give a file or a folder.")
     if path.is_dir():
-        files = [DataFile(file) for file in sorted(path.iterdir()) if file.is_file() and _readable(file.name)]
+        files = [DataFile(file) for file in _inside(path) if file.is_file() and _readable(file.name)]
     elif path.suffix == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
@@ -119,6 +143,11 @@ def find_files(path: Path) -> list[DataFile]:
     if not files:
         raise InputError(f"{path} is or holds no {', '.join(SUFFIXES)} file; give one, or a folder or .zip with some.")
     return files
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder, and, where that is one of the hub's, in the folders of its tasks."""
+    return sorted([*folder.iterdir(), *(path for split in SPLITS for path in folder.glob(f"*/{split}*{PARQUET}"))])
 
 
 def _readable(name: str) -> bool:

@@ -1,6 +1,9 @@
-"""The methods of the paper as points on our two axes, stage 1 x stage 2."""
+"""The methods of the paper as points on our two axes, stage 1 x stage 2, and any other point by its options.
 
-from collections.abc import Sequence
+A method's name may be followed by options of `RocketKVConfig`: `rocketkv:sink_tokens=0:window_size=16`.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +46,42 @@ class Arm:
         return method_config(self.method, self.token_budget or 1)
 
 
-def method_config(name: str, token_budget: int, **options: Any) -> RocketKVConfig:
-    """The configuration of a method that keeps to its budget, however short the text; `options` of `RocketKVConfig`.
+def method_config(method: str, token_budget: int, **options: Any) -> RocketKVConfig:
+    """The configuration of a method that keeps to its budget, however short the text.
+
+    Args:
+        method: a name of `METHODS`, with options after it or not.
+        token_budget: as in `RocketKVConfig`.
+        options: of `RocketKVConfig`; they come before those of the method.
 
     Raises:
         ConfigError: an option does not fit.
-        InputError: there is no such method.
+        InputError: there is no such method, or what follows its name is no option.
     """
+    name, *texts = method.split(":")
     if name not in METHODS:
         raise InputError(f"method {name!r} does not exist; choose from {', '.join(METHODS)}.")
-    return RocketKVConfig(**{"token_budget": token_budget, "dense_below": 0, **METHODS[name], **options})
+    given = dict(_parse_option(method, text) for text in texts)
+    return RocketKVConfig(**{"token_budget": token_budget, "dense_below": 0, **METHODS[name], **given, **options})
+
+
+def _parse_option(method: str, text: str) -> tuple[str, int | str]:
+    """An option as `name=value`, numbers as numbers."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value) or name == "token_budget":
+        raise InputError(f"method {method!r} has {text!r} where an option stands; write, say, rocketkv:window_size=16.")
+    return name, int(value) if value.isdecimal() else value
+
+
+def sort_methods(methods: Iterable[str]) -> list[str]:
+    """Each method once, in the order of `METHODS`, those with options after the one that they vary."""
+    order = list(METHODS)
+
+    def place(method: str) -> tuple[int, bool]:
+        name, colon, _ = method.partition(":")
+        return order.index(name), bool(colon)
+
+    return sorted(dict.fromkeys(methods), key=place)
 
 
 def make_arms(methods: Sequence[str], budgets: Sequence[int]) -> list[Arm]:

@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,18 @@ def _texts(request: Request) -> dict[str, str]:
         paths = sorted(path for path in request.data.iterdir() if path.name.endswith((".txt", ".txt.gz")))
     if not paths:
         raise InputError(f"{request.data} has no .txt or .txt.gz; give a text or a folder of texts.")
-    return {path.name.removesuffix(".gz").removesuffix(".txt"): _read_text(path) for path in paths}
+    texts: dict[str, str] = {}
+    for path in paths:
+        name = path.name.removesuffix(".gz").removesuffix(".txt")
+        if name in texts:
+            raise InputError(f"{path.parent} has {name} twice, as .txt and as .txt.gz; remove one.")
+        texts[name] = _read_text(path)
+    return texts
 
 
 def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read as text ({error}); give UTF-8 text, .txt or .txt.gz.") from None

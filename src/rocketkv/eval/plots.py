@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from matplotlib import rc_context
@@ -177,15 +178,16 @@ def _legend(figure: Figure) -> None:
 
 
 def _style(method: str) -> dict[str, Any]:
-    """The same in every plot and report; methods beyond the palette begin it anew with dashes."""
+    """The same in every plot and report; methods beyond the palette begin it anew with dashes, options with dots."""
     if method == FULL:
         return {"color": "#777777", "linestyle": ":", "linewidth": 2, "zorder": 3}
-    place = [name for name in METHODS if name != FULL].index(method)
+    name, _, options = method.partition(":")
+    place = [name for name in METHODS if name != FULL].index(name) + crc32(options.encode())
     dashes, color = divmod(place, len(COLORS))
     return {
         "color": COLORS[color],
         "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": "-" if dashes == 0 else "--",
+        "linestyle": ":" if options else "-" if dashes == 0 else "--",
         "markersize": 4,
         "linewidth": 1.3,
     }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rocketkv.eval.methods import FULL, METHODS, Arm
+from rocketkv.eval.methods import FULL, Arm, sort_methods
 from rocketkv.eval.records import Record
 from rocketkv.eval.statistics import Values
 
@@ -64,8 +64,7 @@ class Results:
     @cached_property
     def methods(self) -> list[str]:
         """As in `METHODS`, full cache first."""
-        names = {arm.method for arm, _ in self._by_place}
-        return [name for name in METHODS if name in names]
+        return sort_methods(arm.method for arm, _ in self._by_place)
 
     @cached_property
     def budgets(self) -> list[int]:

@@ -105,8 +105,9 @@ def _evaluate(
                     "prompt": _digest(dialogue),
                     "prompt_tokens": dialogue.prompt_tokens(turn),
                     "new_tokens": len(answer.token_ids),
-                    "read_bytes": answer.held.read_bytes or None,  # none where one token was all
+                    "read_bytes": answer.held.read_bytes if len(answer.token_ids) > 1 else None,  # none was decoded
                     "kv_bytes": answer.held.kv_bytes,
+                    "group_size": loaded.group_size,
                     "prefill_s": round(prefill_s, 4),
                     "decode_s": round(decode_s, 4),
                     "rows": len(arms),

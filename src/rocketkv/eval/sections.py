@@ -25,7 +25,8 @@ READING = f"""
 - Differences are taken on the samples that both methods have, and are bold where the interval leaves out 0.
 - "agrees" is the share of answers that are the full cache's to the letter.
 - "read / step" and "held" are bytes of keys, values and index, means over answers; "of full" is beside the full cache's
-  on the same answers.
+  on the same answers. SnapKV keeps t tokens per KV head here, shared by its query heads; as its authors count, each
+  query head keeps t of its own: the row "counted per query head" has the bytes of that, not its score.
 - "kept" is the average over the full cache's on the same samples.
 """
 

@@ -11,6 +11,7 @@ from rocketkv.eval.records import Record
 from rocketkv.eval.results import FULL_CACHE, Cell, Results, cell_of, layer_means, mean_of, turn_scores
 from rocketkv.eval.statistics import Interval, mean_interval, ratio_interval, score_interval
 
+PER_QUERY_HEAD = "snapkv"  # whose authors let each query head keep tokens of its own
 BARS = {256: 90, 512: 95}  # the share of the full cache's average that is asked for at a budget, in %
 
 
@@ -23,9 +24,10 @@ def suite_table(results: Results) -> str:
         row += [span(score_interval(results.tasks(arm, results.cells)))]
         row += ["" if arm == FULL_CACHE else difference(results, arm, FULL_CACHE)]
         row += [percent(mean_of(records, "agrees")), _num_samples(results, records)]
-        for name in ("read_bytes", "kv_bytes"):
-            row += [num_bytes(mean_of(records, name)), percent(_share_of_full(results, arm, name))]
-        rows.append(row)
+        rows.append([*row, *_bytes(results, arm)])
+        if arm.method == PER_QUERY_HEAD:
+            counted = _bytes(results, arm, times=mean_of(records, "group_size"))
+            rows.append([f"{arm.method}, counted per query head", row[1], *[""] * 4, *counted])
     header = ["method", "t", "score", "less full cache's", "agrees", "n", "read / step", "of full", "held", "of full"]
     return table(header, rows)
 
@@ -130,11 +132,21 @@ def difference(results: Results, one: Arm, other: Arm, cells: Sequence[Cell] | N
     return f"**{text}**" if interval.leaves_out_zero else text
 
 
+def _bytes(results: Results, arm: Arm, times: float = 1) -> list[str]:
+    """Bytes read per step and held, each also as a share of the full cache's."""
+    cells = []
+    for name in ("read_bytes", "kv_bytes"):
+        cells += [num_bytes(times * mean_of(results.at(arm), name))]
+        cells += [percent(times * _share_of_full(results, arm, name))]
+    return cells
+
+
 def _share_of_full(results: Results, arm: Arm, name: str) -> float:
-    """The mean of a field relative to the full cache's on the same answers."""
+    """The mean of a field relative to the full cache's on the same answers, those that have it under both."""
 
     def by_answer(of: Arm) -> dict[tuple[object, ...], Record]:
-        return {(cell_of(record), record["id"], record["turn"]): record for record in results.at(of)}
+        records = (record for record in results.at(of) if record.get(name) is not None)
+        return {(cell_of(record), record["id"], record["turn"]): record for record in records}
 
     ours, full = by_answer(arm), by_answer(FULL_CACHE)
     shared = [answer for answer in ours if answer in full]

@@ -1,8 +1,8 @@
-"""A needle in a haystack: one number hidden in prose at ten depths, asked for.
+"""A needle in a haystack: numbers hidden in prose at ten depths, asked for.
 
 `passkey` is the form published with RocketKV: lengths in words, no chat template (the texts are those of the passkey
 task of Mohtashami and Jaggi, arXiv:2305.16300). `passkey_tokens` is ours: lengths in tokens, chat form, and the first
-words of the answer given, so that small models can do it.
+words of the answer given, so that small models can do it. `passkey_turns` hides four such numbers, asked for in turn.
 """
 
 import random
@@ -36,16 +36,17 @@ OPENING = (
 NEEDLE = "One of the special magic numbers for {name} is: {number}."
 QUESTION = "What is the special magic number for {name} mentioned in the provided text?"
 PREFIX = "The special magic number for {name} mentioned in the provided text is"
+TURNS = 4
 
 
 class Niah:
     """The suite; see `Suite`."""
 
     name = "niah"
-    tasks = ("passkey", "passkey_tokens")
+    tasks = ("passkey", "passkey_tokens", "passkey_turns")
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """At each length, every depth `num_samples` (3) times; without tasks, of `passkey` for parity, else of ours.
+        """At each length, every depth `num_samples` (3) times; without tasks `passkey_tokens`, for parity `passkey`.
 
         Raises:
             InputError: an unknown task, an empty haystack or, while iterating, a length with no room for any of it.
@@ -63,7 +64,7 @@ class Niah:
 
     def _make(self, names: Sequence[str], request: Request, words: Sequence[str]) -> Iterator[Sample]:
         for name in names:
-            make, lengths = (_passkey, WORD_LENGTHS) if name == "passkey" else (_passkey_tokens, TOKEN_LENGTHS)
+            make, lengths = MAKERS[name]
             for length in request.lengths or lengths:
                 for repeat, step in product(range(request.num_samples or REPEATS), range(len(DEPTHS))):
                     generator = random.Random(request.seed + len(DEPTHS) * repeat + step)
@@ -84,9 +85,9 @@ def _passkey_tokens(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
     """Our form; the prose starts anywhere in the text, and prompt and answer fill `length` tokens."""
-    name, number = generator.choice(NAMES), str(generator.randrange(1_000_000, 10_000_000))
+    name, number = generator.choice(NAMES), _number(generator)
     start = generator.randrange(len(words))
-    turn = Turn(QUESTION.format(name=name), (number,), max_new_tokens=24, answer_prefix=PREFIX.format(name=name))
+    turn = _ask(name, number)
 
     def make(size: int) -> Sample:
         content = plant(take_words(words, start, size), NEEDLE.format(name=name, number=number), depth)
@@ -94,6 +95,42 @@ def _passkey_tokens(
         return Sample(id, Niah.name, "passkey_tokens", context, (turn,), chat=True, length=length, depth=depth)
 
     return fill(make, request.tokenizer, smallest=1, largest=length, length=length)
+
+
+def _passkey_turns(
+    id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
+) -> Sample:
+    """Four numbers, one in each quarter of the prose and there at `depth`, asked for in random order."""
+    names = generator.sample(NAMES, TURNS)
+    numbers = [_number(generator) for _ in names]
+    start = generator.randrange(len(words))
+    turns = [_ask(name, number) for name, number in zip(names, numbers, strict=True)]
+    generator.shuffle(turns)
+
+    def make(size: int) -> Sample:
+        content = take_words(words, start, size)
+        for quarter in reversed(range(TURNS)):  # the last first, so that places stay what they are
+            needle = NEEDLE.format(name=names[quarter], number=numbers[quarter])
+            content.insert(int(size * (quarter + depth) / TURNS), f"{needle} ")
+        context = f"{OPENING}{''.join(content).strip()}\n\n"
+        return Sample(id, Niah.name, "passkey_turns", context, turns, chat=True, length=length)
+
+    return fill(make, request.tokenizer, smallest=1, largest=length, length=length)
+
+
+def _number(generator: random.Random) -> str:
+    return str(generator.randrange(1_000_000, 10_000_000))
+
+
+def _ask(name: str, number: str) -> Turn:
+    return Turn(QUESTION.format(name=name), (number,), max_new_tokens=24, answer_prefix=PREFIX.format(name=name))
+
+
+MAKERS = {  # and the lengths where none are asked for
+    "passkey": (_passkey, WORD_LENGTHS),
+    "passkey_tokens": (_passkey_tokens, TOKEN_LENGTHS),
+    "passkey_turns": (_passkey_turns, TOKEN_LENGTHS),
+}
 
 
 SUITE = Niah()
