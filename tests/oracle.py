@@ -72,6 +72,18 @@ def quest_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int) -> n
     return scores
 
 
+def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group: int) -> np.ndarray:
+    """Products with keys in 4 bits, per channel of `group` tokens: query [G, D], keys [N, D] -> [G, N]."""
+    channels = np.argsort(-np.abs(query).sum(0), kind="stable")[:num_channels]
+    near = np.zeros_like(keys)
+    for start in range(0, len(keys), group):
+        for c in range(keys.shape[1]):
+            part = keys[start : start + group, c]
+            step = (part.max() - part.min()) / 15
+            near[start : start + group, c] = part.min() + step * np.round((part - part.min()) / step if step else 0)
+    return query[:, channels] @ near[:, channels].T
+
+
 def choose(scores: np.ndarray, top_k: int, sinks: int = 0, recents: int = 0) -> list[int]:
     """Pinned tokens first, then the best; of equal scores the earlier token."""
     count = len(scores)

@@ -31,7 +31,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(self: Tensor, *size: Any, **options: Any) -> Tensor:
         fresh = new_empty(self, *size, **options)
-        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh.fill_(1 << 20)
+        if fresh.is_floating_point():
+            return fresh.fill_(torch.nan)
+        return fresh.fill_(0xDD if fresh.dtype == torch.uint8 else 1 << 20)
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
@@ -81,7 +83,7 @@ def test_rocketkv_is_the_method_in_plain_loops(
             np.testing.assert_allclose(output[0, heads, 0], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
+@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid", "lowbit"])
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_every_selection_method_is_its_plain_loop(seeded: torch.Generator, mode: str, selection: str) -> None:
     x = make_inputs(seeded, 1, 6, 2, 230, 64)
@@ -98,6 +100,9 @@ def test_every_selection_method_is_its_plain_loop(seeded: torch.Generator, mode:
             queries, keys, values = q[3 * head : 3 * head + 3, t], k[head, held], v[head, held]
             if selection == "quest":
                 scores = oracle.quest_token_scores(queries, keys, split.page_size)
+            elif selection == "lowbit":
+                logits = oracle.lowbit_logits(queries, keys, split.num_channels, 64) / 8
+                scores = np.mean([oracle.softmax(row) for row in logits], axis=0)
             else:
                 page_size = split.page_size if selection == "hybrid" else 1
                 num_channels = 64 if selection == "exact" else split.num_channels
@@ -163,7 +168,7 @@ def test_what_is_held_is_attended_in_full_up_to_twice_the_budget(seeded: torch.G
     assert selecting.read_bytes < by_default.read_bytes < in_full.read_bytes
 
 
-@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
+@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid", "lowbit"])
 def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) -> None:
     x = make_inputs(seeded, 2, 6, 2, 300, 64)
     # the first row is long, so that a selection is made; the second holds fewer than top_k tokens

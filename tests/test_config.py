@@ -25,7 +25,7 @@ from rocketkv.selection import Exact
         ({"token_budget": 256, "eviction": "snap"}, "eviction='snap' does not exist; did you mean snapkv?"),
         (
             {"token_budget": 256, "selection": "zzz"},
-            "selection='zzz' does not exist; choose from dense, exact, quest, sparq, hybrid.",
+            "selection='zzz' does not exist; choose from dense, exact, quest, sparq, hybrid, lowbit.",
         ),
         (
             {"token_budget": 256, "kernel_size": 64},
@@ -58,9 +58,7 @@ def test_errors_are_full_sentences(options: dict[str, Any], message: str) -> Non
 def test_objects_without_the_methods_are_refused() -> None:
     with pytest.raises(ConfigError, match="has no method keep"):
         RocketKVConfig(token_budget=256, eviction=object())
-    with pytest.raises(
-        ConfigError, match="lacks held_tokens, split, build_index, logits, scored_elements; give a name"
-    ):
+    with pytest.raises(ConfigError, match="lacks held_tokens, split, build_index, logits, scored_bytes; give a name"):
         RocketKVConfig(token_budget=256, selection=object())
 
 

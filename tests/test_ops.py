@@ -7,7 +7,7 @@ import torch
 import oracle
 from inputs import make_inputs
 from rocketkv import ops
-from rocketkv.cache import PageIndex
+from rocketkv.cache import LowBitIndex, PageIndex
 
 SIZES = [(1, 1, 64), (63, 3, 80), (100, 4, 96), (257, 8, 128), (130, 2, 256)]  # S, G, D
 
@@ -236,3 +236,71 @@ def test_dense_decode_ignores_what_lies_beyond(seeded: torch.Generator) -> None:
             *arrays(x.query[row, heads, -1], x.key[row, head], x.value[row, head]), list(range(count))
         )
         np.testing.assert_allclose(output[row, heads, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_bit_keys_are_as_near_as_four_bits_allow(seeded: torch.Generator, dtype: torch.dtype) -> None:
+    keys = (torch.randn(2, 3, ops.GROUP, 80, generator=seeded) * 5 + torch.arange(80)).to(dtype)
+    keys[..., 7] = 3.0  # a channel whose keys are all alike
+    counts = torch.tensor([[0, 1, 2], [33, 63, ops.GROUP]])
+    beyond = torch.arange(ops.GROUP) >= counts[..., None]
+    codes, ranges = ops.quantize_groups(keys.masked_fill(beyond[..., None], torch.nan), counts)
+    assert codes.shape == (2, 3, 80, ops.GROUP // 2)
+    assert ranges.dtype == dtype
+    low, step = ranges.float().unbind(-1)
+    steps = torch.cat([codes & 15, codes >> 4], -1)
+    assert not steps[beyond[..., None, :].expand_as(steps)].any()
+    near = (low[..., None] + step[..., None] * steps).transpose(-2, -1)
+    error = (near - keys.float()).abs().masked_fill(beyond[..., None], 0)
+    rounding = torch.finfo(dtype).eps * 15 * step  # of the step itself
+    assert (error <= (step / 2 + rounding + 1e-6)[..., None, :]).all()
+    assert (steps.amax(-1)[counts > 1] == 15).sum() == 4 * 79  # every channel's range is used but of those all alike
+    assert (ranges[0, 0] == 0).all()
+
+
+def test_low_bit_keys_grow_into_what_they_are_when_built_anew(seeded: torch.Generator) -> None:
+    keys = torch.randn(2, 2, 400, 64, generator=seeded)
+    lengths = torch.tensor([[130, 64], [1, 127]])
+    index = LowBitIndex(poisoned(keys[:, :, :130], lengths), lengths)
+    for _ in range(200):
+        rows = lengths[..., None, None].expand(-1, -1, 1, 64)
+        index.extend(keys.gather(2, rows), lengths)
+        lengths = lengths + 1
+    again = LowBitIndex(poisoned(keys[:, :, : int(lengths.max())], lengths), lengths)
+    groups = -(-int(lengths.max()) // ops.GROUP)
+    assert torch.equal(index.codes[:, :, :groups], again.codes[:, :, :groups])
+    assert torch.equal(index.ranges[:, :, :groups], again.ranges[:, :, :groups])
+    index.select_rows(torch.tensor([1, 0]))
+    assert torch.equal(index.codes[0, :, :groups], again.codes[1, :, :groups])
+
+
+@pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)
+def test_low_bit_logits_are_those_of_the_plain_loop(
+    seeded: torch.Generator, size: int, group: int, head_dim: int
+) -> None:
+    x = make_inputs(seeded, 1, 2 * group, 2, size, head_dim)
+    index = LowBitIndex(x.key, torch.full((1, 2), size))
+    query = x.query[:, :, -1].reshape(1, 2, group, head_dim)
+    num_channels = max(1, head_dim // 3)
+    logits = ops.lowbit_logits(
+        query, index.codes, index.ranges, num_tokens=size, num_channels=torch.tensor([num_channels]), scale=0.5
+    )
+    for head in range(2):
+        expected = oracle.lowbit_logits(*arrays(query[0, head], x.key[0, head]), num_channels, ops.GROUP) * 0.5
+        np.testing.assert_allclose(logits[0, head], expected, atol=1e-3)
+
+
+def test_more_bytes_of_low_bit_keys_tell_more(seeded: torch.Generator) -> None:
+    """Read along all channels they rank tokens almost as the keys themselves do."""
+    x = make_inputs(seeded, 1, 2, 2, 1000, 64)
+    index, scale = LowBitIndex(x.key, torch.full((1, 2), 1000)), 1 / 8
+    exact = x.query[:, :, -1:] @ x.key.transpose(2, 3) * scale
+    errors = [
+        (ops.lowbit_logits(
+            x.query[:, :, -1:], index.codes, index.ranges,
+            num_tokens=1000, num_channels=torch.tensor([channels]), scale=scale,
+        ) - exact).std()
+        for channels in (8, 16, 32, 64)
+    ]  # fmt: skip
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 * exact.std()

@@ -388,7 +388,8 @@ class LayerCache:
         """The decode step as one call of a backend; None if it is left to the reference."""
         keys, values = (working.archive or working.tokens).fields[:2]
         index = working.index if isinstance(working.index, PageIndex) else None
-        scoring = getattr(self.selection, "scoring", None)
+        attends_to_all = working.max_length < plan.dense_length  # the new token included
+        scoring = "none" if attends_to_all else getattr(self.selection, "scoring", None)
         backend, reasons = find_backend(self.config.backend, keys, scoring)
         if backend is None and self.config.backend not in ("auto", "reference"):
             raise UnsupportedError(
@@ -420,11 +421,11 @@ class LayerCache:
     def _count_read_bytes(self, lengths: Tensor, plan: SelectionPlan, key: Tensor) -> int:
         """Bytes of a selecting step; a row that is attended in full needs no scores."""
         selects = lengths > plan.dense_lengths[:, None]
-        scored = self.selection.scored_elements(
-            lengths, plan.page_size[:, None], plan.num_channels[:, None], key.shape[3]
+        scored = self.selection.scored_bytes(
+            lengths, plan.page_size[:, None], plan.num_channels[:, None], key.shape[3], key.element_size()
         )
-        elements = scored.where(selects, 0) + 2 * plan.top_k[:, None].where(selects, lengths) * key.shape[3]
-        return int(elements.sum()) * key.element_size()
+        attended = 2 * plan.top_k[:, None].where(selects, lengths) * key.shape[3] * key.element_size()
+        return int((scored.where(selects, 0) + attended).sum())
 
     def _started(self) -> WorkingSet:
         if self.working is None:

@@ -6,7 +6,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rocketkv.ops import PAGES_PER_BLOCK, build_pages, fold_into_pages, new_storage, take_tokens
+from rocketkv.ops import (
+    GROUP,
+    PAGES_PER_BLOCK,
+    build_pages,
+    fold_into_pages,
+    new_storage,
+    quantize_groups,
+    take_tokens,
+)
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
 
@@ -188,6 +196,58 @@ class PageIndex:
             self.bounds = self.bounds.index_select(0, rows)
         self.page_size = self.page_size.index_select(0, rows)
         self._smallest = int(self.page_size.min())
+
+
+class LowBitIndex:
+    """The keys in 4 bits, grown in steps; see `ops/lowbit.py`. At any time what it would be if built anew.
+
+    Attributes:
+        codes: `[B, Hkv, groups, D, GROUP // 2]` uint8.
+        ranges: `[B, Hkv, groups, D, 2]` in the dtype of the keys.
+    """
+
+    def __init__(self, keys: Tensor, lengths: Tensor) -> None:
+        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64."""
+        batch, num_kv_heads, num_tokens, head_dim = keys.shape
+        num_groups = num_tokens // GROUP + 1  # the last one open
+        padded = keys.new_zeros(batch, num_kv_heads, num_groups * GROUP, head_dim)
+        padded[:, :, :num_tokens] = keys
+        groups = padded.view(batch, num_kv_heads, num_groups, GROUP, head_dim)
+        starts = GROUP * torch.arange(num_groups, device=keys.device)
+        codes, ranges = quantize_groups(groups, (lengths[..., None] - starts).clamp(0, GROUP))
+        last = (lengths // GROUP)[..., None, None, None].expand(-1, -1, 1, GROUP, head_dim)
+        self.codes, self.ranges = _stored(codes), _stored(ranges)
+        self._open = _stored(groups.gather(2, last)[:, :, 0])  # [B, Hkv, GROUP, D], the keys of the group that grows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, spare capacity included."""
+        return self.codes.nbytes + self.ranges.nbytes + self._open.nbytes
+
+    def extend(self, key: Tensor, slots: Tensor) -> None:
+        """Take in one token per row, into the open group: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
+        spare = max(1, self.codes.shape[2] // 8)
+        if int(slots.max()) >= self.codes.shape[2] * GROUP:
+            self.codes, self.ranges = _stored(self.codes, spare), _stored(self.ranges, spare)
+        place, group = slots % GROUP, slots // GROUP
+        self._open.scatter_(2, place[..., None, None].expand(-1, -1, 1, key.shape[3]), key)
+        for stored, new in zip((self.codes, self.ranges), quantize_groups(self._open, place + 1), strict=True):
+            stored.scatter_(2, group[..., None, None, None].expand(-1, -1, 1, *new.shape[2:]), new[:, :, None])
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        with torch.inference_mode(False):
+            self.codes = self.codes.index_select(0, rows)
+            self.ranges = self.ranges.index_select(0, rows)
+            self._open = self._open.index_select(0, rows)
+
+
+def _stored(x: Tensor, spare: int = 0) -> Tensor:
+    """A copy to write to later, with `spare` more places, zero, along dim 2."""
+    stored = new_storage(x, (*x.shape[:2], x.shape[2] + spare, *x.shape[3:]))
+    stored[:, :, : x.shape[2]] = x
+    stored[:, :, x.shape[2] :] = 0
+    return stored
 
 
 class WorkingSet:

@@ -11,7 +11,7 @@ from rocketkv.ops.backends import BACKENDS
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
-_SELECTION_NAMES = ("held_tokens", "split", "build_index", "logits", "scored_elements")
+_SELECTION_NAMES = ("held_tokens", "split", "build_index", "logits", "scored_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

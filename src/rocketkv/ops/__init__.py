@@ -3,11 +3,13 @@
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens
 from rocketkv.ops.linear import linear
+from rocketkv.ops.lowbit import GROUP, lowbit_logits, quantize_groups
 from rocketkv.ops.memory import new_storage
 from rocketkv.ops.pages import PAGES_PER_BLOCK, bound_logits, build_pages, fold_into_pages, hybrid_logits
 from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
 
 __all__ = [
+    "GROUP",
     "PAGES_PER_BLOCK",
     "bound_logits",
     "build_pages",
@@ -17,9 +19,11 @@ __all__ = [
     "fold_into_pages",
     "hybrid_logits",
     "linear",
+    "lowbit_logits",
     "mark_best",
     "new_storage",
     "prefill_densely",
+    "quantize_groups",
     "score_tokens",
     "score_window",
     "take_tokens",

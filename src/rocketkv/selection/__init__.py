@@ -6,6 +6,7 @@ from rocketkv.selection.base import SelectionMethod
 from rocketkv.selection.dense import Dense
 from rocketkv.selection.exact import Exact
 from rocketkv.selection.hybrid import Hybrid
+from rocketkv.selection.lowbit import LowBit
 from rocketkv.selection.quest import Quest
 from rocketkv.selection.sparq import SparQ
 
@@ -15,6 +16,7 @@ SELECTION_METHODS: dict[str, Callable[[], SelectionMethod]] = {
     "quest": Quest,
     "sparq": SparQ,
     "hybrid": Hybrid,
+    "lowbit": LowBit,
 }
 
-__all__ = ["SELECTION_METHODS", "Dense", "Exact", "Hybrid", "Quest", "SelectionMethod", "SparQ"]
+__all__ = ["SELECTION_METHODS", "Dense", "Exact", "Hybrid", "LowBit", "Quest", "SelectionMethod", "SparQ"]

@@ -58,5 +58,7 @@ class SelectionMethod(ABC):
         """
 
     @abstractmethod
-    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
-        """Elements that `logits` reads for rows of these `lengths` (`[B, Hkv]`), same shape; sizes are `[B, 1]`."""
+    def scored_bytes(
+        self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
+    ) -> Tensor:
+        """Bytes that `logits` reads for rows of these `lengths` (`[B, Hkv]`), same shape; sizes are `[B, 1]`."""

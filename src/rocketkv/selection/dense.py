@@ -25,6 +25,8 @@ class Dense(SelectionMethod):
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> None:
         """None: attend to everything; see `SelectionMethod`."""
 
-    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+    def scored_bytes(
+        self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
+    ) -> Tensor:
         """Nothing is scored; see `SelectionMethod`."""
         return lengths * 0

@@ -21,6 +21,8 @@ class Exact(SelectionMethod):
         keys, _ = working.keys_and_values()
         return (query.float() @ keys.float().transpose(2, 3)) * scale
 
-    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+    def scored_bytes(
+        self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
+    ) -> Tensor:
         """Every channel of every key; see `SelectionMethod`."""
-        return lengths * head_dim
+        return lengths * head_dim * element_size

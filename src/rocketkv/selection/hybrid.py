@@ -34,6 +34,8 @@ class Hybrid(SelectionMethod):
             scale=scale,
         )
 
-    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+    def scored_bytes(
+        self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
+    ) -> Tensor:
         """One bound per page and chosen channel; see `SelectionMethod`."""
-        return (lengths + page_size - 1) // page_size * num_channels
+        return (lengths + page_size - 1) // page_size * num_channels * element_size

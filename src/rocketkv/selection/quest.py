@@ -25,7 +25,9 @@ class Quest(Hybrid):
         assert isinstance(index, PageIndex)
         return bound_logits(query, index.bounds, page_size=index.page_size, num_tokens=working.max_length, scale=scale)
 
-    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+    def scored_bytes(
+        self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
+    ) -> Tensor:
         """Both bounds of every page, one if all pages hold one token; see `SelectionMethod`."""
         per_page = head_dim if bool((page_size == 1).all()) else 2 * head_dim
-        return (lengths + page_size - 1) // page_size * per_page
+        return (lengths + page_size - 1) // page_size * per_page * element_size

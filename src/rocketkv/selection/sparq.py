@@ -22,6 +22,8 @@ class SparQ(Hybrid):
         """A channel-major copy of the keys; see `SelectionMethod`."""
         return super().build_index(working, torch.ones_like(page_size))
 
-    def scored_elements(self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int) -> Tensor:
+    def scored_bytes(
+        self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
+    ) -> Tensor:
         """The chosen channels of every token; see `SelectionMethod`."""
-        return lengths * num_channels
+        return lengths * num_channels * element_size
