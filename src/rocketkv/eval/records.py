@@ -6,6 +6,7 @@ the latter two.
 """
 
 import fcntl
+import gzip
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -178,7 +179,7 @@ def digest(prompt: object) -> str:
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files, without answers of which a turn is missing.
+    """The records of several files, packed by gzip or not, without answers of which a turn is missing.
 
     Raises:
         InputError: a line is no record.
@@ -193,7 +194,8 @@ def _read(path: Path) -> list[Record]:
         InputError: one is no record.
     """
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
             _case(record), record["turn"], record["turns"], record["method"], record["token_budget"], record["prompt"]

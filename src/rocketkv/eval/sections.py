@@ -63,7 +63,11 @@ def sections(runs: Sequence[Run], pictures: Pictures) -> Iterator[str]:
     if scored.records:
         yield from _averages(scored)
     for suite in scored.suites:
-        yield from _suite(suite, scored.of([cell for cell in scored.cells if cell.suite == suite]), pictures)
+        several = [cell for cell in scored.multi_turn_cells if cell.suite == suite]
+        single = [cell for cell in scored.cells if cell.suite == suite and cell not in several]
+        for title, cells in ((suite, single), (f"{suite}, several turns", several)):
+            if cells:
+                yield from _suite(title, scored.of(cells), pictures)
     yield from _fidelity(everything.of([cell for cell in everything.cells if cell.suite == FIDELITY]), pictures)
     if everything.records:
         yield "## One prefill for all methods"
@@ -115,10 +119,9 @@ def _suite(suite: str, results: Results, pictures: Pictures) -> Iterator[str]:
     if results.budgets:
         yield pictures.add(f"{suite} budgets", plots.draw_budgets(results), f"{suite}: score against token budget")
     if results.multi_turn_cells:
-        part = results.of(results.multi_turn_cells)
         yield "### By turn"
-        yield tables.turn_table(part)
-        yield pictures.add(f"{suite} turns", plots.draw_turns(part), f"{suite}: score at each turn")
+        yield tables.turn_table(results)
+        yield pictures.add(f"{suite} by turn", plots.draw_turns(results), f"{suite}: score at each turn")
     for task in results.placed_tasks:
         caption = f"{task}: score by length and depth"
         yield pictures.add(f"{suite} {task} depths", plots.draw_depths(results, task), caption)
