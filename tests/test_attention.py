@@ -349,6 +349,23 @@ def test_options_that_do_not_fit_the_layer_are_refused(
         LayerCache(strict(token_budget=40, **options)).prefill(*make_inputs(seeded))
 
 
+@pytest.mark.parametrize("selection", list(SELECTION_METHODS))
+def test_a_row_that_stays_when_longer_ones_go_selects_as_it_does_alone(
+    decoded_by: str, seeded: torch.Generator, selection: str
+) -> None:
+    """Alone it is attended in full at first, and selects later; the index must not have missed what came between."""
+    x = make_inputs(seeded, 2, 4, 2, 800, 64)
+    config = RocketKVConfig.paper(256, eviction="keep_all", selection=selection, new_tokens=200)
+    batch, alone = LayerCache(config), LayerCache(config)
+    batch.prefill(*x.part(0, 600), padding=torch.tensor([450, 0]))
+    alone.prefill(*x.row(0, start=450).part(0, 150))
+    batch.decode(*x.part(600, 601))
+    alone.decode(*x.row(0).part(600, 601))
+    batch.select_rows(torch.tensor([0]))
+    mine, expected = (decode_all(cache, x.row(0), 601, 760) for cache in (batch, alone))
+    torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_pins_that_will_not_fit_once_a_short_row_has_grown_are_refused_at_once(seeded: torch.Generator) -> None:
     """30 + 30 pins fit in the 64 tokens that are all attended now, not in the 32 that are chosen of more."""
     prompt = make_inputs(seeded, num_tokens=40)

@@ -12,7 +12,8 @@ from rocketkv.errors import RocketKVError
 from rocketkv.eval.haystack import default_text
 from rocketkv.models import LoadedModel
 
-harness = pytest.importorskip("rocketkv.eval.harness", reason="lm-eval is not installed")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+from rocketkv.eval import harness
 
 PROSE = default_text()
 TASKS = {

@@ -453,6 +453,9 @@ def test_packed_records_are_read_like_others(tmp_path: Path) -> None:
     (packed / "records.jsonl.gz").write_bytes(gzip.compress((plain / "records.jsonl").read_bytes()))
     (packed / "records.jsonl").unlink()
     assert read_runs([packed])[0].records == read_runs([plain])[0].records
+    (packed / "records.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(InputError, match=r"records.jsonl.gz cannot be read \(Not a gzipped file"):
+        read_runs([packed])
 
 
 def test_wrong_folders_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pyarrow.parquet import write_table
 
 from eval_inputs import make_request, write_lines
 from rocketkv.errors import InputError
-from rocketkv.eval.files import find_files
+from rocketkv.eval.files import by_stem, find_files
 from rocketkv.eval.hub import locate_data
 from rocketkv.eval.rows import Fault, Sample, Turn, load_samples
 from rocketkv.eval.suites.rows import SUITE
@@ -147,6 +147,13 @@ def test_own_rows_are_judged_by_the_suite_that_they_name(tmp_path: Path) -> None
         "suite 'mine' does not exist",
         "names a task that qa does not have",
     ]
+    with pytest.raises(InputError, match=r"has no rows of poem; ask for tasks that it has"):
+        list(SUITE.samples(make_request(data=data, tasks=["squad", "poem"])))
+    turn = SHORT_ROW["turns"][0] | {"subtask": "magic"}
+    row = SHORT_ROW | {"suite": "scbench", "task": "scbench_repoqa_and_kv", "turns": [turn]}
+    [fault] = SUITE.samples(make_request(data=write_lines(tmp_path / "odd.jsonl", [row])))
+    assert isinstance(fault, Fault)
+    assert fault.reason.startswith("cannot be judged as scbench_repoqa_and_kv of scbench")
     assert SUITE.score(samples[0], 0, "It is the 1.") == {"score": 1.0}  # the articles go: as `squad` judges
     assert SUITE.score(samples[3], 0, "It is 11.") == {"score": 0.0}  # whole numbers: as `lines` judges
     few = SUITE.samples(make_request(data=data, tasks=["squad"], num_samples=2))
@@ -185,7 +192,11 @@ def test_a_pinned_dataset_of_the_hub_is_data_like_any_other(hub: Path) -> None:
     assert list(files) == ["rows", "scbench_kv", "scbench_vt"]
     first, second = files["scbench_kv"].items()
     assert first.value == {"context": "kv", "multi_turns": [{"input": "one?", "answer": "1"}]}
-    assert second.source == "test-00000-of-00001.parquet, row 2"
+    assert second.source == "scbench_kv/test-00000-of-00001.parquet, row 2"
+    assert list(by_stem(files.values())) == list(files)
+    write_table(Table.from_pylist([{"context": "c"}]), hub / "scbench_kv" / "train-00000-of-00001.parquet")
+    with pytest.raises(InputError, match=r"are both scbench_kv; give one of them alone"):
+        by_stem(find_files(hub))
     assert locate_data(str(hub / "rows.jsonl")) == hub / "rows.jsonl"
 
 

@@ -270,8 +270,11 @@ def test_low_bit_keys_grow_into_what_they_are_when_built_anew(seeded: torch.Gene
     groups = -(-int(lengths.max()) // ops.GROUP)
     assert torch.equal(index.codes[:, :, :groups], again.codes[:, :, :groups])
     assert torch.equal(index.ranges[:, :, :groups], again.ranges[:, :, :groups])
-    index.select_rows(torch.tensor([1, 0]))
-    assert torch.equal(index.codes[0, :, :groups], again.codes[1, :, :groups])
+    for both in (index, again):
+        both.select_rows(torch.tensor([1, 1, 0]))
+        both.extend(torch.ones(3, 2, 1, 64), lengths[torch.tensor([1, 1, 0])])
+    assert torch.equal(index.codes[:, :, :groups], again.codes[:, :, :groups])
+    assert torch.equal(index.ranges[:, :, :groups], again.ranges[:, :, :groups])
 
 
 @pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)

@@ -379,6 +379,8 @@ class LayerCache:
             )
             working.index = None
         working.reserve()
+        if working.max_length < plan.dense_length:
+            working.index = None  # rows went that selected: a step that attends to all does not extend it
         if working.index is None and working.max_length >= plan.dense_length:
             working.index = self.selection.build_index(working, plan.page_size)
             working.reserve()
@@ -388,8 +390,9 @@ class LayerCache:
         """The decode step as one call of a backend; None if it is left to the reference."""
         keys, values = (working.archive or working.tokens).fields[:2]
         index = working.index if isinstance(working.index, PageIndex) else None
-        attends_to_all = working.max_length < plan.dense_length  # the new token included
-        scoring = "none" if attends_to_all else getattr(self.selection, "scoring", None)
+        scoring = getattr(self.selection, "scoring", None)
+        if working.max_length < plan.dense_length and self.config.backend == "auto":
+            scoring = "none"  # all is attended, the new token included, whatever the method
         backend, reasons = find_backend(self.config.backend, keys, scoring)
         if backend is None and self.config.backend not in ("auto", "reference"):
             raise UnsupportedError(

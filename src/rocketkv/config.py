@@ -31,7 +31,8 @@ class RocketKVConfig:
         recent_tokens: last tokens always attended, counted inside `top_k`; None: `top_k // 8`.
         dense_below: a row that holds no more tokens than this is attended in full; None: twice the token budget, up to
             which that takes no longer than to select (docs/benchmarks.md), or 0 with a `budget` of your own. With 0 no
-            step of a selecting method but `exact` reads more than the budget.
+            step of a selecting method but `exact` reads more than the budget, but for what a row grows before it is
+            split anew: an eighth at most.
         new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown.
         budget: the split itself instead of the formulas, the same for every row and turn.
         backend: what decodes: `auto`, the fastest that accepts device, dtype and method, or plain torch if none does;

@@ -12,6 +12,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError
 from rocketkv.selection import SelectionMethod
 
+ENDLESS = 1 << 30  # tokens of a row that never ends
 OUTGROWN = 1.25  # a row this much longer than planned is planned anew, so that the budget holds as it grows
 
 
@@ -71,7 +72,7 @@ def plan_prefilled(
 
     Raises:
         ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than are attended, now or
-            when a row has outgrown its split.
+            however long a row gets.
     """
     splits, limits = [], []
     for num_seen, num_held in zip(seen, held.amax(1).tolist(), strict=True):
@@ -85,10 +86,10 @@ def plan_prefilled(
         else:
             splits.append(selection.split(total, config.token_budget, head_dim))
             limits.append(int(OUTGROWN * total))
-    for split, limit in zip(splits, limits, strict=True):
+    if config.budget is None:  # a row that fits in the budget now may outgrow it
+        _check(config, selection.split(ENDLESS, config.token_budget, head_dim), head_dim)
+    for split in splits:
         _check(config, split, head_dim)
-        if config.budget is None:
-            _check(config, selection.split(limit + 1, config.token_budget, head_dim), head_dim)
     return _plan(config, splits, limits, held)
 
 

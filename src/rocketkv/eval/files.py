@@ -7,7 +7,7 @@ import gzip
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -45,6 +45,8 @@ class DataFile:
     @property
     def name(self) -> str:
         """How messages name it."""
+        if self.path.name.startswith(SPLITS):
+            return f"{self.path.parent.name}/{self.path.name}"
         return f"{self.path.name}:{self.member}" if self.member else self.path.name
 
     @property
@@ -143,6 +145,20 @@ def find_files(path: Path) -> list[DataFile]:
     if not files:
         raise InputError(f"{path} is or holds no {', '.join(SUFFIXES)} file; give one, or a folder or .zip with some.")
     return files
+
+
+def by_stem(files: Iterable[DataFile]) -> dict[str, DataFile]:
+    """Each file by its stem.
+
+    Raises:
+        InputError: two have the same one.
+    """
+    found: dict[str, DataFile] = {}
+    for file in files:
+        if file.stem in found:
+            raise InputError(f"{found[file.stem].name} and {file.name} are both {file.stem}; give one of them alone.")
+        found[file.stem] = file
+    return found
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ runs lm-eval's own command line with our model known to it. Versions of lm-eval 
 packages find it by themselves.
 """
 
+import sys
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from rocketkv.errors import InputError, UnsupportedError
+from rocketkv.errors import InputError, RocketKVError, UnsupportedError
 from rocketkv.eval.generation import forward
 from rocketkv.eval.methods import method_config
 from rocketkv.hf import RocketKVCache, enable
@@ -116,7 +117,11 @@ def main() -> None:
     """lm-eval's own command line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except RocketKVError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -74,11 +74,17 @@ def _parse_option(method: str, text: str) -> tuple[str, int | str]:
 
 
 def sort_methods(methods: Iterable[str]) -> list[str]:
-    """Each method once, in the order of `METHODS`, those with options after the one that they vary."""
+    """Each method once, in the order of `METHODS`, those with options after the one that they vary.
+
+    Raises:
+        InputError: there is no such method.
+    """
     order = list(METHODS)
 
     def place(method: str) -> tuple[int, bool]:
         name, colon, _ = method.partition(":")
+        if name not in METHODS:
+            raise InputError(f"method {name!r} does not exist; choose from {', '.join(METHODS)}.")
         return order.index(name), bool(colon)
 
     return sorted(dict.fromkeys(methods), key=place)

@@ -9,6 +9,7 @@ import fcntl
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -102,7 +103,7 @@ class Journal:
             self._file.truncate(0)
             self._write(whole)
         self._faults_path.write_text("")
-        others = [path for path in self._folder.glob("records*.jsonl") if path != self._path]
+        others = [path for path in find_records(self._folder) if path != self._path]
         self.records = whole + read_records(others)
         for record in self.records:
             self._by_case.setdefault(_case(record), []).append(record)
@@ -178,6 +179,11 @@ def digest(prompt: object) -> str:
     return sha256(json.dumps(prompt).encode()).hexdigest()[:12]
 
 
+def find_records(folder: Path) -> list[Path]:
+    """The record files of a run, packed by gzip or not."""
+    return sorted([*folder.glob("records*.jsonl"), *folder.glob("records*.jsonl.gz")])
+
+
 def read_records(paths: Iterable[Path]) -> list[Record]:
     """The records of several files, packed by gzip or not, without answers of which a turn is missing.
 
@@ -194,7 +200,10 @@ def _read(path: Path) -> list[Record]:
         InputError: one is no record.
     """
     records = []
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error}); give another folder.") from None
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)

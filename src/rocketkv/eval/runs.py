@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rocketkv.errors import InputError
-from rocketkv.eval.records import Record, read_records
+from rocketkv.eval.records import Record, find_records, read_records
 
 SAME_MODEL = ("model", "dtype", "weights")  # what must not differ between runs that stand in one table
 
@@ -56,7 +56,7 @@ def _read_run(folder: Path) -> Run:
     if not (folder / "run.json").is_file():
         raise InputError(f"{folder} holds no run.json, so it is no run; give the --out of `rocketkv eval run`.")
     [facts] = _read_json(folder / "run.json", [(folder / "run.json").read_text(encoding="utf-8")])
-    records = read_records(sorted([*folder.glob("records*.jsonl"), *folder.glob("records*.jsonl.gz")]))
+    records = read_records(find_records(folder))
     faults = []
     for path in sorted(folder.glob("faults*.jsonl")):
         faults += _read_json(path, path.read_text(encoding="utf-8").split("\n")[:-1])  # without a torn last line

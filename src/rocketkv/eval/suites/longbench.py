@@ -13,7 +13,7 @@ from typing import Any
 
 from rocketkv.errors import InputError
 from rocketkv.eval import metrics
-from rocketkv.eval.files import DataFile, find_files
+from rocketkv.eval.files import DataFile, by_stem, find_files
 from rocketkv.eval.rows import BrokenRowError, Fault, Sample, Turn, make_samples, take, take_texts
 from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.longbench_prompts import PROMPTS
@@ -84,7 +84,7 @@ class LongBench:
                 "longbench needs its data; give --data the folder or the data.zip of "
                 "huggingface.co/datasets/THUDM/LongBench, or a file of it."
             )
-        files = {file.stem: file for file in find_files(request.data)}
+        files = by_stem(find_files(request.data))
         for name in request.tasks:
             if name not in TASKS:
                 raise InputError(f"longbench has no task {name!r}; choose from {', '.join(TASKS)}.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rocketkv.errors import InputError
+from rocketkv.errors import InputError, RocketKVError
 from rocketkv.eval.rows import Fault, Sample, load_samples
 from rocketkv.eval.suites import find_suite
 from rocketkv.eval.suites.base import Request
@@ -18,7 +18,7 @@ class Rows:
         """The rows of the data, of the asked tasks or of all, the first `num_samples` of each task and length.
 
         Raises:
-            InputError: there is no data, or it cannot be read.
+            InputError: there is no data, it cannot be read or, while iterating, has none of an asked task.
         """
         if request.data is None:
             raise InputError("rows needs its data; give --data a .jsonl file in our schema, or a folder of them.")
@@ -42,6 +42,8 @@ class Rows:
                 continue
             counts[kind] = counts.get(kind, 0) + 1
             yield sample
+        if missing := set(request.tasks) - {task for _, task, _ in counts}:
+            raise InputError(f"{request.data} has no rows of {', '.join(sorted(missing))}; ask for tasks that it has.")
 
 
 def _unfit(sample: Sample) -> Fault | None:
@@ -55,6 +57,11 @@ def _unfit(sample: Sample) -> Fault | None:
         return Fault(source, str(error))
     if sample.task not in known:
         return Fault(source, f"names a task that {sample.suite} does not have; choose from {', '.join(known)}")
+    try:
+        for turn in range(len(sample.turns)):
+            find_suite(sample.suite).score(sample, turn, "")
+    except (RocketKVError, LookupError, ValueError) as error:
+        return Fault(source, f"cannot be judged as {sample.task} of {sample.suite} ({error}); give what that task has")
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rocketkv.errors import InputError
 from rocketkv.eval import metrics, repoqa
-from rocketkv.eval.files import DataFile, find_files
+from rocketkv.eval.files import DataFile, by_stem, find_files
 from rocketkv.eval.rows import BrokenRowError, Fault, Sample, Turn, make_samples, take, take_texts
 from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.scbench_prompts import write_prompt
@@ -134,7 +134,7 @@ class SCBench:
                     f"huggingface.co/datasets/microsoft/SCBench, or ask only for {', '.join(MAKERS)}."
                 )
             return _generate(names, request)
-        files = {file.stem: file for file in find_files(request.data)}
+        files = by_stem(find_files(request.data))
         names = request.tasks or tuple(name for name in TASKS if name in files)
         if not names or any(name not in files for name in names):
             missing = [f"{name}.jsonl" for name in names or TASKS if name not in files]
