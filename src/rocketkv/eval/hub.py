@@ -1,6 +1,7 @@
 """Data from the Hugging Face hub, where the user asks for it: one pinned revision, kept in the hub's own cache."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -33,20 +34,23 @@ def locate_data(source: str) -> Path:
             "digits, which the dataset's page on the hub shows under its files."
         )
     inside = found["path"]
+    fetch = partial(
+        snapshot_download,
+        found["repository"],
+        repo_type="dataset",
+        revision=found["revision"],
+        allow_patterns=None if inside is None else [inside, f"{inside}/*"],
+    )
     try:
-        folder = Path(
-            snapshot_download(
-                found["repository"],
-                repo_type="dataset",
-                revision=found["revision"],
-                allow_patterns=None if inside is None else [inside, f"{inside}/*"],
-            )
-        )
+        folder = Path(fetch())
     except Exception as error:  # the client, its transport and its checks each have errors of their own
         first = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{source} cannot be fetched ({first}); see that it exists and the hub can be reached."
-        ) from error
+        try:
+            folder = Path(fetch(local_files_only=True))  # some versions ask the hub even for what they have
+        except Exception:
+            raise InputError(
+                f"{source} cannot be fetched ({first}); see that it exists and the hub can be reached."
+            ) from error
     path = folder if inside is None else folder / inside
     if not path.exists():
         raise InputError(f"{found['repository']} has no {inside!r} at that revision; give a path that it has.")
