@@ -9,6 +9,8 @@ i + GROUP // 2 in the high half of byte i, channel-major so that an unread chann
 import torch
 from torch import Tensor
 
+from rocketkv.ops.channels import largest_channels
+
 GROUP = 64  # tokens: two bytes of range for each channel weigh as much as 4 bits of them then
 LEVELS = 15
 _HALF = GROUP // 2
@@ -56,10 +58,7 @@ def lowbit_logits(
     Reads, for each group and KV head, `num_channels` times `GROUP // 2` bytes and two elements of `ranges`.
     """
     query = query.float()
-    sizes = query.abs().sum(2)  # of equal ones the lower channel is read
-    channels = sizes.argsort(dim=2, descending=True, stable=True)[:, :, : int(num_channels.max())]  # [B, Hkv, R]
-    read = torch.arange(channels.shape[2], device=query.device) < num_channels[:, None]  # [B, R]
-    chosen = query.gather(3, channels[:, :, None].expand(-1, -1, query.shape[2], -1)) * read[:, None, None]
+    channels, chosen = largest_channels(query, num_channels)
     rows = channels[:, :, None, :, None].expand(-1, -1, codes.shape[2], -1, -1)
     packed = codes.gather(3, rows.expand(*rows.shape[:4], _HALF))
     bounds = ranges.gather(3, rows.expand(*rows.shape[:4], 2)).float()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.ops.backends import cpp
+from rocketkv.ops.channels import largest_channels
 
 PAGES_PER_BLOCK = 32  # one cache line of a channel in 16 bits; csrc/kernels.h has the same number
 
@@ -82,10 +83,7 @@ def hybrid_logits(
     """
     query = query.float()
     head_dim = query.shape[3]
-    sizes = query.abs().sum(2)  # of equal ones the lower channel is read
-    channels = sizes.argsort(dim=2, descending=True, stable=True)[:, :, : int(num_channels.max())]  # [B, Hkv, R]
-    read = torch.arange(channels.shape[2], device=query.device) < num_channels[:, None]  # [B, R]
-    chosen = query.gather(3, channels[:, :, None].expand(-1, -1, query.shape[2], -1)) * read[:, None, None]
+    channels, chosen = largest_channels(query, num_channels)
     if bounds.shape[3] > head_dim:  # the maximum where the heads together are positive, otherwise the minimum
         channels = channels + head_dim * (query.sum(2).gather(2, channels) > 0)
     rows = channels[:, :, None, :, None].expand(-1, -1, bounds.shape[2], -1, PAGES_PER_BLOCK)
