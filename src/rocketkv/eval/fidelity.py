@@ -83,7 +83,7 @@ def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[
     full, trace = _follow_full(loaded, base, passage.token_ids[length:])
     free = _predict(loaded, base, passage.token_ids[length:], arms, full)
     decode_s = time.perf_counter() - start
-    figures = [_compare_layers(base, trace, arm) for arm in arms]
+    figures = _compare_layers(base, trace, arms)
     return [
         {
             "suite": SUITE,
@@ -162,30 +162,43 @@ def _predict(
     return free
 
 
-def _compare_layers(base: RocketKVCache, trace: Sequence[Sequence[Step]], arm: Arm) -> dict[str, Any]:
-    """Lists by layer: which tokens stage 1 kept, and on the full cache's trace output error and recall.
+def _compare_layers(
+    base: RocketKVCache, trace: Sequence[Sequence[Step]], arms: Sequence[Arm]
+) -> list[dict[str, list[Any]]]:
+    """Lists by layer, of each arm but the full cache: which tokens stage 1 kept, and output error and recall.
 
     `output_error`: distance of the attention's output from the full one's relative to its norm, the mean over heads and
     steps. `recall`: attention mass of the tokens attended to, relative to that of as many best ones as the budget has;
     the mean over KV heads and steps. `kept`: share of the prefix's tokens kept in each of `BINS` equal parts of it.
     """
-    if arm.method == FULL:
-        return {}
-    figures: dict[str, Any] = {"output_error": [], "recall": [], "kept": []}
+    figures: list[dict[str, list[Any]]] = [
+        {} if arm.method == FULL else {"output_error": [], "recall": [], "kept": []} for arm in arms
+    ]
     for layer, steps in zip(base.compressed_layers, trace, strict=True):
-        cache = layer.cache.fork(arm.config())
-        figures["kept"].append(_kept_shares(cache))
         masses = _attention_masses(layer.cache, steps)  # [Hkv, STEPS, N]
-        best = masses.topk(min(arm.token_budget or 0, masses.shape[2])).values.sum(-1)  # [Hkv, STEPS]
-        attended = torch.empty(1, masses.shape[0], masses.shape[2], dtype=torch.bool, device=masses.device)
-        errors, reached = [], []
-        for number, step in enumerate(steps):
-            output = cache.decode(step.query, step.key, step.value, scale=step.scale, attended=attended)
-            errors.append(((output - step.output).float().norm(dim=-1) / step.output.float().norm(dim=-1)).mean())
-            reached.append((masses[:, number] * attended[0]).sum(-1))
-        figures["output_error"].append(_rounded(torch.stack(errors).mean()))
-        figures["recall"].append(_rounded((torch.stack(reached, 1) / best).mean()))
+        for arm, lists in zip(arms, figures, strict=True):
+            if lists:
+                for name, value in _compare_layer(layer.cache, steps, masses, arm).items():
+                    lists[name].append(value)
     return figures
+
+
+def _compare_layer(cache: LayerCache, steps: Sequence[Step], masses: Tensor, arm: Arm) -> dict[str, Any]:
+    """One layer's figures of an arm on the full cache's trace; `masses` as of `_attention_masses`."""
+    fork = cache.fork(arm.config())
+    kept = _kept_shares(fork)
+    best = masses.topk(min(arm.token_budget or 0, masses.shape[2])).values.sum(-1)  # [Hkv, STEPS]
+    attended = torch.empty(1, masses.shape[0], masses.shape[2], dtype=torch.bool, device=masses.device)
+    errors, reached = [], []
+    for number, step in enumerate(steps):
+        output = fork.decode(step.query, step.key, step.value, scale=step.scale, attended=attended)
+        errors.append(((output - step.output).float().norm(dim=-1) / step.output.float().norm(dim=-1)).mean())
+        reached.append((masses[:, number] * attended[0]).sum(-1))
+    return {
+        "output_error": _rounded(torch.stack(errors).mean()),
+        "recall": _rounded((torch.stack(reached, 1) / best).mean()),
+        "kept": kept,
+    }
 
 
 def _attention_masses(cache: LayerCache, steps: Sequence[Step]) -> Tensor:
