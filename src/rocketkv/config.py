@@ -27,8 +27,8 @@ class RocketKVConfig:
         selection: stage 2, a name of `SELECTION_METHODS` or an object with the methods of `SelectionMethod`.
         window_size: last prompt tokens that vote in stage 1 and always stay, >= 1.
         kernel_size: width of stage 1's max-pooling over the sequence, odd, >= 1.
-        sink_tokens: first tokens of the working set always attended, counted inside `top_k`; None: `top_k // 8`.
-        recent_tokens: last tokens always attended, counted inside `top_k`; None: `top_k // 8`.
+        sink_tokens: first tokens of the working set always attended, counted inside `top_k`.
+        recent_tokens: last tokens always attended, counted inside `top_k`; None: `top_k // 8` (docs/accuracy.md).
         dense_below: a row that holds no more tokens than this is attended in full; None: twice the token budget, up to
             which that takes no longer than to select (docs/benchmarks.md), or 0 with a `budget` of your own. With 0 no
             step of a selecting method but `exact` reads more than the budget, but for what a row grows before it is
@@ -49,7 +49,7 @@ class RocketKVConfig:
     selection: str | SelectionMethod = "hybrid"
     window_size: int = 32
     kernel_size: int = 63
-    sink_tokens: int | None = None
+    sink_tokens: int = 0
     recent_tokens: int | None = None
     dense_below: int | None = None
     new_tokens: int = 0
@@ -68,9 +68,15 @@ class RocketKVConfig:
 
     def __post_init__(self) -> None:
         """Check every option and how they fit together."""
-        for name, least in (("token_budget", 1), ("window_size", 1), ("kernel_size", 1), ("new_tokens", 0)):
+        for name, least in (
+            ("token_budget", 1),
+            ("window_size", 1),
+            ("kernel_size", 1),
+            ("sink_tokens", 0),
+            ("new_tokens", 0),
+        ):
             _check_count(name, getattr(self, name), least)
-        for name in ("sink_tokens", "recent_tokens", "dense_below"):
+        for name in ("recent_tokens", "dense_below"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 0)
         _check_choice("mode", self.mode, MODES)
@@ -105,7 +111,7 @@ class RocketKVConfig:
                 )
             for name, value in zip(Budget._fields, self.budget, strict=True):
                 _check_count(f"budget.{name}", value, 1)
-        pinned = (self.sink_tokens or 0) + (self.recent_tokens or 0)
+        pinned = self.sink_tokens + (self.recent_tokens or 0)
         most = self.budget.top_k if self.budget is not None else self.token_budget
         if pinned > most:  # the plan checks them against the method's own top_k
             raise ConfigError(
@@ -116,7 +122,7 @@ class RocketKVConfig:
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
         """The method as published: nothing is pinned, and no row exceeds its budget. Options and errors as above."""
-        published = {"sink_tokens": 0, "recent_tokens": 0, "dense_below": 0}
+        published = {"recent_tokens": 0, "dense_below": 0}
         return cls(**{"token_budget": token_budget, **published, **options})
 
     @property

@@ -131,9 +131,8 @@ def _check(config: RocketKVConfig, split: Split, head_dim: int) -> None:
 
 def _pins(config: RocketKVConfig, split: Split) -> tuple[int, int]:
     """First and last tokens always attended."""
-    sinks = split.top_k // 8 if config.sink_tokens is None else config.sink_tokens
     recents = split.top_k // 8 if config.recent_tokens is None else config.recent_tokens
-    return sinks, recents
+    return config.sink_tokens, recents
 
 
 def _plan(config: RocketKVConfig, splits: list[Split], limits: list[int], held: Tensor) -> SelectionPlan:

@@ -13,15 +13,15 @@ from rocketkv.errors import InputError
 FULL = "full"
 METHODS: dict[str, dict[str, Any]] = {
     FULL: {"eviction": "keep_all", "selection": "dense"},
-    "exact_topk": {"eviction": "keep_all", "selection": "exact"},
+    "exact_topk": {"eviction": "keep_all", "selection": "exact", "recent_tokens": 0},
     "snapkv": {"eviction": "snapkv", "selection": "dense"},
     "streaming_llm": {"eviction": "streaming_llm", "selection": "dense"},
-    "quest": {"eviction": "keep_all", "selection": "quest"},
-    "sparq": {"eviction": "keep_all", "selection": "sparq"},
-    "hybrid": {"eviction": "keep_all", "selection": "hybrid"},
+    "quest": {"eviction": "keep_all", "selection": "quest", "recent_tokens": 0},
+    "sparq": {"eviction": "keep_all", "selection": "sparq", "recent_tokens": 0},
+    "hybrid": {"eviction": "keep_all", "selection": "hybrid", "recent_tokens": 0},
     "rocketkv": {"eviction": "snapkv", "selection": "hybrid"},
     "rocketkv_mt": {"eviction": "snapkv", "selection": "hybrid", "mode": "multi_turn"},
-    "rocketkv_paper": {"eviction": "snapkv", "selection": "hybrid", "sink_tokens": 0, "recent_tokens": 0},
+    "rocketkv_paper": {"eviction": "snapkv", "selection": "hybrid", "recent_tokens": 0},
 }
 
 
