@@ -1,12 +1,14 @@
 // Which rows of the index one head's step reads, what each adds to the logits of its query heads, and fetching them.
+//
+// A row is a channel of the keys, or of the minima or the maxima of pages.
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "cut.h"
 #include "kernels.h"
+#include "lowbit.h"
 #include "pages.h"
 
 namespace rocketkv {
@@ -15,14 +17,15 @@ constexpr int kBlocksAhead = 2;  // of pages, between a prefetch and its use
 
 template <class T>
 struct Channels {
-  std::vector<int> places;         // of the rows in a block
+  std::vector<int> places;         // of the rows in a block of pages, or in the open group of low-bit keys
   std::vector<Factor<T>> weights;  // [G][rows, and one more if they are odd in number]
   std::vector<float> scales;       // [G] factors on the sums
 
   int count() const { return static_cast<int>(places.size()); }
   int stride() const { return round_up(count(), 2); }
 
-  // RocketKV, section "Hybrid Sparse Attention", step 1; see hybrid_logits in ops/pages.py. query: [G][D].
+  // RocketKV, section "Hybrid Sparse Attention", step 1; see hybrid_logits in ops/pages.py, and lowbit_logits in
+  // ops/lowbit.py. query: [G][D].
   void choose_largest(const Layer& layer, int64_t row, const T* query) {
     const int head_dim = layer.head_dim, padded = round_up(head_dim, kPair), group = layer.num_heads / layer.num_kv_heads;
     const int64_t wanted = layer.num_channels[row];
@@ -65,6 +68,11 @@ struct Channels {
       float share = chosen / std::max(scales[g], 1e-30f);  // SparQ's temperature
       scales[g] = layer.scale / std::max(std::sqrt(share), 1e-15f);
     }
+    if (layer.scoring == Scoring::kLowBit) {
+      scales.assign(group, layer.scale);
+      for (int& place : places) place *= kGroup;
+      return;
+    }
     const bool has_minima = layer.pages.num_rows > head_dim;  // the maxima follow them
     for (int& place : places) place = kBlockPages * (place + (has_minima && sums[place] > 0 ? head_dim : 0));
   }
@@ -95,34 +103,38 @@ template <class T>
 class Ahead {
  public:
   // The block of pages that the new token, in block `last`, goes into, and the first blocks that are scored.
-  void begin(const Layer& layer, int64_t head, const Channels<T>& channels, int64_t last) {
-    open_ = page_bounds<T>(layer.pages, head, last * kBlockPages);
-    open_left_ = layer.pages.num_rows;
-    block_ = page_bounds<T>(layer.pages, head, 0);
-    blocks_left_ = std::min<int64_t>(kBlocksAhead, last + 1);
-    block_size_ = layer.pages.num_rows * kBlockPages;
-    channels_ = &channels;
-    row_ = 0;
+  void begin_pages(const Layer& layer, int64_t head, const Channels<T>& channels, int64_t last) {
+    rows_.clear(), next_ = 0;
+    for (int64_t block = 0; block < std::min<int64_t>(kBlocksAhead, last + 1); ++block)
+      for (int at : channels.places) rows_.push_back(page_bounds<T>(layer.pages, head, block * kBlockPages) + at);
+    const T* open = page_bounds<T>(layer.pages, head, last * kBlockPages);
+    for (int r = 0; r < layer.pages.num_rows; ++r) rows_.push_back(open + r * kBlockPages);
+  }
+
+  // The ranges and the first codes of the first block, and where the new token's key, at `place`, goes.
+  void begin_lowbit(const Layer& layer, int64_t head, const Channels<T>& channels, int64_t place) {
+    rows_.clear(), next_ = 0;
+    const int dim = layer.head_dim;
+    if (place >= kGroup) {
+      const T* ranges = block_ranges<T>(layer.lowbit, dim, head, 0);
+      const uint8_t* codes = group_codes(layer.lowbit, dim, head, 0);
+      for (int at : channels.places) rows_.push_back(ranges + at / kGroup * kBlockGroups * 2);
+      for (int at : channels.places) rows_.push_back(codes + at / kGroup * kBlockGroups * kHalfGroup);
+    }
+    const T* open = open_keys<T>(layer.lowbit, dim, head) + place % kGroup;
+    for (int c = 0; c < dim; ++c) rows_.push_back(open + c * kGroup);
   }
 
   // At most `num_rows` more.
   void fetch(int num_rows) {
-    for (; num_rows > 0 && blocks_left_ > 0; --num_rows) {
-      prefetch(block_ + channels_->places[row_], kBlockPages * sizeof(T));
-      if (++row_ < channels_->count()) continue;
-      row_ = 0;
-      block_ += block_size_;
-      --blocks_left_;
-    }
-    for (; num_rows > 0 && open_left_ > 0; --num_rows) prefetch(open_ + --open_left_ * kBlockPages, kBlockPages * sizeof(T));
+    const size_t end = std::min(rows_.size(), next_ + num_rows);
+    for (; next_ < end; ++next_) prefetch(rows_[next_]);
   }
-  void fetch_all() { fetch(std::numeric_limits<int>::max()); }
+  void fetch_all() { fetch(static_cast<int>(rows_.size())); }
 
  private:
-  const T *open_ = nullptr, *block_ = nullptr;
-  int64_t block_size_ = 0;
-  int open_left_ = 0, blocks_left_ = 0, row_ = 0;  // rows of the open block, blocks
-  const Channels<T>* channels_ = nullptr;
+  std::vector<const void*> rows_;  // a cache line of each
+  size_t next_ = 0;
 };
 
 }  // namespace rocketkv

@@ -13,6 +13,7 @@ enum class Scoring {
   kHybrid,  // bounds of pages along the query's largest channels (RocketKV, SparQ)
   kBound,   // upper bounds of pages along all channels (Quest)
   kExact,   // the true logits
+  kLowBit,  // low-bit keys along the query's largest channels
 };
 
 constexpr int kBlockPages = 32;  // pages side by side in the index: one cache line of a channel in 16 bits
@@ -24,6 +25,17 @@ struct Pages {
   const int64_t* page_size = nullptr;  // [B]
   int64_t num_blocks = 0;              // allocated
   int num_rows = 0;                    // C
+};
+
+constexpr int kGroup = 64;        // tokens quantized together
+constexpr int kBlockGroups = 16;  // groups side by side: the ranges of a channel are one cache line in 16 bits
+
+// The keys in 4 bits: codes [B, Hkv, blocks, D, kBlockGroups, kGroup / 2], ranges [B, Hkv, blocks, D, kBlockGroups, 2],
+// and those of each row's last, not yet full group as they are, [B, Hkv, D, kGroup].
+struct LowBitKeys {
+  uint8_t* codes = nullptr;
+  void *ranges = nullptr, *open_keys = nullptr;
+  int64_t num_blocks = 0;  // allocated
 };
 
 // One layer's storage and plan: everything about a decode step that stays the same while no buffer grows.
@@ -42,7 +54,8 @@ struct Layer {
   int64_t* seen;             // [B] tokens seen; grows by one
 
   Scoring scoring;
-  Pages pages;
+  Pages pages;         // of kHybrid and kBound
+  LowBitKeys lowbit;   // of kLowBit
   const int64_t *num_channels, *top_k, *sinks, *recents;  // [B]
   const int64_t* dense_lengths;  // [B] >= top_k; up to so many tokens are attended in full
 };
@@ -62,7 +75,7 @@ struct Linear {
   int64_t num_rows, num_in, num_out;
 };
 
-// Append a token to every row, score, choose, attend. Returns the elements of keys, values and index that it read.
+// Append a token to every row, score, choose, attend. Returns the bytes of keys, values and index that it read.
 int64_t decode_step(const Layer& layer, const Token& token, int num_threads);
 
 // The keys that an index is built from: [B, Hkv, S, D], rows dense, with strides in elements between rows and heads.

@@ -15,6 +15,7 @@
 #include "cut.h"
 #include "dot.h"
 #include "kernels.h"
+#include "lowbit.h"
 #include "pages.h"
 #include "threads.h"
 
@@ -24,6 +25,7 @@ namespace {
 constexpr int kTile = 64;           // tokens attended between two updates of the running softmax
 constexpr int kRowsAhead = 32;      // of keys or values, between a prefetch and its use
 constexpr int kRowsMeanwhile = 12;  // of the index, fetched in each pass over a head's scores
+constexpr int kGroupsAhead = 4;     // of low-bit keys, between a prefetch and its use
 constexpr int kPieceTokens = 2048;  // tokens of an attend task at most
 constexpr int kChunks = kWidth > 8 ? 2 : 1;  // of pages or channels handled at once: what the registers hold sums for
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -44,7 +46,7 @@ struct Head {
 // Memory that a thread keeps from step to step.
 template <class T>
 struct Scratch {
-  std::vector<float> floats, sums;
+  std::vector<float> floats, sums, weights;
   std::vector<int32_t> places;
   std::vector<Factor<T>> query;  // [G][padded D] of one head
   Channels<T> channels[2];       // of the present head and of the next
@@ -77,7 +79,7 @@ class Step {
     for (int64_t i = 0; i < num_heads_; ++i) ++layer_.lengths[i];
     if (layer_.archive_lengths) for (int64_t i = 0; i < num_heads_; ++i) ++layer_.archive_lengths[i];
     for (int b = 0; b < layer_.batch; ++b) ++layer_.seen[b];
-    return elements_read_;
+    return bytes_read_;
   }
 
  private:
@@ -107,7 +109,7 @@ class Step {
     num_pieces_ = is_shared_ ? std::clamp<int64_t>(most_chosen / kTile, 1, wanted) : 1;
     num_pieces_ = std::max(num_pieces_, (most_chosen + kPieceTokens - 1) / kPieceTokens);
 
-    unit_stride_ = round_up(static_cast<int>(most_units), kBlockPages);
+    unit_stride_ = round_up(static_cast<int>(most_units), kGroup);
     num_floats_ = group_ * unit_stride_ + num_pieces_ * group_ * (2 + padded_);
     num_places_ = most_units > 0 ? most_chosen : 0;
     if (!is_shared_) return;
@@ -138,8 +140,12 @@ class Step {
     auto begin = [&](int64_t task, Channels<T>& channels) {
       Head& head = heads_[task];
       give_memory(head, mine.floats.data(), mine.places.data());
-      if (head.selects && find_channels(head, channels))
-        mine.ahead.begin(layer_, head.index, channels, (head.num_units - 1) / kBlockPages);
+      if (!head.selects || !find_channels(head, channels)) return;
+      if (layer_.scoring == Scoring::kLowBit) {
+        mine.ahead.begin_lowbit(layer_, head.index, channels, head.length - 1);
+      } else {
+        mine.ahead.begin_pages(layer_, head.index, channels, (head.num_units - 1) / kBlockPages);
+      }
     };
     Channels<T>*channels = mine.channels, *next_channels = mine.channels + 1;
     int64_t task = next_task();
@@ -196,27 +202,32 @@ class Step {
     std::memcpy(stored(layer_.values, head, slot), new_row(token_.value, head), row_bytes);
     layer_.positions[head.index * layer_.position_capacity + place] = static_cast<int32_t>(layer_.seen[head.row]);
     if (layer_.pages.bounds) fold_token(layer_.pages, head.index, layer_.pages.page_size[head.row], place, key, layer_.head_dim);
+    if (layer_.lowbit.codes) append_key(layer_.lowbit, layer_.head_dim, head.index, place, key);
   }
 
   // ---- score
 
   // Which rows of the index are read; false if none are.
   bool find_channels(const Head& head, Channels<T>& channels) {
-    if (layer_.scoring == Scoring::kHybrid) channels.choose_largest(layer_, head.row, query_of(head));
+    if (layer_.scoring == Scoring::kHybrid || layer_.scoring == Scoring::kLowBit) channels.choose_largest(layer_, head.row, query_of(head));
     if (layer_.scoring == Scoring::kBound) channels.take_all(layer_, query_of(head));
     return layer_.scoring != Scoring::kExact;
   }
 
   void score(Head& head, int64_t part, const Channels<T>& channels) {
-    int64_t num_blocks = (head.num_units + kBlockPages - 1) / kBlockPages;
+    const int size = layer_.scoring == Scoring::kLowBit ? kGroup : kBlockPages;
+    int64_t num_blocks = (head.num_units + size - 1) / size;
     int64_t begin = num_blocks * part / num_score_tasks_, end = num_blocks * (part + 1) / num_score_tasks_;
     if (begin == end) return;
-    int64_t num_units = std::min(end * kBlockPages, head.num_units) - begin * kBlockPages;
-    if (layer_.scoring == Scoring::kExact) {
-      score_exactly(head, begin * kBlockPages, num_units);
-      elements_read_ += num_units * layer_.head_dim;
-      return;
+    int64_t num_units = std::min(end * size, head.num_units) - begin * size;
+    switch (layer_.scoring) {
+      case Scoring::kExact: return score_exactly(head, begin * size, num_units);
+      case Scoring::kLowBit: return score_groups(head, channels, begin, end);
+      default: return score_blocks(head, channels, begin, end, num_units);
     }
+  }
+
+  void score_blocks(Head& head, const Channels<T>& channels, int64_t begin, int64_t end, int64_t num_units) {
     for (int64_t block = begin; is_shared_ && block < std::min(begin + kBlocksAhead, end); ++block) {
       const T* bounds = page_bounds<T>(layer_.pages, head.index, block * kBlockPages);
       for (int place : channels.places) prefetch(bounds + place, kBlockPages * sizeof(T));
@@ -231,7 +242,7 @@ class Step {
     for (; page + kChunks * kPair <= end * kBlockPages; page += kChunks * kPair)
       score_chunks(std::integral_constant<int, kChunks>(), page);
     for (; page < end * kBlockPages; page += kPair) score_chunks(std::integral_constant<int, 1>(), page);
-    elements_read_ += num_units * channels.count();
+    bytes_read_ += num_units * channels.count() * sizeof(T);
   }
 
   // logits[h][page] = scale[h] * sum over rows of weight[h][row] * bounds[row][page], for H heads from `first` on and
@@ -278,6 +289,7 @@ class Step {
   }
 
   void score_exactly(Head& head, int64_t begin, int64_t count) {
+    bytes_read_ += count * layer_.head_dim * sizeof(T);
     const Factor<T>* query = query_factors(head);
     for (int64_t start = begin; start < begin + count; start += kTile) {
       const T* rows[kTile + 2 * kAhead];
@@ -293,6 +305,110 @@ class Step {
                 head.logits[(h + k) * unit_stride_ + start + i + j] = out[k * rows_at_once(heads) + j] * layer_.scale;
           }
         });
+    }
+  }
+
+  // The groups [begin, end) of low-bit keys, the last of which may be open.
+  void score_groups(Head& head, const Channels<T>& channels, int64_t begin, int64_t end) {
+    const int64_t whole = head.length / kGroup, num_open = end > whole ? head.length % kGroup : 0;
+    const int64_t group_bytes = channels.count() * (kHalfGroup + 2 * sizeof(T));
+    end = std::min(end, whole);
+    bytes_read_ += std::max<int64_t>(end - begin, 0) * group_bytes + num_open * channels.count() * sizeof(T);
+    for (int h = 0; h < group_; h += kMaxHeads)
+      with_heads(group_ - h, [&](auto heads) {
+        for (int64_t group = begin; group < end;) {
+          int64_t stop = std::min(end, (group / kBlockGroups + 1) * kBlockGroups);
+          score_whole_groups<heads>(head, channels, h, group, stop, h == 0 && stop < end);
+          group = stop;
+        }
+        if (num_open > 0) score_open_group<heads>(head, channels, h, whole);
+      });
+  }
+
+  // Groups of one block. A key is low + step * code, so that each channel adds q * low to all of a group's logits, and
+  // the weights of its codes are q * step. If another block follows, what is read first of it is fetched.
+  template <int H>
+  void score_whole_groups(Head& head, const Channels<T>& channels, int first, int64_t begin, int64_t end, bool fetches) {
+    const int num_rows = channels.count(), stride = channels.stride(), dim = layer_.head_dim;
+    const int64_t block = begin / kBlockGroups;
+    const T* ranges = block_ranges<T>(layer_.lowbit, dim, head.index, block);
+    std::vector<float>& weights = Scratch<T>::mine().weights;  // [rows][H][kBlockGroups]
+    weights.resize(num_rows * H * kBlockGroups);
+    float offsets[H][kBlockGroups];
+    for (int i = 0; i < kBlockGroups; i += kWidth) {
+      Vec sums[H] = {};
+      for (int r = 0; r < num_rows; ++r) {
+        Pair range = load_ranges(ranges + (channels.places[r] / kGroup * kBlockGroups + i) * 2);  // least value, step
+        for (int h = 0; h < H; ++h) {
+          float q = to_float(channels.weights[(first + h) * stride + r]);
+          sums[h] += range.a * q;
+          store(&weights[(r * H + h) * kBlockGroups + i], range.b * q);
+        }
+      }
+      for (int h = 0; h < H; ++h) store(&offsets[h][i], sums[h]);
+    }
+    const T* next_ranges = ranges + dim * kBlockGroups * 2;
+    const uint8_t* next_codes = group_codes(layer_.lowbit, dim, head.index, (block + 1) * kBlockGroups);
+    for (int64_t group = begin; group < end; ++group) {
+      const uint8_t* codes = group_codes(layer_.lowbit, dim, head.index, group);
+      const int in_block = static_cast<int>(group % kBlockGroups);
+      // A cache line holds the codes of two groups; four groups on is another, of this block or of the next.
+      const bool is_near = in_block + kGroupsAhead < kBlockGroups;
+      const uint8_t* ahead = is_near ? codes + kGroupsAhead * kHalfGroup
+                                     : next_codes + (in_block + kGroupsAhead - kBlockGroups) * kHalfGroup;
+      const bool fetches_codes = in_block % 2 == 0 && (is_near || fetches);
+      const bool fetches_ranges = in_block == kBlockGroups / 2 && fetches;
+      for (int at = 0; at < kHalfGroup; at += kWidth * kChunks) {
+        Pair sums[kChunks][H];
+#pragma GCC unroll 2
+        for (int k = 0; k < kChunks; ++k)
+#pragma GCC unroll 4
+          for (int h = 0; h < H; ++h) sums[k][h] = {Vec{}, Vec{}};
+        for (int r = 0; r < num_rows; ++r) {
+          const int channel = channels.places[r] / kGroup, place = channel * kBlockGroups * kHalfGroup;
+          if (at == 0 && fetches_codes) prefetch(ahead + place);
+          if (at == 0 && fetches_ranges) prefetch(next_ranges + channel * kBlockGroups * 2);
+          const float* weight = &weights[r * H * kBlockGroups + in_block];
+#pragma GCC unroll 2
+          for (int k = 0; k < kChunks; ++k) {
+            const Pair code = load_codes(codes + place + at + k * kWidth);
+#pragma GCC unroll 4
+            for (int h = 0; h < H; ++h) {
+              sums[k][h].a += code.a * weight[h * kBlockGroups];
+              sums[k][h].b += code.b * weight[h * kBlockGroups];
+            }
+          }
+        }
+        for (int k = 0; k < kChunks; ++k)
+          for (int h = 0; h < H; ++h) {
+            float* out = head.logits + (first + h) * unit_stride_ + group * kGroup + at + k * kWidth;
+            store(out, (sums[k][h].a + offsets[h][in_block]) * layer_.scale);
+            store(out + kHalfGroup, (sums[k][h].b + offsets[h][in_block]) * layer_.scale);
+          }
+      }
+    }
+  }
+
+  template <int H>
+  void score_open_group(Head& head, const Channels<T>& channels, int first, int64_t group) {
+    const T* keys = open_keys<T>(layer_.lowbit, layer_.head_dim, head.index);
+    for (int at = 0; at < kGroup; at += kPair) {
+      Pair sums[H] = {};
+      int r = 0;
+      for (; r + 1 < channels.count(); r += 2) {
+        TwoChunks<T> chunks(keys + at + channels.places[r], keys + at + channels.places[r + 1]);
+        for (int h = 0; h < H; ++h) chunks.add_weighted(&channels.weights[(first + h) * channels.stride() + r], sums[h]);
+      }
+      if (r < channels.count()) {
+        TwoChunks<T> chunk(keys + at + channels.places[r]);
+        for (int h = 0; h < H; ++h) chunk.add_weighted(&channels.weights[(first + h) * channels.stride() + r], sums[h]);
+      }
+      for (int h = 0; h < H; ++h) {
+        Pair ordered = TwoChunks<T>::sums_in_order(sums[h]);
+        float* out = head.logits + (first + h) * unit_stride_ + group * kGroup + at;
+        store(out, ordered.a * layer_.scale);
+        store(out + kWidth, ordered.b * layer_.scale);
+      }
     }
   }
 
@@ -397,7 +513,7 @@ class Step {
           attend_tile<heads>(keys, values, rows, n, query + h * padded_, piece + h * (2 + padded_), h == 0);
         });
     }
-    elements_read_ += 2 * (end - begin) * layer_.head_dim;
+    bytes_read_ += 2 * (end - begin) * layer_.head_dim * sizeof(T);
   }
 
   static ROCKETKV_INLINE void fetch(const T* row, int count) { prefetch(row, count * static_cast<int>(sizeof(T))); }
@@ -564,7 +680,7 @@ class Step {
   int64_t num_score_tasks_, num_pieces_;           // of a head
   int64_t unit_stride_, num_floats_, num_places_;  // of a head's memory
   Head* heads_;
-  std::atomic<int64_t> next_task_{0}, elements_read_{0};
+  std::atomic<int64_t> next_task_{0}, bytes_read_{0};
 };
 
 }  // namespace

@@ -73,10 +73,10 @@ def quest_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int) -> n
 
 
 def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group: int) -> np.ndarray:
-    """Products with keys in 4 bits, per channel of `group` tokens: query [G, D], keys [N, D] -> [G, N]."""
+    """Products with keys in 4 bits, per channel of `group` tokens but for the last few: query [G, D], keys [N, D]."""
     channels = np.argsort(-np.abs(query).sum(0), kind="stable")[:num_channels]
-    near = np.zeros_like(keys)
-    for start in range(0, len(keys), group):
+    near = keys.copy()
+    for start in range(0, len(keys) // group * group, group):
         for c in range(keys.shape[1]):
             part = keys[start : start + group, c]
             step = (part.max() - part.min()) / 15

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rocketkv import LayerCache, RocketKVConfig, UnsupportedError, ops
-from rocketkv.cache import PageIndex
+from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops.backends import BACKENDS, Backend, LayerTensors, cpp, find_backend
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 from rocketkv.selection.hybrid import Hybrid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SCORINGS = ("none", "hybrid", "bound", "exact")
+SCORINGS = ("none", "hybrid", "bound", "exact", "lowbit")
 
 
 @pytest.fixture(
@@ -91,10 +91,12 @@ def make_layer(
     def column(value: int | list[int]) -> torch.Tensor:
         return torch.tensor([value] * batch if isinstance(value, int) else value)
 
-    index = None
+    index: PageIndex | LowBitIndex | None = None
     if scoring in ("hybrid", "bound"):
-        gathered = ops.take_tokens(keys, slots)
-        index = PageIndex(gathered, held, column(page_size))
+        index = PageIndex(ops.take_tokens(keys, slots), held, column(page_size))
+    elif scoring == "lowbit":
+        index = LowBitIndex(ops.take_tokens(keys, slots), held)
+        index.reserve(capacity)
     return LayerTensors(
         keys=keys,
         values=values,
@@ -103,8 +105,8 @@ def make_layer(
         archive_lengths=seen[:, None].expand(-1, num_kv_heads).clone() if archived else None,
         seen=seen,
         scoring=scoring,
-        bounds=None if index is None else index.bounds,
-        page_size=column(page_size) if index is not None else column(1),
+        index=() if index is None else index.buffers,
+        page_size=column(page_size) if isinstance(index, PageIndex) else column(1),
         num_channels=column(num_channels),
         top_k=column(top_k),
         dense_lengths=column(top_k).clamp(min=dense_below),
@@ -129,7 +131,7 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
     if layer.scoring == "hybrid":
         logits = ops.hybrid_logits(
             grouped,
-            layer.bounds,
+            *layer.index,
             page_size=layer.page_size,
             num_tokens=num_tokens,
             num_channels=layer.num_channels,
@@ -137,7 +139,16 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
         )
     elif layer.scoring == "bound":
         logits = ops.bound_logits(
-            grouped, layer.bounds, page_size=layer.page_size, num_tokens=num_tokens, scale=layer.scale
+            grouped, *layer.index, page_size=layer.page_size, num_tokens=num_tokens, scale=layer.scale
+        )
+    elif layer.scoring == "lowbit":
+        logits = ops.lowbit_logits(
+            grouped,
+            ops.LowBitKeys(*layer.index),
+            lengths=layer.lengths,
+            num_tokens=num_tokens,
+            num_channels=layer.num_channels,
+            scale=layer.scale,
         )
     else:
         keys = ops.take_tokens(layer.keys, slots_of(layer)[:, :, :num_tokens]).float()
@@ -148,6 +159,7 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
 def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generator, steps: int = 3) -> None:
     """Take some steps; hold storage, choice, output and traffic to the reference."""
     batch, num_kv_heads, _, head_dim = layer.keys.shape
+    size = layer.keys.element_size()
     step = backend.bind(layer)
     assert step is not None
     for _ in range(steps):
@@ -155,9 +167,13 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
             torch.randn(batch, heads, 1, head_dim, generator=generator).to(layer.keys.dtype)
             for heads in (layer.num_heads, num_kv_heads, num_kv_heads)
         )
-        before = replace(layer, **{name: x.clone() for name, x in vars(layer).items() if isinstance(x, torch.Tensor)})
+        before = replace(
+            layer,
+            **{name: x.clone() for name, x in vars(layer).items() if isinstance(x, torch.Tensor)},
+            index=tuple(x.clone() for x in layer.index),
+        )
         chosen = torch.full_like(layer.positions, -2)
-        output, elements = step(query, key, value, chosen)
+        output, num_bytes = step(query, key, value, chosen)
 
         # append
         torch.testing.assert_close(layer.lengths, before.lengths + 1)
@@ -171,9 +187,12 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         torch.testing.assert_close(layer.keys, before.keys, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(layer.values, before.values, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(layer.positions, before.positions)
-        if before.bounds is not None:
-            ops.fold_into_pages(before.bounds, key, slots=before.lengths[..., None], page_size=layer.page_size)
-            assert torch.equal(layer.bounds, before.bounds)
+        if layer.scoring == "lowbit":
+            ops.append_lowbit(ops.LowBitKeys(*before.index), key, before.lengths)
+        elif before.index:
+            ops.fold_into_pages(*before.index, key, slots=before.lengths[..., None], page_size=layer.page_size)
+        for mine, expected in zip(layer.index, before.index, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
 
         # choose
         selects = (layer.lengths > layer.dense_lengths[:, None]) & (layer.scoring != "none")
@@ -197,9 +216,14 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
                 mine = scores[row, head, places[~pinned]].sort(descending=True).values
                 torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-7)
                 pages = -(-length // int(layer.page_size[row]))
-                rows = {"hybrid": int(layer.num_channels[row]), "exact": head_dim}
-                scored += pages * rows.get(layer.scoring, layer.bounds.shape[3] if layer.bounds is not None else 0)
-        assert elements == scored + 2 * int(counts.sum()) * head_dim
+                num_channels = int(layer.num_channels[row])
+                scored += {
+                    "hybrid": pages * num_channels * size,
+                    "bound": pages * layer.index[0].shape[3] * size if layer.index else 0,
+                    "exact": length * head_dim * size,
+                    "lowbit": num_channels * (length // 64 * (32 + 2 * size) + length % 64 * size),
+                }[layer.scoring]
+        assert num_bytes == scored + 2 * int(counts.sum()) * head_dim * size
 
         # attend
         places = chosen.clamp_min(0).long()
@@ -234,7 +258,7 @@ def test_odd_sizes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scoring", ["hybrid", "bound"])
+@pytest.mark.parametrize("scoring", ["hybrid", "bound", "lowbit"])
 def test_an_odd_number_of_index_rows(
     backend: Backend, seeded: torch.Generator, scoring: str, dtype: torch.dtype
 ) -> None:
@@ -266,13 +290,16 @@ def test_ragged_rows_with_plans_of_their_own(
     check_steps(backend, layer, seeded, steps=20)
 
 
-@pytest.mark.parametrize("scoring", ["hybrid", "bound", "exact"])
+@pytest.mark.parametrize("scoring", ["hybrid", "bound", "exact", "lowbit"])
 @pytest.mark.parametrize("page_size", [1, 3])
 def test_ties_go_to_the_earlier_token(backend: Backend, seeded: torch.Generator, scoring: str, page_size: int) -> None:
     layer = make_layer(seeded, scoring, [[90, 400]], page_size=page_size, sinks=2, recents=2, tied=True)
     layer.keys.fill_(1.0)
-    if layer.bounds is not None:
-        layer.bounds.fill_(1.0)
+    if scoring == "lowbit":
+        for stored, new in zip(layer.index, LowBitIndex(layer.keys, layer.lengths).buffers, strict=True):
+            stored.copy_(new)
+    elif layer.index:
+        layer.index[0].fill_(1.0)
     step = backend.bind(layer)
     assert step is not None
     chosen = torch.empty_like(layer.positions)
@@ -286,7 +313,7 @@ def test_ties_go_to_the_earlier_token(backend: Backend, seeded: torch.Generator,
 @pytest.mark.parametrize("heads", [1, 3])
 def test_long_rows_are_shared_out(backend: Backend, seeded: torch.Generator, heads: int) -> None:
     check_steps(backend, make_layer(seeded, "none", [[5000] * heads], head_dim=32), seeded)
-    for scoring in ("hybrid", "exact"):
+    for scoring in ("hybrid", "exact", "lowbit"):
         layer = make_layer(seeded, scoring, [[5000] * heads], head_dim=32, num_channels=9, top_k=700, recents=64)
         check_steps(backend, layer, seeded)
 
@@ -325,7 +352,7 @@ def test_infinite_logits_of_large_keys_stay_finite_where_the_reference_does(
 ) -> None:
     layer = make_layer(seeded, "hybrid", [[200, 200]])
     layer.keys.mul_(1e4)
-    layer.bounds.copy_(PageIndex(layer.keys[:, :, :200], layer.lengths, layer.page_size).bounds)
+    layer.index[0].copy_(PageIndex(layer.keys[:, :, :200], layer.lengths, layer.page_size).bounds)
     check_steps(backend, layer, seeded)
 
 
@@ -362,9 +389,8 @@ def test_an_unknown_scoring_is_declined(backend: Backend) -> None:
         assert f"scoring={scoring!r} is none of none, hybrid" in reasons[0]
 
 
-def test_every_method_of_ours_but_one_has_a_fused_form(backend: Backend) -> None:
-    assert {method.scoring for method in SELECTION_METHODS.values()} == {*SCORINGS, None}
-    assert [name for name, method in SELECTION_METHODS.items() if method.scoring is None] == ["lowbit"]
+def test_every_method_of_ours_has_a_fused_form(backend: Backend) -> None:
+    assert {method.scoring for method in SELECTION_METHODS.values()} == {*SCORINGS}
 
 
 def test_a_method_with_logits_of_its_own_is_not_taken_for_its_parent() -> None:

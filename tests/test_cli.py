@@ -155,7 +155,7 @@ def test_info_tells_what_the_kernels_take(run: Any) -> None:
     facts = json.loads(run("info", "--json").stdout)
     assert facts["kernel dtypes"] == "float32, bfloat16, float16"
     assert facts["kernel head_dim"] == "up to 256"
-    assert facts["kernel selection"] == ", ".join(name for name in SELECTION_METHODS if name != "lowbit")
+    assert facts["kernel selection"] == ", ".join(SELECTION_METHODS)
     result = run("info", "--geometry", "llama-3.1-8b")
     assert "32 full-attention, head_dim=128: native kernels (cpp)" in result.stdout
 

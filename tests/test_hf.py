@@ -34,8 +34,9 @@ from rocketkv import (
     disable,
     enable,
 )
-from rocketkv.cache import PageIndex, RaggedTokens
+from rocketkv.cache import RaggedTokens
 from rocketkv.eviction import KeepAll, SnapKV
+from rocketkv.index import PageIndex
 from tiny import CONFIGS, GROUPED, prompts, tiny_model
 
 SMALL = {"window_size": 8, "kernel_size": 5}

@@ -7,7 +7,7 @@ import torch
 import oracle
 from inputs import make_inputs
 from rocketkv import ops
-from rocketkv.cache import LowBitIndex, PageIndex
+from rocketkv.index import LowBitIndex, PageIndex
 
 SIZES = [(1, 1, 64), (63, 3, 80), (100, 4, 96), (257, 8, 128), (130, 2, 256)]  # S, G, D
 
@@ -242,39 +242,45 @@ def test_dense_decode_ignores_what_lies_beyond(seeded: torch.Generator) -> None:
 def test_low_bit_keys_are_as_near_as_four_bits_allow(seeded: torch.Generator, dtype: torch.dtype) -> None:
     keys = (torch.randn(2, 3, ops.GROUP, 80, generator=seeded) * 5 + torch.arange(80)).to(dtype)
     keys[..., 7] = 3.0  # a channel whose keys are all alike
-    counts = torch.tensor([[0, 1, 2], [33, 63, ops.GROUP]])
-    beyond = torch.arange(ops.GROUP) >= counts[..., None]
-    codes, ranges = ops.quantize_groups(keys.masked_fill(beyond[..., None], torch.nan), counts)
+    codes, ranges = ops.quantize_groups(keys)
     assert codes.shape == (2, 3, 80, ops.GROUP // 2)
     assert ranges.dtype == dtype
     low, step = ranges.float().unbind(-1)
     steps = torch.cat([codes & 15, codes >> 4], -1)
-    assert not steps[beyond[..., None, :].expand_as(steps)].any()
     near = (low[..., None] + step[..., None] * steps).transpose(-2, -1)
-    error = (near - keys.float()).abs().masked_fill(beyond[..., None], 0)
     rounding = torch.finfo(dtype).eps * 15 * step  # of the step itself
-    assert (error <= (step / 2 + rounding + 1e-6)[..., None, :]).all()
-    assert (steps.amax(-1)[counts > 1] == 15).sum() == 4 * 79  # every channel's range is used but of those all alike
-    assert (ranges[0, 0] == 0).all()
+    assert ((near - keys.float()).abs() <= (step / 2 + rounding + 1e-6)[..., None, :]).all()
+    assert (steps.amax(-1) == 15).sum() == 6 * 79  # every channel's range is used but of those all alike
+    assert torch.equal(near[..., 7], keys[..., 7].float())
 
 
-def test_low_bit_keys_grow_into_what_they_are_when_built_anew(seeded: torch.Generator) -> None:
-    keys = torch.randn(2, 2, 400, 64, generator=seeded)
-    lengths = torch.tensor([[130, 64], [1, 127]])
-    index = LowBitIndex(poisoned(keys[:, :, :130], lengths), lengths)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_bit_keys_grow_into_what_they_are_when_built_anew(seeded: torch.Generator, dtype: torch.dtype) -> None:
+    keys = torch.randn(2, 2, 1200, 64, generator=seeded).to(dtype)
+    lengths = torch.tensor([[960, 64], [1, 127]])
+    index = LowBitIndex(poisoned(keys[:, :, :960], lengths), lengths)
     for _ in range(200):
         rows = lengths[..., None, None].expand(-1, -1, 1, 64)
         index.extend(keys.gather(2, rows), lengths)
         lengths = lengths + 1
     again = LowBitIndex(poisoned(keys[:, :, : int(lengths.max())], lengths), lengths)
-    groups = -(-int(lengths.max()) // ops.GROUP)
-    assert torch.equal(index.codes[:, :, :groups], again.codes[:, :, :groups])
-    assert torch.equal(index.ranges[:, :, :groups], again.ranges[:, :, :groups])
+    assert_alike(index, again, lengths)
+    rows = torch.tensor([1, 1, 0])
     for both in (index, again):
-        both.select_rows(torch.tensor([1, 1, 0]))
-        both.extend(torch.ones(3, 2, 1, 64), lengths[torch.tensor([1, 1, 0])])
-    assert torch.equal(index.codes[:, :, :groups], again.codes[:, :, :groups])
-    assert torch.equal(index.ranges[:, :, :groups], again.ranges[:, :, :groups])
+        both.select_rows(rows)
+        both.extend(torch.ones(3, 2, 1, 64, dtype=dtype), lengths[rows])
+    assert_alike(index, again, lengths[rows] + 1)
+
+
+def assert_alike(index: LowBitIndex, other: LowBitIndex, lengths: torch.Tensor) -> None:
+    """Whole groups and open tokens are the same, what is beyond may differ."""
+    for row in range(lengths.shape[0]):
+        for head in range(lengths.shape[1]):
+            whole, left = divmod(int(lengths[row, head]), ops.GROUP)
+            for one, two in zip(index.keys[:2], other.keys[:2], strict=True):
+                groups = [x[row, head].transpose(1, 2).flatten(0, 1)[:whole] for x in (one, two)]
+                assert torch.equal(*groups)
+            assert torch.equal(*(x.keys.open_keys[row, head, :, :left] for x in (index, other)))
 
 
 @pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)
@@ -286,7 +292,12 @@ def test_low_bit_logits_are_those_of_the_plain_loop(
     query = x.query[:, :, -1].reshape(1, 2, group, head_dim)
     num_channels = max(1, head_dim // 3)
     logits = ops.lowbit_logits(
-        query, index.codes, index.ranges, num_tokens=size, num_channels=torch.tensor([num_channels]), scale=0.5
+        query,
+        index.keys,
+        lengths=torch.full((1, 2), size),
+        num_tokens=size,
+        num_channels=torch.tensor([num_channels]),
+        scale=0.5,
     )
     for head in range(2):
         expected = oracle.lowbit_logits(*arrays(query[0, head], x.key[0, head]), num_channels, ops.GROUP) * 0.5
@@ -298,12 +309,10 @@ def test_more_bytes_of_low_bit_keys_tell_more(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 2, 2, 1000, 64)
     index, scale = LowBitIndex(x.key, torch.full((1, 2), 1000)), 1 / 8
     exact = x.query[:, :, -1:] @ x.key.transpose(2, 3) * scale
+    options = {"lengths": torch.full((1, 2), 1000), "num_tokens": 1000, "scale": scale}
     errors = [
-        (ops.lowbit_logits(
-            x.query[:, :, -1:], index.codes, index.ranges,
-            num_tokens=1000, num_channels=torch.tensor([channels]), scale=scale,
-        ) - exact).std()
-        for channels in (8, 16, 32, 64)
-    ]  # fmt: skip
+        (ops.lowbit_logits(x.query[:, :, -1:], index.keys, num_channels=torch.tensor([n]), **options) - exact).std()
+        for n in (8, 16, 32, 64)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * exact.std()

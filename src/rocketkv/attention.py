@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from rocketkv import ops
-from rocketkv.cache import PageIndex, WorkingSet
+from rocketkv.cache import WorkingSet
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
+from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops.backends import FusedStep, LayerTensors, find_backend
 from rocketkv.plan import SelectionPlan, plan_eviction, plan_outgrown, plan_prefilled, select_plan_rows
 
@@ -195,11 +196,10 @@ class LayerCache:
         places = None
         if attended is not None:
             places = torch.full_like(working.tokens.fields[-1], -1)
-        output, elements = self._fused(query, key, value, places)
+        output, self.read_bytes = self._fused(query, key, value, places)
         working.count_appended()
         if attended is not None and places is not None:
             working.mark(attended, places.long())
-        self.read_bytes = elements * key.element_size()
         return output
 
     def _decode_by_reference(
@@ -389,7 +389,7 @@ class LayerCache:
     def _bind(self, working: WorkingSet, plan: SelectionPlan, num_heads: int, scale: float) -> FusedStep | None:
         """The decode step as one call of a backend; None if it is left to the reference."""
         keys, values = (working.archive or working.tokens).fields[:2]
-        index = working.index if isinstance(working.index, PageIndex) else None
+        index = working.index if isinstance(working.index, PageIndex | LowBitIndex) else None
         scoring = getattr(self.selection, "scoring", None)
         if working.max_length < plan.dense_length and self.config.backend == "auto":
             scoring = "none"  # all is attended, the new token included, whatever the method
@@ -409,8 +409,8 @@ class LayerCache:
                 archive_lengths=None if working.archive is None else working.archive.lengths,
                 seen=working.seen,
                 scoring=scoring,
-                bounds=None if index is None else index.bounds,
-                page_size=plan.page_size if index is None else index.page_size,
+                index=() if index is None else index.buffers,
+                page_size=index.page_size if isinstance(index, PageIndex) else plan.page_size,
                 num_channels=plan.num_channels,
                 top_k=plan.top_k,
                 dense_lengths=plan.dense_lengths,

@@ -1,39 +1,14 @@
 """Storage only: ragged rows of tokens that grow in steps. Knows neither eviction, selection nor any model."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rocketkv.ops import (
-    GROUP,
-    PAGES_PER_BLOCK,
-    build_pages,
-    fold_into_pages,
-    new_storage,
-    quantize_groups,
-    take_tokens,
-)
+from rocketkv.index import Index, LowBitIndex, PageIndex
+from rocketkv.ops import new_storage, take_tokens
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
-
-
-class Index(Protocol):
-    """What a selection method keeps beside the keys to score them cheaply."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated."""
-        ...
-
-    def extend(self, key: Tensor, slots: Tensor) -> None:
-        """Take in one token per row: `key` `[B, Hkv, 1, D]`, standing at `slots` `[B, Hkv]` int64."""
-        ...
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64)."""
-        ...
 
 
 class RaggedTokens:
@@ -141,115 +116,6 @@ class RaggedTokens:
             self.fields[i] = new
 
 
-class PageIndex:
-    """The bounds of each page of consecutive tokens, grown in steps; see `ops/pages.py`.
-
-    Attributes:
-        bounds: `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]` in the dtype of the keys, D instead of 2 * D if all pages are
-            single.
-        page_size: `[B]` int64, tokens per page; rows of a batch may differ.
-    """
-
-    def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
-        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64."""
-        self.page_size = page_size
-        self._smallest = int(page_size.min())
-        self._head_dim = keys.shape[3]
-        channels = keys.shape[3] if int(page_size.max()) == 1 else 2 * keys.shape[3]
-        self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
-        self.reserve(keys.shape[2])
-        build_pages(self.bounds, keys, lengths=lengths, page_size=page_size)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
-        return self.bounds.nbytes
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that every row may hold without growing."""
-        return self.bounds.shape[2] * PAGES_PER_BLOCK * self._smallest
-
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for rows of `num_tokens` tokens."""
-        used = self.bounds.shape[2]
-        if num_tokens <= self.capacity:
-            return
-        num_blocks = -(-num_tokens // (PAGES_PER_BLOCK * self._smallest))
-        grown = new_storage(
-            self.bounds, (*self.bounds.shape[:2], num_blocks + max(1, num_blocks // 8), *self.bounds.shape[3:])
-        )
-        grown[:, :, used:] = -torch.inf
-        if grown.shape[3] > self._head_dim:
-            grown[:, :, used:, : self._head_dim] = torch.inf
-        grown[:, :, :used] = self.bounds
-        self.bounds = grown
-
-    def extend(self, key: Tensor, slots: Tensor) -> None:
-        """Take in one token per row, into the last, open page: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
-        self.reserve(int(slots.max()) + 1)
-        fold_into_pages(self.bounds, key, slots=slots[..., None], page_size=self.page_size)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64)."""
-        with torch.inference_mode(False):
-            self.bounds = self.bounds.index_select(0, rows)
-        self.page_size = self.page_size.index_select(0, rows)
-        self._smallest = int(self.page_size.min())
-
-
-class LowBitIndex:
-    """The keys in 4 bits, grown in steps; see `ops/lowbit.py`. At any time what it would be if built anew.
-
-    Attributes:
-        codes: `[B, Hkv, groups, D, GROUP // 2]` uint8.
-        ranges: `[B, Hkv, groups, D, 2]` in the dtype of the keys.
-    """
-
-    def __init__(self, keys: Tensor, lengths: Tensor) -> None:
-        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64."""
-        batch, num_kv_heads, num_tokens, head_dim = keys.shape
-        num_groups = num_tokens // GROUP + 1  # the last one open
-        padded = keys.new_zeros(batch, num_kv_heads, num_groups * GROUP, head_dim)
-        padded[:, :, :num_tokens] = keys
-        groups = padded.view(batch, num_kv_heads, num_groups, GROUP, head_dim)
-        starts = GROUP * torch.arange(num_groups, device=keys.device)
-        codes, ranges = quantize_groups(groups, (lengths[..., None] - starts).clamp(0, GROUP))
-        last = (lengths // GROUP)[..., None, None, None].expand(-1, -1, 1, GROUP, head_dim)
-        self.codes, self.ranges = _stored(codes), _stored(ranges)
-        self._open = _stored(groups.gather(2, last)[:, :, 0])  # [B, Hkv, GROUP, D], the keys of the group that grows
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
-        return self.codes.nbytes + self.ranges.nbytes + self._open.nbytes
-
-    def extend(self, key: Tensor, slots: Tensor) -> None:
-        """Take in one token per row, into the open group: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
-        spare = max(1, self.codes.shape[2] // 8)
-        if int(slots.max()) >= self.codes.shape[2] * GROUP:
-            self.codes, self.ranges = _stored(self.codes, spare), _stored(self.ranges, spare)
-        place, group = slots % GROUP, slots // GROUP
-        self._open.scatter_(2, place[..., None, None].expand(-1, -1, 1, key.shape[3]), key)
-        for stored, new in zip((self.codes, self.ranges), quantize_groups(self._open, place + 1), strict=True):
-            stored.scatter_(2, group[..., None, None, None].expand(-1, -1, 1, *new.shape[2:]), new[:, :, None])
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64)."""
-        with torch.inference_mode(False):
-            self.codes = self.codes.index_select(0, rows)
-            self.ranges = self.ranges.index_select(0, rows)
-            self._open = self._open.index_select(0, rows)
-
-
-def _stored(x: Tensor, spare: int = 0) -> Tensor:
-    """A copy to write to later, with `spare` more places, zero, along dim 2."""
-    stored = new_storage(x, (*x.shape[:2], x.shape[2] + spare, *x.shape[3:]))
-    stored[:, :, : x.shape[2]] = x
-    stored[:, :, x.shape[2] :] = 0
-    return stored
-
-
 class WorkingSet:
     """What decode chooses from: the prompt tokens kept by stage 1 and the tokens since.
 
@@ -293,9 +159,9 @@ class WorkingSet:
 
     @property
     def room(self) -> int:
-        """Tokens that every row can still take in without any buffer growing; indices of other kinds are not asked."""
+        """Tokens that every row can still take in without any buffer growing; an index of another kind is not asked."""
         rooms = [part.room for part in (self.tokens, self.archive) if part is not None]
-        if isinstance(self.index, PageIndex):
+        if isinstance(self.index, PageIndex | LowBitIndex):
             rooms.append(self.index.capacity - self.max_length)
         return min(rooms)
 
@@ -386,7 +252,7 @@ class WorkingSet:
         for part in (self.tokens, self.archive):
             if part is not None:
                 part.reserve(1)
-        if isinstance(self.index, PageIndex):
+        if isinstance(self.index, PageIndex | LowBitIndex):
             self.index.reserve(self.max_length + 1)
 
     def count_appended(self) -> None:

@@ -3,15 +3,27 @@
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens
 from rocketkv.ops.linear import linear
-from rocketkv.ops.lowbit import GROUP, lowbit_logits, quantize_groups
+from rocketkv.ops.lowbit import (
+    GROUP,
+    GROUPS_PER_BLOCK,
+    LowBitKeys,
+    append_lowbit,
+    build_lowbit,
+    lowbit_logits,
+    quantize_groups,
+)
 from rocketkv.ops.memory import new_storage
 from rocketkv.ops.pages import PAGES_PER_BLOCK, bound_logits, build_pages, fold_into_pages, hybrid_logits
 from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
 
 __all__ = [
     "GROUP",
+    "GROUPS_PER_BLOCK",
     "PAGES_PER_BLOCK",
+    "LowBitKeys",
+    "append_lowbit",
     "bound_logits",
+    "build_lowbit",
     "build_pages",
     "choose_tokens",
     "decode_densely",

@@ -1,53 +1,99 @@
 """Low-bit keys, an index of stage 2: the kept keys in 4 bits, channel by channel.
 
 GROUP consecutive tokens of a channel share a least value and a step; a key is the least value plus a whole number of
-steps, 0 to LEVELS. Codes are `[B, Hkv, groups, D, GROUP // 2]` uint8, token i of a group in the low and token
-i + GROUP // 2 in the high half of byte i, channel-major so that an unread channel is memory not read; ranges are
-`[B, Hkv, groups, D, 2]` in the dtype of the keys.
+steps, 0 to LEVELS. The last group of a row is open until it is full: its keys stand as they are.
+
+- Codes are `[B, Hkv, blocks, D, GROUPS_PER_BLOCK, GROUP // 2]` uint8, token i of a group in the low and token
+  i + GROUP // 2 in the high half of byte i; channel-major, so that an unread channel is memory not read.
+- Ranges are `[B, Hkv, blocks, D, GROUPS_PER_BLOCK, 2]`, least value and step, in the dtype of the keys.
+- Open keys are `[B, Hkv, D, GROUP]`, channel-major too.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rocketkv.ops.channels import largest_channels
+from rocketkv.ops.gather import take_tokens
 
 GROUP = 64  # tokens: two bytes of range for each channel weigh as much as 4 bits of them then
+GROUPS_PER_BLOCK = 16  # one cache line of ranges of a channel in 16 bits; csrc/kernels.h has the same numbers
 LEVELS = 15
 _HALF = GROUP // 2
+_BLOCK = GROUPS_PER_BLOCK * GROUP
 
 
-def quantize_groups(keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize whole groups of keys, or begun ones.
+class LowBitKeys(NamedTuple):
+    """The three tensors of the index."""
 
-    Args:
-        keys: `[..., GROUP, D]` float.
-        counts: `[...]` int64, tokens in each group, the first ones; what lies beyond is undefined.
+    codes: Tensor
+    ranges: Tensor
+    open_keys: Tensor
+
+
+def quantize_groups(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize whole groups of keys, `[..., GROUP, D]` float.
 
     Returns:
-        Codes `[..., D, GROUP // 2]` uint8, 0 beyond the counts, and ranges `[..., D, 2]` in the dtype of `keys`: the
-        least value and the step, both 0 where there are no tokens.
+        Codes `[..., D, GROUP // 2]` uint8 and ranges `[..., D, 2]` in the dtype of `keys`.
 
     As in KIVI (arXiv:2402.02750, asymmetric, keys per channel). Reads every key once.
     """
-    beyond = (torch.arange(GROUP, device=keys.device) >= counts[..., None])[..., None]  # [..., GROUP, 1]
-    empty = (counts == 0)[..., None]
-    low = keys.masked_fill(beyond, torch.inf).amin(-2).masked_fill(empty, 0.0)  # [..., D]
-    high = keys.masked_fill(beyond, -torch.inf).amax(-2).masked_fill(empty, 0.0)
+    low, high = keys.amin(-2), keys.amax(-2)  # [..., D]
     step = ((high.float() - low.float()) / LEVELS).to(keys.dtype)
     steps = (keys.float() - low.float()[..., None, :]) / step.float()[..., None, :]  # 0 / 0 where all are alike
-    codes = steps.nan_to_num(0.0).round().clamp(0, LEVELS).masked_fill(beyond, 0).to(torch.uint8).transpose(-2, -1)
+    codes = steps.nan_to_num(0.0).round().clamp(0, LEVELS).to(torch.uint8).transpose(-2, -1)
     return codes[..., :_HALF] | codes[..., _HALF:] << 4, torch.stack([low, step], -1)
 
 
+def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
+    """Let an empty index take in all keys, in place.
+
+    Args:
+        index: with room for all.
+        keys: `[B, Hkv, S, D]` in its dtype.
+        lengths: `[B, Hkv]` int64; keys at slots beyond are undefined, and so is what the index says of them.
+
+    Reads `B * Hkv * S * D` elements.
+    """
+    batch, num_kv_heads, num_tokens, head_dim = keys.shape
+    for start in range(0, num_tokens // GROUP * GROUP, _BLOCK):
+        whole = keys[:, :, start : start + _BLOCK]
+        num_groups = whole.shape[2] // GROUP
+        groups = whole[:, :, : num_groups * GROUP].reshape(batch, num_kv_heads, num_groups, GROUP, head_dim)
+        for stored, new in zip(index[:2], quantize_groups(groups), strict=True):
+            stored[:, :, start // _BLOCK, :, :num_groups] = new.transpose(2, 3)
+    slots = (lengths // GROUP * GROUP)[..., None] + torch.arange(GROUP, device=keys.device)
+    index.open_keys[:] = take_tokens(keys, slots.clamp(max=num_tokens - 1)).transpose(2, 3)
+
+
+def append_lowbit(index: LowBitKeys, key: Tensor, slots: Tensor) -> None:
+    """Let the open group of every row take in one key, in place, and close it if it is full.
+
+    Args:
+        index: with room for it.
+        key: `[B, Hkv, 1, D]` in its dtype.
+        slots: `[B, Hkv]` int64, where the keys stand in their rows.
+    """
+    place = slots % GROUP
+    where = place[..., None, None].expand(-1, -1, key.shape[3], 1)
+    index.open_keys.scatter_(3, where, key.transpose(2, 3))
+    row, head = (place == GROUP - 1).nonzero(as_tuple=True)
+    block, group = slots[row, head] // _BLOCK, slots[row, head] // GROUP % GROUPS_PER_BLOCK
+    for stored, new in zip(index[:2], quantize_groups(index.open_keys[row, head].transpose(1, 2)), strict=True):
+        stored[row, head, block, :, group] = new
+
+
 def lowbit_logits(
-    query: Tensor, codes: Tensor, ranges: Tensor, *, num_tokens: int, num_channels: Tensor, scale: float
+    query: Tensor, index: LowBitKeys, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float
 ) -> Tensor:
     """Approximate the logit of every token by its low-bit key, along the query's largest channels only.
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
-        codes: `[B, Hkv, groups, D, GROUP // 2]` uint8.
-        ranges: `[B, Hkv, groups, D, 2]` float.
+        index: of the keys.
+        lengths: `[B, Hkv]` int64, tokens in each row.
         num_tokens: S, tokens to give a logit to.
         num_channels: `[B]` int64, channels to read, 1 to D.
         scale: factor on the dot products.
@@ -55,13 +101,18 @@ def lowbit_logits(
     Returns:
         `[B, Hkv, G, S]` float32, undefined beyond a row's length.
 
-    Reads, for each group and KV head, `num_channels` times `GROUP // 2` bytes and two elements of `ranges`.
+    Reads, for each of the `num_channels`: `GROUP // 2` bytes and two elements per whole group, an element per token of
+    the open one.
     """
-    query = query.float()
-    channels, chosen = largest_channels(query, num_channels)
-    rows = channels[:, :, None, :, None].expand(-1, -1, codes.shape[2], -1, -1)
-    packed = codes.gather(3, rows.expand(*rows.shape[:4], _HALF))
-    bounds = ranges.gather(3, rows.expand(*rows.shape[:4], 2)).float()
-    keys = bounds[..., :1] + bounds[..., 1:] * torch.cat([packed & 15, packed >> 4], 4)  # [B, Hkv, groups, R, GROUP]
-    logits: Tensor = (chosen[:, :, None] @ keys).transpose(2, 3).flatten(3)  # [B, Hkv, G, groups * GROUP]
+    channels, chosen = largest_channels(query.float(), num_channels)  # [B, Hkv, R], [B, Hkv, G, R]
+    num_blocks, num_read = index.codes.shape[2], channels.shape[2]
+    rows = channels[:, :, None, :, None, None].expand(-1, -1, num_blocks, -1, GROUPS_PER_BLOCK, -1)
+    packed = index.codes.gather(3, rows.expand(*rows.shape[:5], _HALF))
+    ranges = index.ranges.gather(3, rows.expand(*rows.shape[:5], 2)).float()
+    keys = (ranges[..., :1] + ranges[..., 1:] * torch.cat([packed & 15, packed >> 4], 5)).view(*rows.shape[:4], _BLOCK)
+    logits = (chosen[:, :, None] @ keys).transpose(2, 3).flatten(3)  # [B, Hkv, G, blocks * _BLOCK]
+    open_keys = index.open_keys.gather(2, channels[..., None].expand(-1, -1, num_read, GROUP)).float()
+    slots = (lengths // GROUP * GROUP)[..., None] + torch.arange(GROUP, device=query.device)
+    logits = torch.nn.functional.pad(logits, (0, GROUP))  # all blocks may be full
+    logits.scatter_(3, slots[:, :, None].expand(-1, -1, query.shape[2], -1), chosen @ open_keys)
     return logits[..., :num_tokens] * scale

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rocketkv.budget import Split, held_tokens
-from rocketkv.cache import Index, WorkingSet
+from rocketkv.cache import WorkingSet
+from rocketkv.index import Index
 
 
 class SelectionMethod(ABC):

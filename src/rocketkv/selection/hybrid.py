@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from rocketkv.budget import Split, split_selection
-from rocketkv.cache import PageIndex, WorkingSet
+from rocketkv.cache import WorkingSet
+from rocketkv.index import PageIndex
 from rocketkv.ops import hybrid_logits
 from rocketkv.selection.base import SelectionMethod
 

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from rocketkv.budget import Split
-from rocketkv.cache import LowBitIndex, WorkingSet
+from rocketkv.cache import WorkingSet
+from rocketkv.index import LowBitIndex
 from rocketkv.ops import GROUP, lowbit_logits
 from rocketkv.selection.base import SelectionMethod
 
@@ -17,12 +18,15 @@ class LowBit(SelectionMethod):
     per channel) and Double Sparsity (arXiv:2408.07092: low-bit copies of channels fixed in advance).
     """
 
+    scoring = "lowbit"
+
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
-        """Half of the budget scores, or less where that reads all channels; the rest attends; see `SelectionMethod`."""
-        affordable = int(token_budget * head_dim / (num_tokens * CHANNEL_SHARE))
-        num_channels = min(max(1, affordable), head_dim)
-        scoring = num_tokens * num_channels * CHANNEL_SHARE / (2 * head_dim)  # in tokens of keys and values
-        return Split(1, num_channels, max(1, token_budget // 2, int(token_budget - scoring)))
+        """A quarter of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md)."""
+        num_open = min(num_tokens, GROUP - 1)  # at most
+        scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in keys of 16 bits
+        num_channels = min(max(1, int(token_budget * head_dim / (2 * scored))), head_dim)
+        scoring = scored * num_channels / (2 * head_dim)  # in tokens of keys and values
+        return Split(1, num_channels, max(1, 3 * token_budget // 4, int(token_budget - scoring)))
 
     def build_index(self, working: WorkingSet, page_size: Tensor) -> LowBitIndex:
         """Low-bit copies of all keys; see `SelectionMethod`."""
@@ -33,11 +37,17 @@ class LowBit(SelectionMethod):
         index = working.index
         assert isinstance(index, LowBitIndex)
         return lowbit_logits(
-            query, index.codes, index.ranges, num_tokens=working.max_length, num_channels=num_channels, scale=scale
+            query,
+            index.keys,
+            lengths=working.lengths,
+            num_tokens=working.max_length,
+            num_channels=num_channels,
+            scale=scale,
         )
 
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
     ) -> Tensor:
-        """Half a byte per token and channel, two elements per group and channel; see `SelectionMethod`."""
-        return (lengths + GROUP - 1) // GROUP * num_channels * (GROUP // 2 + 2 * element_size)
+        """Half a byte per token and channel, two elements per group, one per open token; see `SelectionMethod`."""
+        groups = lengths // GROUP * (GROUP // 2 + 2 * element_size)
+        return num_channels * (groups + lengths % GROUP * element_size)

@@ -5,7 +5,8 @@ import math
 from torch import Tensor
 
 from rocketkv.budget import Split
-from rocketkv.cache import PageIndex, WorkingSet
+from rocketkv.cache import WorkingSet
+from rocketkv.index import PageIndex
 from rocketkv.ops import bound_logits
 from rocketkv.selection.hybrid import Hybrid
 

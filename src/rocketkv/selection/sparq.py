@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rocketkv.budget import Split
-from rocketkv.cache import PageIndex, WorkingSet
+from rocketkv.cache import WorkingSet
+from rocketkv.index import PageIndex
 from rocketkv.selection.hybrid import Hybrid
 
 

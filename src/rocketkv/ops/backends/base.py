@@ -20,7 +20,8 @@ class LayerTensors:
             lie at `positions`; None if they lie side by side.
         seen: `[B]` int64, tokens seen by each row.
         scoring: how tokens are scored, the `scoring` of a `SelectionMethod`; `none`: everything is attended.
-        bounds: of the page index, see `ops/pages.py`; None if the scoring needs none, or nothing is to be selected yet.
+        index: buffers of the index, page bounds (`ops/pages.py`) or low-bit keys (`ops/lowbit.py`); none if the scoring
+            needs none, or nothing is to be selected yet.
         page_size: `[B]` int64.
         num_channels: `[B]` int64.
         top_k: `[B]` int64.
@@ -38,7 +39,7 @@ class LayerTensors:
     archive_lengths: Tensor | None
     seen: Tensor
     scoring: str
-    bounds: Tensor | None
+    index: tuple[Tensor, ...]
     page_size: Tensor
     num_channels: Tensor
     top_k: Tensor
@@ -62,13 +63,13 @@ class FusedStep(Protocol):
             chosen: `[B, Hkv, position_capacity]` int32, filled with the places chosen, ascending, -1 after the last.
 
         Returns:
-            `[B, Hq, 1, D]`, and the elements of keys, values and index that were read.
+            `[B, Hq, 1, D]`, and the bytes of keys, values and index that were read.
 
         Accumulates in float32. With bfloat16 keys a backend may round the weights of the values to bfloat16, if it
         normalises by the sum of the rounded ones.
 
         Reads, for each row and KV head that holds more than its `dense_lengths`, what its scoring reads and
-        `2 * top_k * D`; for others, `2 * D` for each token.
+        `2 * top_k * D` elements; for others, `2 * D` for each token.
         """
         ...
 

@@ -111,9 +111,11 @@ class CppStep:
 
     def __init__(self, layer: LayerTensors) -> None:
         self._layer = layer  # keeps the buffers alive
-        assert all(x.is_contiguous() for x in vars(layer).values() if isinstance(x, Tensor))
+        tensors = [x for x in (*vars(layer).values(), *layer.index) if isinstance(x, Tensor)]
+        assert all(x.is_contiguous() for x in tensors)
         self._outputs = _spare_outputs((layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3]), layer.keys.dtype)
-        bounds = layer.bounds
+        bounds = layer.index[0] if len(layer.index) == 1 else None
+        codes, ranges, open_keys = (x.data_ptr() for x in layer.index) if len(layer.index) == 3 else (0, 0, 0)
         self._native = library().Layer(
             dtype=_dtype(layer.keys.dtype),
             batch=layer.keys.shape[0],
@@ -132,8 +134,11 @@ class CppStep:
             seen=layer.seen.data_ptr(),
             scoring=getattr(library().Scoring, layer.scoring),
             bounds=0 if bounds is None else bounds.data_ptr(),
-            num_blocks=0 if bounds is None else bounds.shape[2],
             num_rows=0 if bounds is None else bounds.shape[3],
+            codes=codes,
+            ranges=ranges,
+            open_keys=open_keys,
+            num_blocks=layer.index[0].shape[2] if layer.index else 0,
             page_size=layer.page_size.data_ptr(),
             num_channels=layer.num_channels.data_ptr(),
             top_k=layer.top_k.data_ptr(),
@@ -151,7 +156,7 @@ class CppStep:
             with torch.inference_mode(False):
                 self._outputs += torch.empty(OUTPUTS, *query.shape, dtype=query.dtype).unbind()
             output = self._outputs.pop()
-        elements = self._native.decode(
+        num_bytes = self._native.decode(
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -159,7 +164,7 @@ class CppStep:
             0 if chosen is None else chosen.data_ptr(),
             torch.get_num_threads(),
         )
-        return output, elements
+        return output, num_bytes
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,156 @@
+"""What is kept beside the keys so that a step need not read them to choose among them. Storage only; see `ops`."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rocketkv.ops import (
+    GROUP,
+    GROUPS_PER_BLOCK,
+    PAGES_PER_BLOCK,
+    LowBitKeys,
+    append_lowbit,
+    build_lowbit,
+    build_pages,
+    fold_into_pages,
+    new_storage,
+)
+
+
+class Index(Protocol):
+    """What a selection method keeps beside the keys to score them cheaply."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        ...
+
+    def extend(self, key: Tensor, slots: Tensor) -> None:
+        """Take in one token per row: `key` `[B, Hkv, 1, D]`, standing at `slots` `[B, Hkv]` int64."""
+        ...
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        ...
+
+
+class PageIndex:
+    """The bounds of each page of consecutive tokens, grown in steps; see `ops/pages.py`.
+
+    Attributes:
+        bounds: `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]` in the dtype of the keys, D instead of 2 * D if all pages are
+            single.
+        page_size: `[B]` int64, tokens per page; rows of a batch may differ.
+    """
+
+    def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
+        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64."""
+        self.page_size = page_size
+        self._smallest = int(page_size.min())
+        self._head_dim = keys.shape[3]
+        channels = keys.shape[3] if int(page_size.max()) == 1 else 2 * keys.shape[3]
+        self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
+        self.reserve(keys.shape[2])
+        build_pages(self.bounds, keys, lengths=lengths, page_size=page_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, spare capacity included."""
+        return self.bounds.nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that every row may hold without growing."""
+        return self.bounds.shape[2] * PAGES_PER_BLOCK * self._smallest
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for rows of `num_tokens` tokens."""
+        used = self.bounds.shape[2]
+        if num_tokens <= self.capacity:
+            return
+        num_blocks = -(-num_tokens // (PAGES_PER_BLOCK * self._smallest))
+        grown = new_storage(
+            self.bounds, (*self.bounds.shape[:2], num_blocks + max(1, num_blocks // 8), *self.bounds.shape[3:])
+        )
+        grown[:, :, used:] = -torch.inf
+        if grown.shape[3] > self._head_dim:
+            grown[:, :, used:, : self._head_dim] = torch.inf
+        grown[:, :, :used] = self.bounds
+        self.bounds = grown
+
+    def extend(self, key: Tensor, slots: Tensor) -> None:
+        """Take in one token per row, into the last, open page: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
+        self.reserve(int(slots.max()) + 1)
+        fold_into_pages(self.bounds, key, slots=slots[..., None], page_size=self.page_size)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        with torch.inference_mode(False):
+            self.bounds = self.bounds.index_select(0, rows)
+        self.page_size = self.page_size.index_select(0, rows)
+        self._smallest = int(self.page_size.min())
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """What a backend is given."""
+        return (self.bounds,)
+
+
+class LowBitIndex:
+    """The keys in 4 bits, grown in steps; see `ops/lowbit.py`.
+
+    Attributes:
+        keys: codes, ranges and open keys.
+    """
+
+    def __init__(self, keys: Tensor, lengths: Tensor) -> None:
+        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64."""
+        batch, num_kv_heads, _, head_dim = keys.shape
+        shape = (batch, num_kv_heads, 0, head_dim, GROUPS_PER_BLOCK)
+        self.keys = LowBitKeys(
+            keys.new_empty(*shape, GROUP // 2, dtype=torch.uint8),
+            keys.new_empty(*shape, 2),
+            new_storage(keys, (batch, num_kv_heads, head_dim, GROUP)),
+        )
+        self.reserve(int(lengths.max()))
+        build_lowbit(self.keys, keys, lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, spare capacity included."""
+        return sum(x.nbytes for x in self.keys)
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """What a backend is given."""
+        return self.keys
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that every row may hold without growing."""
+        return self.keys.codes.shape[2] * GROUPS_PER_BLOCK * GROUP
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for rows of `num_tokens` tokens."""
+        if num_tokens > self.capacity:
+            num_blocks = -(-num_tokens // (GROUPS_PER_BLOCK * GROUP))
+            codes, ranges, open_keys = self.keys
+            self.keys = LowBitKeys(_grown(codes, num_blocks), _grown(ranges, num_blocks), open_keys)
+
+    def extend(self, key: Tensor, slots: Tensor) -> None:
+        """Take in one token per row, into the open group: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
+        self.reserve(int(slots.max()) + 1)
+        append_lowbit(self.keys, key, slots)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        with torch.inference_mode(False):
+            self.keys = LowBitKeys(*(x.index_select(0, rows) for x in self.keys))
+
+
+def _grown(old: Tensor, num_blocks: int) -> Tensor:
+    """A copy with `num_blocks` places along dim 2, undefined where nothing stood."""
+    new = new_storage(old, (*old.shape[:2], num_blocks, *old.shape[3:]))
+    new[:, :, : old.shape[2]] = old
+    return new
