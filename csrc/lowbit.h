@@ -94,4 +94,53 @@ inline Pair load_codes(const uint8_t* p) {
 #endif
 }
 
+// The weights of codes are rounded to bfloat16 if the keys are bfloat16.
+template <class T>
+inline Vec round_weights(Vec v) {
+  if constexpr (std::is_same_v<T, Bfloat16>) {
+    VecBits bits = load<VecBits>(&v), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+    return v == v ? load<Vec>(&rounded) : v;
+  } else {
+    return v;
+  }
+}
+
+// kWidth bytes of codes of each of two channels, and adding them, offset by kOffset, to the sums of the low and of the
+// high halves, each channel times a weight.
+template <class T>
+struct TwoCodes {
+  static constexpr float kOffset = 0;
+  static constexpr int kWeights = 2 * kBlockGroups;  // floats that the weights of both in a block's groups take
+  Pair first, second;
+  TwoCodes(const uint8_t* a, const uint8_t* b) : first(load_codes(a)), second(load_codes(b)) {}
+  static void store_weights(float* weights, Vec a, Vec b) { store(weights, a), store(weights + kBlockGroups, b); }
+  void add_weighted(const float* weights, Pair& sum) const {
+    sum.a += first.a * weights[0];
+    sum.b += first.b * weights[0];
+    sum.a += second.a * weights[kBlockGroups];
+    sum.b += second.b * weights[kBlockGroups];
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct TwoCodes<Bfloat16> {
+  static constexpr float kOffset = 16;  // from 16 on a code is the upper bits of a bfloat16's fraction
+  static constexpr int kWeights = kBlockGroups;
+  VecBits low, high;  // channel beside channel
+  TwoCodes(const uint8_t* a, const uint8_t* b) {
+    VecBits both = reinterpret_cast<VecBits>(_mm512_cvtepu8_epi32(load<__m128i>(a))) |
+                   reinterpret_cast<VecBits>(_mm512_cvtepu8_epi32(load<__m128i>(b))) << 16;
+    low = (both << 3 & 0x00780078u) | 0x41804180u;
+    high = (both >> 1 & 0x00780078u) | 0x41804180u;
+  }
+  static void store_weights(float* weights, Vec a, Vec b) { store(weights, load<VecBits>(&a) >> 16 | load<VecBits>(&b)); }
+  void add_weighted(const float* weights, Pair& sum) const {
+    VecBits both = load<uint32_t>(weights) - VecBits{};
+    sum.a = add_products(sum.a, low, both);
+    sum.b = add_products(sum.b, high, both);
+  }
+};
+#endif
+
 }  // namespace rocketkv

@@ -332,18 +332,23 @@ class Step {
     const int num_rows = channels.count(), stride = channels.stride(), dim = layer_.head_dim;
     const int64_t block = begin / kBlockGroups;
     const T* ranges = block_ranges<T>(layer_.lowbit, dim, head.index, block);
-    std::vector<float>& weights = Scratch<T>::mine().weights;  // [rows][H][kBlockGroups]
-    weights.resize(num_rows * H * kBlockGroups);
+    std::vector<float>& weights = Scratch<T>::mine().weights;  // [pairs of rows][H], as TwoCodes wants them
+    weights.resize((num_rows + 1) / 2 * H * TwoCodes<T>::kWeights);
     float offsets[H][kBlockGroups];
     for (int i = 0; i < kBlockGroups; i += kWidth) {
       Vec sums[H] = {};
-      for (int r = 0; r < num_rows; ++r) {
-        Pair range = load_ranges(ranges + (channels.places[r] / kGroup * kBlockGroups + i) * 2);  // least value, step
-        for (int h = 0; h < H; ++h) {
-          float q = to_float(channels.weights[(first + h) * stride + r]);
-          sums[h] += range.a * q;
-          store(&weights[(r * H + h) * kBlockGroups + i], range.b * q);
+      for (int r = 0; r < num_rows; r += 2) {
+        Vec pair[H][2] = {};
+        for (int j = 0; j < std::min(2, num_rows - r); ++j) {
+          Pair range = load_ranges(ranges + (channels.places[r + j] / kGroup * kBlockGroups + i) * 2);
+          for (int h = 0; h < H; ++h) {
+            float q = to_float(channels.weights[(first + h) * stride + r + j]);
+            pair[h][j] = round_weights<T>(range.b * q);
+            sums[h] += range.a * q - pair[h][j] * TwoCodes<T>::kOffset;
+          }
         }
+        for (int h = 0; h < H; ++h)
+          TwoCodes<T>::store_weights(&weights[(r / 2 * H + h) * TwoCodes<T>::kWeights + i], pair[h][0], pair[h][1]);
       }
       for (int h = 0; h < H; ++h) store(&offsets[h][i], sums[h]);
     }
@@ -364,19 +369,21 @@ class Step {
         for (int k = 0; k < kChunks; ++k)
 #pragma GCC unroll 4
           for (int h = 0; h < H; ++h) sums[k][h] = {Vec{}, Vec{}};
-        for (int r = 0; r < num_rows; ++r) {
-          const int channel = channels.places[r] / kGroup, place = channel * kBlockGroups * kHalfGroup;
-          if (at == 0 && fetches_codes) prefetch(ahead + place);
-          if (at == 0 && fetches_ranges) prefetch(next_ranges + channel * kBlockGroups * 2);
-          const float* weight = &weights[r * H * kBlockGroups + in_block];
+        for (int r = 0; r < num_rows; r += 2) {
+          const int one = channels.places[r] / kGroup, other = channels.places[std::min(r + 1, num_rows - 1)] / kGroup;
+          constexpr int codes_stride = kBlockGroups * kHalfGroup, ranges_stride = kBlockGroups * 2;
+          if (at == 0 && fetches_codes) prefetch(ahead + one * codes_stride), prefetch(ahead + other * codes_stride);
+          if (at == 0 && fetches_ranges) {
+            prefetch(next_ranges + one * ranges_stride);
+            prefetch(next_ranges + other * ranges_stride);
+          }
+          const float* weight = &weights[r / 2 * H * TwoCodes<T>::kWeights + in_block];
 #pragma GCC unroll 2
           for (int k = 0; k < kChunks; ++k) {
-            const Pair code = load_codes(codes + place + at + k * kWidth);
+            const uint8_t* from = codes + at + k * kWidth;
+            const TwoCodes<T> two(from + one * codes_stride, from + other * codes_stride);
 #pragma GCC unroll 4
-            for (int h = 0; h < H; ++h) {
-              sums[k][h].a += code.a * weight[h * kBlockGroups];
-              sums[k][h].b += code.b * weight[h * kBlockGroups];
-            }
+            for (int h = 0; h < H; ++h) two.add_weighted(weight + h * TwoCodes<T>::kWeights, sums[k][h]);
           }
         }
         for (int k = 0; k < kChunks; ++k)

@@ -238,6 +238,14 @@ def test_dense_decode_ignores_what_lies_beyond(seeded: torch.Generator) -> None:
         np.testing.assert_allclose(output[row, heads, 0], expected, atol=1e-5)
 
 
+def test_pages_are_built_from_sizes_and_lengths_that_are_views(seeded: torch.Generator) -> None:
+    keys = torch.randn(3, 2, 90, 16, generator=seeded)
+    sizes, lengths = torch.tensor([[2, 9], [3, 9], [4, 9]]), torch.tensor([[90, 0, 50], [7, 0, 8], [33, 0, 90]])
+    built = PageIndex(keys, lengths[:, ::2], sizes[:, 0])
+    plain = PageIndex(keys, lengths[:, ::2].clone(), sizes[:, 0].clone())
+    assert torch.equal(built.bounds, plain.bounds)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_bit_keys_are_as_near_as_four_bits_allow(seeded: torch.Generator, dtype: torch.dtype) -> None:
     keys = (torch.randn(2, 3, ops.GROUP, 80, generator=seeded) * 5 + torch.arange(80)).to(dtype)

@@ -101,6 +101,9 @@ def lowbit_logits(
     Returns:
         `[B, Hkv, G, S]` float32, undefined beyond a row's length.
 
+    A key's product with a query is that of the least values plus that of the codes with weights, the steps times the
+    query, rounded to bfloat16 if the keys are bfloat16.
+
     Reads, for each of the `num_channels`: `GROUP // 2` bytes and two elements per whole group, an element per token of
     the open one.
     """
@@ -109,8 +112,12 @@ def lowbit_logits(
     rows = channels[:, :, None, :, None, None].expand(-1, -1, num_blocks, -1, GROUPS_PER_BLOCK, -1)
     packed = index.codes.gather(3, rows.expand(*rows.shape[:5], _HALF))
     ranges = index.ranges.gather(3, rows.expand(*rows.shape[:5], 2)).float()
-    keys = (ranges[..., :1] + ranges[..., 1:] * torch.cat([packed & 15, packed >> 4], 5)).view(*rows.shape[:4], _BLOCK)
-    logits = (chosen[:, :, None] @ keys).transpose(2, 3).flatten(3)  # [B, Hkv, G, blocks * _BLOCK]
+    codes = torch.cat([packed & 15, packed >> 4], 5).float()  # [B, Hkv, blocks, R, GROUPS_PER_BLOCK, GROUP]
+    offsets = torch.einsum("bhgr,bhkrs->bhgks", chosen, ranges[..., 0])
+    weights = torch.einsum("bhgr,bhkrs->bhkgrs", chosen, ranges[..., 1])
+    if index.ranges.dtype == torch.bfloat16:
+        weights = weights.bfloat16().float()
+    logits = (torch.einsum("bhkgrs,bhkrsi->bhgksi", weights, codes) + offsets[..., None]).flatten(3)
     open_keys = index.open_keys.gather(2, channels[..., None].expand(-1, -1, num_read, GROUP)).float()
     slots = (lengths // GROUP * GROUP)[..., None] + torch.arange(GROUP, device=query.device)
     logits = torch.nn.functional.pad(logits, (0, GROUP))  # all blocks may be full

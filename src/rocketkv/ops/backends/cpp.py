@@ -45,7 +45,7 @@ def decline(tokens: Tensor) -> str | None:
 def build_pages(bounds: Tensor, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
     """See `ops.build_pages`."""
     keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
-    lengths = lengths.contiguous()
+    lengths, page_size = lengths.contiguous(), page_size.contiguous()
     library().build_pages(
         _dtype(keys.dtype),
         *keys.shape[:2],
