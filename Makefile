@@ -65,7 +65,7 @@ demo: setup
 # what the defaults were chosen from, `eval-smoke` for CI. `eval-report` is of whatever has been run.
 DATA ?= ../shared/data
 EVAL ?= build/eval
-METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper,rocketkv:selection=exact
+METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper,rocketkv:selection=exact,rocketkv:selection=lowbit
 RUN := $(BIN)/rocketkv eval run --dtype bfloat16 --methods
 NOVELS := $(EVAL)/novels
 eval-core: setup $(NOVELS)
@@ -73,10 +73,10 @@ eval-core: setup $(NOVELS)
 	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah
 	$(RUN) $(METHODS) --suite fidelity --budgets 64,128,256,512 --lengths 2048,4096,7500 --samples 1 \
 	    --data $(NOVELS) --out $(EVAL)/fidelity
-	$(RUN) $(METHODS),rocketkv_mt --suite niah --tasks passkey_turns --budgets 128,256,512 --lengths 2048 --samples 3 \
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite niah --tasks passkey_turns --budgets 128,256,512 --lengths 2048 --samples 3 \
 	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah-turns
 	$(RUN) $(METHODS) --suite qa --tasks nq,squad --budgets 128,256,512 --lengths 2048 --samples 30 --data $(DATA) --out $(EVAL)/qa
-	$(RUN) $(METHODS),rocketkv_mt --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
 	    --data $(DATA) --out $(EVAL)/squad-turns
 	$(RUN) $(METHODS) --suite qa --tasks lines --budgets 128,256,512 --samples 30 \
 	    --data $(DATA)/longeval_200_lines.jsonl.gz --out $(EVAL)/lines
@@ -85,14 +85,14 @@ eval-core: setup $(NOVELS)
 eval: eval-core eval-ablation
 	$(RUN) $(METHODS) --suite ruler --budgets 128,256,512 --lengths 2048,4096 --samples 30 \
 	    --haystack $(NOVELS)/persuasion.txt --data $(DATA) --out $(EVAL)/ruler
-	$(RUN) $(METHODS),rocketkv_mt --suite qa --tasks kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite qa --tasks kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
 	    --data $(DATA)/kv_retrieval_75_keys.jsonl.gz --out $(EVAL)/kv
-	$(RUN) $(METHODS),rocketkv_mt --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
 	$(MAKE) eval-report
 
 # Another seed and, for needles, another text than the core's.
 OURS := rocketkv:
-ABLATION := full,rocketkv,rocketkv_paper,$(OURS)sink_tokens=0,$(OURS)recent_tokens=0,$(OURS)sink_tokens=4:recent_tokens=16,$\
+ABLATION := full,rocketkv,rocketkv_paper,$(OURS)sink_tokens=4,$(OURS)sink_tokens=16,$(OURS)recent_tokens=4,$(OURS)recent_tokens=32,$\
     $(OURS)window_size=8,$(OURS)window_size=16,$(OURS)window_size=64,$(OURS)kernel_size=15
 eval-ablation: setup $(NOVELS)
 	$(RUN) $(ABLATION) --suite fidelity --budgets 128,256,512 --lengths 4096 --samples 1 --seed 7 \

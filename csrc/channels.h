@@ -17,7 +17,7 @@ constexpr int kBlocksAhead = 2;  // of pages, between a prefetch and its use
 
 template <class T>
 struct Channels {
-  std::vector<int> places;         // of the rows in a block of pages, or in the open group of low-bit keys
+  std::vector<int> places;         // of the rows in a block of pages; of low-bit keys, the channels
   std::vector<Factor<T>> weights;  // [G][rows, and one more if they are odd in number]
   std::vector<float> scales;       // [G] factors on the sums
 
@@ -68,11 +68,7 @@ struct Channels {
       float share = chosen / std::max(scales[g], 1e-30f);  // SparQ's temperature
       scales[g] = layer.scale / std::max(std::sqrt(share), 1e-15f);
     }
-    if (layer.scoring == Scoring::kLowBit) {
-      scales.assign(group, layer.scale);
-      for (int& place : places) place *= kGroup;
-      return;
-    }
+    if (layer.scoring == Scoring::kLowBit) return;  // the temperature is not for these
     const bool has_minima = layer.pages.num_rows > head_dim;  // the maxima follow them
     for (int& place : places) place = kBlockPages * (place + (has_minima && sums[place] > 0 ? head_dim : 0));
   }
@@ -118,8 +114,8 @@ class Ahead {
     if (place >= kGroup) {
       const T* ranges = block_ranges<T>(layer.lowbit, dim, head, 0);
       const uint8_t* codes = group_codes(layer.lowbit, dim, head, 0);
-      for (int at : channels.places) rows_.push_back(ranges + at / kGroup * kBlockGroups * 2);
-      for (int at : channels.places) rows_.push_back(codes + at / kGroup * kBlockGroups * kHalfGroup);
+      for (int at : channels.places) rows_.push_back(ranges + at * kBlockGroups * 2);
+      for (int at : channels.places) rows_.push_back(codes + at * kBlockGroups * kHalfGroup);
     }
     const T* open = open_keys<T>(layer.lowbit, dim, head) + place % kGroup;
     for (int c = 0; c < dim; ++c) rows_.push_back(open + c * kGroup);
@@ -128,12 +124,12 @@ class Ahead {
   // At most `num_rows` more.
   void fetch(int num_rows) {
     const size_t end = std::min(rows_.size(), next_ + num_rows);
-    for (; next_ < end; ++next_) prefetch(rows_[next_]);
+    for (; next_ < end; ++next_) prefetch(rows_[next_], kBlockPages * sizeof(T));
   }
   void fetch_all() { fetch(static_cast<int>(rows_.size())); }
 
  private:
-  std::vector<const void*> rows_;  // a cache line of each
+  std::vector<const void*> rows_;  // kBlockPages numbers of each, a cache line in 16 bits
   size_t next_ = 0;
 };
 

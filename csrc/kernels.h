@@ -7,7 +7,7 @@ namespace rocketkv {
 
 enum class Dtype { kFloat32, kBfloat16, kFloat16 };
 
-// How the tokens of a row are scored before the best are chosen. A method is one case of `Scorer` in step.cpp.
+// How the tokens of a row are scored before the best are chosen. A method is one case of `Step::score`.
 enum class Scoring {
   kNone,    // attend to everything
   kHybrid,  // bounds of pages along the query's largest channels (RocketKV, SparQ)

@@ -96,7 +96,8 @@ class Step {
       head.row = i / layer_.num_kv_heads;
       head.length = layer_.lengths[i] + 1;
       head.selects = layer_.scoring != Scoring::kNone && head.length > layer_.dense_lengths[head.row];
-      head.page_size = layer_.scoring == Scoring::kExact || !head.selects ? 1 : layer_.pages.page_size[head.row];
+      const bool has_pages = layer_.scoring == Scoring::kHybrid || layer_.scoring == Scoring::kBound;
+      head.page_size = head.selects && has_pages ? layer_.pages.page_size[head.row] : 1;
       head.num_units = head.selects ? (head.length + head.page_size - 1) / head.page_size : 0;
       head.num_chosen = head.selects ? layer_.top_k[head.row] : head.length;
       most_units = std::max(most_units, head.num_units);
@@ -209,19 +210,20 @@ class Step {
 
   // Which rows of the index are read; false if none are.
   bool find_channels(const Head& head, Channels<T>& channels) {
-    if (layer_.scoring == Scoring::kHybrid || layer_.scoring == Scoring::kLowBit) channels.choose_largest(layer_, head.row, query_of(head));
+    if (layer_.scoring == Scoring::kHybrid || layer_.scoring == Scoring::kLowBit)
+      channels.choose_largest(layer_, head.row, query_of(head));
     if (layer_.scoring == Scoring::kBound) channels.take_all(layer_, query_of(head));
     return layer_.scoring != Scoring::kExact;
   }
 
   void score(Head& head, int64_t part, const Channels<T>& channels) {
-    const int size = layer_.scoring == Scoring::kLowBit ? kGroup : kBlockPages;
-    int64_t num_blocks = (head.num_units + size - 1) / size;
+    const int unit_block = layer_.scoring == Scoring::kLowBit ? kGroup : kBlockPages;
+    int64_t num_blocks = (head.num_units + unit_block - 1) / unit_block;
     int64_t begin = num_blocks * part / num_score_tasks_, end = num_blocks * (part + 1) / num_score_tasks_;
     if (begin == end) return;
-    int64_t num_units = std::min(end * size, head.num_units) - begin * size;
+    int64_t num_units = std::min(end * unit_block, head.num_units) - begin * unit_block;
     switch (layer_.scoring) {
-      case Scoring::kExact: return score_exactly(head, begin * size, num_units);
+      case Scoring::kExact: return score_exactly(head, begin * unit_block, num_units);
       case Scoring::kLowBit: return score_groups(head, channels, begin, end);
       default: return score_blocks(head, channels, begin, end, num_units);
     }
@@ -326,7 +328,8 @@ class Step {
   }
 
   // Groups of one block. A key is low + step * code, so that each channel adds q * low to all of a group's logits, and
-  // the weights of its codes are q * step. If another block follows, what is read first of it is fetched.
+  // the weights of its codes are q * step. If another block follows, what is read first of it is fetched. Ranges of other
+  // groups than these may be undefined, or be written by the thread that appends: what comes of them is not used.
   template <int H>
   void score_whole_groups(Head& head, const Channels<T>& channels, int first, int64_t begin, int64_t end, bool fetches) {
     const int num_rows = channels.count(), stride = channels.stride(), dim = layer_.head_dim;
@@ -340,7 +343,7 @@ class Step {
       for (int r = 0; r < num_rows; r += 2) {
         Vec pair[H][2] = {};
         for (int j = 0; j < std::min(2, num_rows - r); ++j) {
-          Pair range = load_ranges(ranges + (channels.places[r + j] / kGroup * kBlockGroups + i) * 2);
+          Pair range = load_ranges(ranges + (channels.places[r + j] * kBlockGroups + i) * 2);
           for (int h = 0; h < H; ++h) {
             float q = to_float(channels.weights[(first + h) * stride + r + j]);
             pair[h][j] = round_weights<T>(range.b * q);
@@ -370,7 +373,7 @@ class Step {
 #pragma GCC unroll 4
           for (int h = 0; h < H; ++h) sums[k][h] = {Vec{}, Vec{}};
         for (int r = 0; r < num_rows; r += 2) {
-          const int one = channels.places[r] / kGroup, other = channels.places[std::min(r + 1, num_rows - 1)] / kGroup;
+          const int one = channels.places[r], other = channels.places[std::min(r + 1, num_rows - 1)];
           constexpr int codes_stride = kBlockGroups * kHalfGroup, ranges_stride = kBlockGroups * 2;
           if (at == 0 && fetches_codes) prefetch(ahead + one * codes_stride), prefetch(ahead + other * codes_stride);
           if (at == 0 && fetches_ranges) {
@@ -403,11 +406,11 @@ class Step {
       Pair sums[H] = {};
       int r = 0;
       for (; r + 1 < channels.count(); r += 2) {
-        TwoChunks<T> chunks(keys + at + channels.places[r], keys + at + channels.places[r + 1]);
+        TwoChunks<T> chunks(keys + at + channels.places[r] * kGroup, keys + at + channels.places[r + 1] * kGroup);
         for (int h = 0; h < H; ++h) chunks.add_weighted(&channels.weights[(first + h) * channels.stride() + r], sums[h]);
       }
       if (r < channels.count()) {
-        TwoChunks<T> chunk(keys + at + channels.places[r]);
+        TwoChunks<T> chunk(keys + at + channels.places[r] * kGroup);
         for (int h = 0; h < H; ++h) chunk.add_weighted(&channels.weights[(first + h) * channels.stride() + r], sums[h]);
       }
       for (int h = 0; h < H; ++h) {

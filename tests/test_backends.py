@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rocketkv import LayerCache, RocketKVConfig, UnsupportedError, ops
+from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, ops
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops.backends import BACKENDS, Backend, LayerTensors, cpp, find_backend
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
@@ -59,7 +59,7 @@ def make_layer(
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
     page_size: int | list[int] = 3,
-    num_channels: int = 20,
+    num_channels: int | list[int] = 20,
     top_k: int | list[int] = 24,
     dense_below: int = 0,
     sinks: int = 0,
@@ -106,7 +106,7 @@ def make_layer(
         seen=seen,
         scoring=scoring,
         index=() if index is None else index.buffers,
-        page_size=column(page_size) if isinstance(index, PageIndex) else column(1),
+        page_size=column(page_size),
         num_channels=column(num_channels),
         top_k=column(top_k),
         dense_lengths=column(top_k).clamp(min=dense_below),
@@ -215,7 +215,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
                 best = open_scores.sort(descending=True).values[: count - int(pinned.sum())]
                 mine = scores[row, head, places[~pinned]].sort(descending=True).values
                 torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-7)
-                pages = -(-length // int(layer.page_size[row]))
+                pages = -(-length // int(layer.page_size[row]))  # where there are any
                 num_channels = int(layer.num_channels[row])
                 scored += {
                     "hybrid": pages * num_channels * size,
@@ -281,6 +281,7 @@ def test_ragged_rows_with_plans_of_their_own(
         lengths,
         group=4,
         page_size=[1, 3, 4],
+        num_channels=[20, 1, 33],
         top_k=[24, 50, 16],
         dense_below=dense_below,
         sinks=4,
@@ -313,9 +314,38 @@ def test_ties_go_to_the_earlier_token(backend: Backend, seeded: torch.Generator,
 @pytest.mark.parametrize("heads", [1, 3])
 def test_long_rows_are_shared_out(backend: Backend, seeded: torch.Generator, heads: int) -> None:
     check_steps(backend, make_layer(seeded, "none", [[5000] * heads], head_dim=32), seeded)
-    for scoring in ("hybrid", "exact", "lowbit"):
-        layer = make_layer(seeded, scoring, [[5000] * heads], head_dim=32, num_channels=9, top_k=700, recents=64)
+    for scoring, size in (
+        ("hybrid", 5000),
+        ("exact", 5000),
+        ("lowbit", 5055),
+        ("lowbit", 5118),
+    ):  # a group, a block fills
+        layer = make_layer(seeded, scoring, [[size] * heads], head_dim=32, num_channels=9, top_k=700, recents=64)
         check_steps(backend, layer, seeded)
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+@pytest.mark.parametrize("selection", [name for name in SELECTION_METHODS if name != "dense"])
+def test_a_cache_that_grows_decodes_as_by_the_reference(seeded: torch.Generator, selection: str, mode: str) -> None:
+    x = torch.randn(3, 1, 6, 1045, 32, generator=seeded)
+    query, key, value = x[0], x[1, :, :2], x[2, :, :2]
+    budget = Budget(1020, 4, 9, 50)  # pages of 4, where there are any; 1024 tokens are a block of low-bit keys
+    caches = [
+        LayerCache(RocketKVConfig(token_budget=64, selection=selection, budget=budget, mode=mode, backend=backend))
+        for backend in ("cpp", "reference")
+    ]
+    for cache in caches:
+        cache.prefill(query[:, :, :1020], key[:, :, :1020], value[:, :, :1020])
+    for i in range(1020, 1045):
+        outputs = [cache.decode(*(x[:, :, i : i + 1] for x in (query, key, value))) for cache in caches]
+        torch.testing.assert_close(*outputs)
+        assert caches[0].read_bytes == caches[1].read_bytes
+
+
+def test_the_kernels_lay_things_out_as_the_reference_does(backend: Backend) -> None:
+    if backend is cpp:
+        for name in ("PAGES_PER_BLOCK", "GROUP", "GROUPS_PER_BLOCK"):
+            assert getattr(cpp.library(), name) == getattr(ops, name)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -73,6 +73,17 @@ def test_attention_sweeps_and_reports(run: Any) -> None:
         assert sparse["layers"] * sparse["bytes"] > 0.7 * 2**20
 
 
+def test_attention_compares_selection_methods(run: Any) -> None:
+    sizes = ["--geometry", "smollm2-135m", "--seq-len", "900", "--token-budget", "128", "--repeats", "1"]
+    record = result_of(run("attention", *sizes, "--cold-mib", "1", "--selection", "lowbit,hybrid", "--json"))
+    lowbit, hybrid = rows_named(record, "sparse_lowbit"), rows_named(record, "sparse")
+    assert len(lowbit) == len(hybrid) == 1
+    assert lowbit[0]["bytes"] != hybrid[0]["bytes"]
+    refused = run("attention", *sizes, "--selection", "lowbits")
+    assert refused.exit_code != 0
+    assert "selection='lowbits' does not exist; did you mean lowbit?" in refused.output
+
+
 def test_decode_reports_every_path(run: Any) -> None:
     record = result_of(
         run("decode", *TINY, "--batch", "2", "--repeats", "2", "--dtype", "float32", "--paths", "eager", "--json")

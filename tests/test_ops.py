@@ -285,10 +285,10 @@ def assert_alike(index: LowBitIndex, other: LowBitIndex, lengths: torch.Tensor) 
     for row in range(lengths.shape[0]):
         for head in range(lengths.shape[1]):
             whole, left = divmod(int(lengths[row, head]), ops.GROUP)
-            for one, two in zip(index.keys[:2], other.keys[:2], strict=True):
+            for one, two in zip(index.stored[:2], other.stored[:2], strict=True):
                 groups = [x[row, head].transpose(1, 2).flatten(0, 1)[:whole] for x in (one, two)]
                 assert torch.equal(*groups)
-            assert torch.equal(*(x.keys.open_keys[row, head, :, :left] for x in (index, other)))
+            assert torch.equal(*(x.stored.open_keys[row, head, :, :left] for x in (index, other)))
 
 
 @pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)
@@ -301,7 +301,7 @@ def test_low_bit_logits_are_those_of_the_plain_loop(
     num_channels = max(1, head_dim // 3)
     logits = ops.lowbit_logits(
         query,
-        index.keys,
+        index.stored,
         lengths=torch.full((1, 2), size),
         num_tokens=size,
         num_channels=torch.tensor([num_channels]),
@@ -319,7 +319,7 @@ def test_more_bytes_of_low_bit_keys_tell_more(seeded: torch.Generator) -> None:
     exact = x.query[:, :, -1:] @ x.key.transpose(2, 3) * scale
     options = {"lengths": torch.full((1, 2), 1000), "num_tokens": 1000, "scale": scale}
     errors = [
-        (ops.lowbit_logits(x.query[:, :, -1:], index.keys, num_channels=torch.tensor([n]), **options) - exact).std()
+        (ops.lowbit_logits(x.query[:, :, -1:], index.stored, num_channels=torch.tensor([n]), **options) - exact).std()
         for n in (8, 16, 32, 64)
     ]
     assert errors == sorted(errors, reverse=True)

@@ -17,7 +17,7 @@ from rocketkv import ops
 from rocketkv.cache import WorkingSet
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
-from rocketkv.index import LowBitIndex, PageIndex
+from rocketkv.index import BackedIndex, PageIndex
 from rocketkv.ops.backends import FusedStep, LayerTensors, find_backend
 from rocketkv.plan import SelectionPlan, plan_eviction, plan_outgrown, plan_prefilled, select_plan_rows
 
@@ -389,7 +389,7 @@ class LayerCache:
     def _bind(self, working: WorkingSet, plan: SelectionPlan, num_heads: int, scale: float) -> FusedStep | None:
         """The decode step as one call of a backend; None if it is left to the reference."""
         keys, values = (working.archive or working.tokens).fields[:2]
-        index = working.index if isinstance(working.index, PageIndex | LowBitIndex) else None
+        index = working.index if isinstance(working.index, BackedIndex) else None
         scoring = getattr(self.selection, "scoring", None)
         if working.max_length < plan.dense_length and self.config.backend == "auto":
             scoring = "none"  # all is attended, the new token included, whatever the method

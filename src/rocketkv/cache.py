@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rocketkv.index import Index, LowBitIndex, PageIndex
+from rocketkv.index import BackedIndex, Index
 from rocketkv.ops import new_storage, take_tokens
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
@@ -161,7 +161,7 @@ class WorkingSet:
     def room(self) -> int:
         """Tokens that every row can still take in without any buffer growing; an index of another kind is not asked."""
         rooms = [part.room for part in (self.tokens, self.archive) if part is not None]
-        if isinstance(self.index, PageIndex | LowBitIndex):
+        if isinstance(self.index, BackedIndex):
             rooms.append(self.index.capacity - self.max_length)
         return min(rooms)
 
@@ -252,7 +252,7 @@ class WorkingSet:
         for part in (self.tokens, self.archive):
             if part is not None:
                 part.reserve(1)
-        if isinstance(self.index, PageIndex | LowBitIndex):
+        if isinstance(self.index, BackedIndex):
             self.index.reserve(self.max_length + 1)
 
     def count_appended(self) -> None:

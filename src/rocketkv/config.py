@@ -11,6 +11,7 @@ from rocketkv.ops.backends import BACKENDS
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
+DEFAULT_SELECTION = "hybrid"
 _SELECTION_NAMES = ("held_tokens", "split", "build_index", "logits", "scored_bytes")
 
 
@@ -46,7 +47,7 @@ class RocketKVConfig:
     token_budget: int
     mode: Literal["single_turn", "multi_turn"] = "single_turn"
     eviction: str | EvictionPolicy = "snapkv"
-    selection: str | SelectionMethod = "hybrid"
+    selection: str | SelectionMethod = DEFAULT_SELECTION
     window_size: int = 32
     kernel_size: int = 63
     sink_tokens: int = 0

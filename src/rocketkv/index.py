@@ -1,5 +1,6 @@
 """What is kept beside the keys so that a step need not read them to choose among them. Storage only; see `ops`."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -35,7 +36,30 @@ class Index(Protocol):
         ...
 
 
-class PageIndex:
+class BackedIndex(ABC):
+    """An index that backends know: they write to its buffers, which grow only when asked to."""
+
+    @property
+    @abstractmethod
+    def buffers(self) -> tuple[Tensor, ...]:
+        """What a backend is given."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Tokens that every row may hold without growing."""
+
+    @abstractmethod
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for rows of `num_tokens` tokens."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, spare capacity included."""
+        return sum(x.nbytes for x in self.buffers)
+
+
+class PageIndex(BackedIndex):
     """The bounds of each page of consecutive tokens, grown in steps; see `ops/pages.py`.
 
     Attributes:
@@ -53,11 +77,6 @@ class PageIndex:
         self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
         self.reserve(keys.shape[2])
         build_pages(self.bounds, keys, lengths=lengths, page_size=page_size)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
-        return self.bounds.nbytes
 
     @property
     def capacity(self) -> int:
@@ -97,56 +116,51 @@ class PageIndex:
         return (self.bounds,)
 
 
-class LowBitIndex:
+class LowBitIndex(BackedIndex):
     """The keys in 4 bits, grown in steps; see `ops/lowbit.py`.
 
     Attributes:
-        keys: codes, ranges and open keys.
+        stored: codes, ranges and open keys.
     """
 
     def __init__(self, keys: Tensor, lengths: Tensor) -> None:
         """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64."""
         batch, num_kv_heads, _, head_dim = keys.shape
         shape = (batch, num_kv_heads, 0, head_dim, GROUPS_PER_BLOCK)
-        self.keys = LowBitKeys(
+        self.stored = LowBitKeys(
             keys.new_empty(*shape, GROUP // 2, dtype=torch.uint8),
             keys.new_empty(*shape, 2),
             new_storage(keys, (batch, num_kv_heads, head_dim, GROUP)),
         )
-        self.reserve(int(lengths.max()))
-        build_lowbit(self.keys, keys, lengths)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
-        return sum(x.nbytes for x in self.keys)
+        self.reserve(keys.shape[2])
+        build_lowbit(self.stored, keys, lengths)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """What a backend is given."""
-        return self.keys
+        return self.stored
 
     @property
     def capacity(self) -> int:
         """Tokens that every row may hold without growing."""
-        return self.keys.codes.shape[2] * GROUPS_PER_BLOCK * GROUP
+        return self.stored.codes.shape[2] * GROUPS_PER_BLOCK * GROUP
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for rows of `num_tokens` tokens."""
         if num_tokens > self.capacity:
             num_blocks = -(-num_tokens // (GROUPS_PER_BLOCK * GROUP))
-            codes, ranges, open_keys = self.keys
-            self.keys = LowBitKeys(_grown(codes, num_blocks), _grown(ranges, num_blocks), open_keys)
+            codes, ranges, open_keys = self.stored
+            self.stored = LowBitKeys(_grown(codes, num_blocks), _grown(ranges, num_blocks), open_keys)
 
     def extend(self, key: Tensor, slots: Tensor) -> None:
         """Take in one token per row, into the open group: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
         self.reserve(int(slots.max()) + 1)
-        append_lowbit(self.keys, key, slots)
+        append_lowbit(self.stored, key, slots)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""
         with torch.inference_mode(False):
-            self.keys = LowBitKeys(*(x.index_select(0, rows) for x in self.keys))
+            self.stored = LowBitKeys(*(x.index_select(0, rows) for x in self.stored))
 
 
 def _grown(old: Tensor, num_blocks: int) -> Tensor:

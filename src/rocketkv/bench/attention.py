@@ -4,8 +4,9 @@ Kernels are timed as decoding meets them: after a matrix product of torch, with 
 layer that was not touched for so many bytes that no cache still holds it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 
 import torch
@@ -19,6 +20,7 @@ from rocketkv.bench.geometries import Geometry
 from rocketkv.bench.machine import MemoryRead, available_bytes, check_memory
 from rocketkv.bench.tensors import adopted_cache, dense_config, held_bytes, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
+from rocketkv.config import DEFAULT_SELECTION
 
 SPARSE_BYTES = 2 * 2**30  # held by all layers of one sparse path, at most
 MOST_LAYERS = 1024
@@ -55,20 +57,27 @@ class _Module(nn.Module):
 
 
 def measure_attention(
-    geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, on_round: OnRound | None = None
+    geometry: Geometry,
+    dtype: torch.dtype,
+    point: Point,
+    cold_bytes: int,
+    on_round: OnRound | None = None,
+    *,
+    selections: Sequence[str] = (DEFAULT_SELECTION,),
 ) -> tuple[list[Row], float]:
     """Measure one point, where a path reads `cold_bytes` before it comes back to the same layer.
 
     Returns:
-        Rows `sparse` (one per budget), `dense`, `sdpa_grouped` and `transformers_default`; `bytes` are those that a
-        step must read. And the bandwidth of the memory in the same rounds, of its median read, in bytes per second.
+        Rows `sparse` (one per budget; `sparse_NAME` of another selection method than the default), `dense`,
+        `sdpa_grouped` and `transformers_default`; `bytes` are those that a step must read. And the bandwidth of the
+        memory in the same rounds, of its median read, in bytes per second.
 
     Raises:
         InputError: it would not fit in memory.
     """
     read = MemoryRead()
     with torch.inference_mode():
-        paths = _build(geometry, dtype, point, cold_bytes)
+        paths = _build(geometry, dtype, point, cold_bytes, selections)
         calls: dict[int, Call] = {**_calls(paths, geometry, point.batch, dtype), len(paths): read}
         times = run_rounds(calls, point.pace, on_round)
     rows = []
@@ -78,20 +87,22 @@ def measure_attention(
     return rows, 1000 * read.num_bytes / median(times[len(paths)])
 
 
-def _build(geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int) -> list[Path]:
+def _build(
+    geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, selections: Sequence[str]
+) -> list[Path]:
     """Every path, filled, after one step of each layer: what a first step sets up is not the step's price."""
     seq_len, batch = point.seq_len, point.batch
     token_bytes = batch * geometry.token_elements * dtype.itemsize  # of one layer
     layer_bytes = seq_len * token_bytes
     num_dense = min(MOST_LAYERS, max(2, -(-cold_bytes // layer_bytes)))
-    num_sparse = {}
-    for token_budget in point.token_budgets:
+    sparse, sparse_bytes = [], 0
+    for selection, token_budget in product(selections, point.token_budgets):
+        config = sparse_config(token_budget, selection)
         wanted = -(-cold_bytes // (min(token_budget, seq_len) * token_bytes))
-        held = held_bytes(sparse_config(token_budget), seq_len, token_bytes)
-        num_sparse[token_budget] = max(2, min(wanted, SPARSE_BYTES // held, MOST_LAYERS))
-    sparse_bytes = sum(
-        num * held_bytes(sparse_config(token_budget), seq_len, token_bytes) for token_budget, num in num_sparse.items()
-    )
+        held = held_bytes(config, seq_len, token_bytes)
+        num_layers = max(2, min(wanted, SPARSE_BYTES // held, MOST_LAYERS))
+        sparse.append((config, num_layers))
+        sparse_bytes += num_layers * held
     transient = 2 * layer_bytes  # the tokens to fill in, and what torch.cat makes before the old is freed
     available = available_bytes()
     needed = sparse_bytes + transient + 2 * num_dense * layer_bytes
@@ -103,10 +114,10 @@ def _build(geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int
     shape = (batch, geometry.num_kv_heads, seq_len, geometry.head_dim)
     keys, values = random_tokens(*shape, dtype), random_tokens(*shape, dtype)
     paths = []
-    for token_budget, num_layers in num_sparse.items():
-        config = sparse_config(token_budget)
+    for config, num_layers in sparse:
         caches = [adopted_cache(config, keys, values, seq_len) for _ in range(num_layers)]
-        paths.append(_ours("sparse", token_budget, caches))
+        name = "sparse" if config.selection == DEFAULT_SELECTION else f"sparse_{config.selection}"
+        paths.append(_ours(name, config.token_budget, caches))
     dense = [adopted_cache(dense_config(max(point.token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
     plain = DynamicCache()
     for layer in range(num_dense):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.attention import LayerCache
-from rocketkv.config import RocketKVConfig
+from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
 from rocketkv.plan import plan_eviction
 
 BLOCK = 32768  # tokens drawn anew; longer texts repeat them
@@ -26,9 +26,9 @@ def same_tokens(batch: int, num_heads: int, num_tokens: int, head_dim: int, dtyp
     return torch.randn(1, 1, 1, head_dim, dtype=dtype).expand(batch, num_heads, num_tokens, head_dim)
 
 
-def sparse_config(token_budget: int) -> RocketKVConfig:
+def sparse_config(token_budget: int, selection: str = DEFAULT_SELECTION) -> RocketKVConfig:
     """RocketKV, selecting however short the context: where that begins to pay is among what is measured."""
-    return RocketKVConfig(token_budget=token_budget, dense_below=0)
+    return RocketKVConfig(token_budget=token_budget, selection=selection, dense_below=0)
 
 
 def dense_config(token_budget: int) -> RocketKVConfig:

@@ -106,16 +106,26 @@ class TimedSweep(Sweep):
 def attention(
     sweep: TimedSweep = TimedSweep(geometry="llama-3.1-8b", time_limit=20.0),
     cold_mib: Annotated[int, typer.Option(min=0, help="MiB read before a layer is met again.")] = 256,
+    selection: Annotated[
+        str | None, typer.Option(help="Selection methods, separated by commas, instead of the default.")
+    ] = None,
 ) -> None:
     """Time one layer's decode step: ours, torch's, transformers', and the floor that memory sets."""
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.attention import measure_attention
+    from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
 
+    names = (selection or DEFAULT_SELECTION).split(",")
+    selections = list(dict.fromkeys(name.strip() for name in names))
+    for name in selections:
+        RocketKVConfig(token_budget=min(todo[0].token_budgets), selection=name)  # or refuse it by name
     rows: list[Row] = []
     bandwidths: list[float] = []
     with _counted("attention", todo) as points:
         for point, on_round in points:
-            measured, reached = measure_attention(geometry, dtype, point, cold_mib * 2**20, on_round)
+            measured, reached = measure_attention(
+                geometry, dtype, point, cold_mib * 2**20, on_round, selections=selections
+            )
             rows += [*measured, *floor_rows(measured, reached)]
             bandwidths.append(reached)
     records = [row.record() for row in rows]

@@ -17,7 +17,7 @@ from torch import Tensor
 from rocketkv.ops.channels import largest_channels
 from rocketkv.ops.gather import take_tokens
 
-GROUP = 64  # tokens: two bytes of range for each channel weigh as much as 4 bits of them then
+GROUP = 64  # tokens: their range adds half a bit to the 4 of each in 16 bits
 GROUPS_PER_BLOCK = 16  # one cache line of ranges of a channel in 16 bits; csrc/kernels.h has the same numbers
 LEVELS = 15
 _HALF = GROUP // 2

@@ -21,7 +21,11 @@ class LowBit(SelectionMethod):
     scoring = "lowbit"
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
-        """A quarter of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md)."""
+        """A quarter of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md).
+
+        One channel is read at least, so that a step over more than `1.8 * token_budget * head_dim` tokens reads more
+        than the budget.
+        """
         num_open = min(num_tokens, GROUP - 1)  # at most
         scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in keys of 16 bits
         num_channels = min(max(1, int(token_budget * head_dim / (2 * scored))), head_dim)
@@ -38,7 +42,7 @@ class LowBit(SelectionMethod):
         assert isinstance(index, LowBitIndex)
         return lowbit_logits(
             query,
-            index.keys,
+            index.stored,
             lengths=working.lengths,
             num_tokens=working.max_length,
             num_channels=num_channels,

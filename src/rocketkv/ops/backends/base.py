@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """All of a decode step that stays the same while no buffer grows; a step writes to the first six in place.
+    """All of a decode step that stays the same while no buffer grows; it writes to the first six and `index` in place.
 
     Attributes:
         keys: `[B, Hkv, capacity, D]` float; what lies beyond the lengths is undefined.

@@ -114,8 +114,9 @@ class CppStep:
         tensors = [x for x in (*vars(layer).values(), *layer.index) if isinstance(x, Tensor)]
         assert all(x.is_contiguous() for x in tensors)
         self._outputs = _spare_outputs((layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3]), layer.keys.dtype)
-        bounds = layer.index[0] if len(layer.index) == 1 else None
-        codes, ranges, open_keys = (x.data_ptr() for x in layer.index) if len(layer.index) == 3 else (0, 0, 0)
+        buffers = [x.data_ptr() for x in layer.index]
+        codes, ranges, open_keys = buffers if layer.scoring == "lowbit" and buffers else (0, 0, 0)
+        bounds = layer.index[0] if layer.scoring != "lowbit" and buffers else None
         self._native = library().Layer(
             dtype=_dtype(layer.keys.dtype),
             batch=layer.keys.shape[0],
