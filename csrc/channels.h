@@ -49,7 +49,7 @@ struct Channels {
       scales[g] = sum_lane(all);
     }
     auto num_above = [&](uint32_t bound) { return count_above(sizes, head_dim, bound); };
-    const uint32_t cut = find_cut([&](uint32_t bound) { return num_above(bound) >= wanted; });
+    const uint32_t cut = find_cut(wanted, num_above);
     int64_t at_cut = wanted - num_above(cut);  // so many of those equal to the cut are taken
     places.resize(wanted);
     int r = 0;

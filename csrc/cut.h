@@ -1,4 +1,4 @@
-// The k best of many numbers: where to cut, found by bisection, so that the cost does not depend on the numbers.
+// The k best of many numbers: where to cut, found by bisection, so that the cost hardly depends on the numbers.
 #pragma once
 
 #include "simd.h"
@@ -22,12 +22,16 @@ inline int64_t count_above(const float* numbers, int64_t n, uint32_t bound) {
   return sum_lane(count);
 }
 
-// The largest number such that those from it on are enough; is_enough(b) tells of the numbers above b.
-template <class IsEnough>
-inline uint32_t find_cut(IsEnough is_enough) {
+// A number such that those from it on are `wanted`, or else the largest such that they are more; num_above(b) counts the
+// numbers above b.
+template <class NumAbove>
+inline uint32_t find_cut(int64_t wanted, NumAbove num_above) {
   uint32_t cut = 0;
-  for (uint32_t bit = 1u << 30; bit != 0; bit >>= 1)
-    if (is_enough((cut | bit) - 1)) cut |= bit;
+  for (uint32_t bit = 1u << 30; bit != 0; bit >>= 1) {
+    const int64_t above = num_above((cut | bit) - 1);
+    if (above >= wanted) cut |= bit;
+    if (above == wanted) break;
+  }
   return cut;
 }
 

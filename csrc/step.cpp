@@ -443,9 +443,9 @@ class Step {
     int32_t* out = head.chosen;
     for (int64_t place = 0; place < sinks; ++place) *out++ = static_cast<int32_t>(place);
     if (wanted > 0) {
-      uint32_t cut = find_cut([&](uint32_t bound) {
+      uint32_t cut = find_cut(wanted, [&](uint32_t bound) {
         ahead.fetch(kRowsMeanwhile);
-        return num_above(bound) >= wanted;
+        return num_above(bound);
       });
       int64_t at_cut = wanted - num_above(cut);  // so many tokens of the units equal to the cut are taken
       for_each_from(cut, scores, begin, end, [&](int64_t unit) {
