@@ -123,7 +123,7 @@ class RocketKVConfig:
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
         """The method as published: nothing is pinned, and no row exceeds its budget. Options and errors as above."""
-        published = {"recent_tokens": 0, "dense_below": 0}
+        published = {"selection": "hybrid", "recent_tokens": 0, "dense_below": 0}
         return cls(**{"token_budget": token_budget, **published, **options})
 
     @property

@@ -11,7 +11,7 @@ Key = TypeVar("Key")
 Call = Callable[[], float]  # does the work once and returns the milliseconds that count
 OnRound = Callable[[int], None]
 
-FLOORS = {"sparse": "sparse_floor", "rocketkv": "sparse_floor", "dense": "dense_floor"}  # the bound that a row has
+FLOORS = {"sparse": "sparse_floor", "rocketkv": "sparse_floor", "dense": "dense_floor"}
 
 LEAST_ROUNDS = 3
 STABLE_ROUNDS = 15

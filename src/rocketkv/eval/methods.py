@@ -19,8 +19,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "quest": {"eviction": "keep_all", "selection": "quest", "recent_tokens": 0},
     "sparq": {"eviction": "keep_all", "selection": "sparq", "recent_tokens": 0},
     "hybrid": {"eviction": "keep_all", "selection": "hybrid", "recent_tokens": 0},
-    "rocketkv": {"eviction": "snapkv", "selection": "hybrid"},
-    "rocketkv_mt": {"eviction": "snapkv", "selection": "hybrid", "mode": "multi_turn"},
+    "rocketkv": {},
+    "rocketkv_mt": {"mode": "multi_turn"},
     "rocketkv_paper": {"eviction": "snapkv", "selection": "hybrid", "recent_tokens": 0},
 }
 
