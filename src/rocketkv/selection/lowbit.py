@@ -8,6 +8,7 @@ from rocketkv.index import LowBitIndex
 from rocketkv.ops import GROUP, lowbit_logits
 from rocketkv.selection.base import SelectionMethod
 
+MORE_HELD = 1.4  # times what the paper leaves to page bounds, which grow poorer faster the more they cover
 CHANNEL_SHARE = 0.5 / 2 + 2 / GROUP  # of a 16-bit element: what one channel of one token takes, its range included
 
 
@@ -19,6 +20,10 @@ class LowBit(SelectionMethod):
     """
 
     scoring = "lowbit"
+
+    def held_tokens(self, seq_len: int, token_budget: int) -> int:
+        """More than the paper's formula says: what stage 1 evicts no index can find (docs/lowbit.md)."""
+        return min(seq_len, int(MORE_HELD * super().held_tokens(seq_len, token_budget)))
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """A quarter of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md).

@@ -1,0 +1,135 @@
+"""The tables of docs/accuracy.md and of the README, in Markdown, from the records committed in benchmarks/accuracy.
+
+    .venv/bin/python benchmarks/accuracy_tables.py
+
+Scores and shares are in hundredths, means over samples; intervals as in `rocketkv eval report`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rocketkv.eval.methods import Arm
+from rocketkv.eval.results import FULL_CACHE, Cell, Results, layer_means, mean_of
+from rocketkv.eval.runs import read_runs
+from rocketkv.eval.statistics import mean_interval, ratio_interval
+from rocketkv.eval.tables import difference
+
+HERE = Path(__file__).parent / "accuracy"
+FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
+TURNS = ("niah-turns", "squad-turns")
+ABLATION = ("ablation-niah", "ablation-fidelity")
+BUDGETS = (128, 256, 512)
+MIN_SAMPLES = 30  # of a cell that counts for the average
+
+
+def main() -> None:
+    """Print them all."""
+    single, turns, fidelity = read(*FOLDERS), read(*TURNS), read("fidelity")
+    can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
+    print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
+    by_budget(single, BUDGETS, lambda arm: kept(single, arm, can_do))
+    print("## rocketkv less the others, on the same samples\n")
+    by_budget(single, BUDGETS, lambda arm: less(single, arm, can_do))
+    for budget in BUDGETS:
+        print(f"## By task at t = {budget}\n")
+        arms = single.arms_at(budget)
+        print_table(
+            ["task", "n", *(arm.method for arm in arms)], [by_task(single, cell, arms) for cell in single.cells]
+        )
+    print("## Needles by length\n")
+    needles = [cell for cell in single.cells if cell.suite == "niah"]
+    by_budget(single, (64, *BUDGETS), lambda arm: " / ".join(score(single, arm, cell) for cell in needles))
+    print("## Several turns\n")
+    for cell in turns.cells:
+        print(f"### {cell}\n")
+        by_budget(
+            turns, BUDGETS, lambda arm, cell=cell: f"{score(turns, arm, cell)} {against_oracle(turns, arm, cell)}"
+        )
+    print("## Fidelity: KL, top-1 agreement, MiB read per step, MiB held, relative error of the output\n")
+    by_budget(fidelity, (64, *BUDGETS), lambda arm: faithful(fidelity, arm))
+    print("## Ablation: needles, KL, relative error of the output\n")
+    ablation = read(*ABLATION)
+    by_budget(ablation, BUDGETS, lambda arm: ablated(ablation, arm))
+
+
+def read(*names: str) -> Results:
+    """The records of some folders."""
+    return Results([record for run in read_runs([HERE / name for name in names]) for record in run.records])
+
+
+def by_budget(results: Results, budgets: Sequence[int], cell: Callable[[Arm], str]) -> None:
+    """A row per method, a column per budget."""
+    rows = [[name, *(cell(Arm(name, budget)) for budget in budgets)] for name in results.methods if name != "full"]
+    full = cell(FULL_CACHE)
+    print_table(["method", *(f"t = {budget}" for budget in budgets)], [["full", *[full] * len(budgets)], *rows])
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """In Markdown, with a line after it."""
+    print("\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n")
+
+
+def score(results: Results, arm: Arm, cell: Cell) -> str:
+    """A cell's mean."""
+    values = results.values(arm, cell)
+    return f"{100 * values.mean():.1f}" if len(values) else "-"
+
+
+def by_task(results: Results, cell: Cell, arms: Sequence[Arm]) -> list[str]:
+    """A row: the cell's name, its samples, each method's mean."""
+    return [str(cell), f"{len(results.values(FULL_CACHE, cell))}", *(score(results, arm, cell) for arm in arms)]
+
+
+def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
+    """Mean over the cells, and what that is of the full cache's; a dash where a cell is missing."""
+    ours, full = results.paired(arm, FULL_CACHE, cells)
+    if len(ours) < len(cells) or min(map(len, ours)) < MIN_SAMPLES:
+        return "-"
+    share = ratio_interval(ours, full)
+    mean = 100 * np.mean([values.mean() for values in ours])
+    return f"{mean:.1f} ({100 * share.value:.0f}% [{100 * share.low:.0f}, {100 * share.high:.0f}])"
+
+
+def less(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
+    """What our defaults score above a method, paired by sample."""
+    if arm == FULL_CACHE:
+        return ""
+    return difference(results, Arm("rocketkv", arm.token_budget), arm, cells)
+
+
+def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
+    """What the oracle scores above a method, with its interval."""
+    if arm == FULL_CACHE:
+        return ""
+    oracle, ours = results.paired(Arm("exact_topk", arm.token_budget), arm, [cell])
+    interval = mean_interval([his - mine for his, mine in zip(oracle, ours, strict=True)]) if ours else None
+    return "" if interval is None else f"({100 * interval.low:+.0f} to {100 * interval.high:+.0f} below the oracle)"
+
+
+def faithful(results: Results, arm: Arm) -> str:
+    """How close a method stays, and its bytes."""
+    records = results.at(arm)
+    if not records:
+        return "-"
+    figures = [f"{mean_of(records, 'kl'):.3f}", f"{100 * mean_of(records, 'agreement'):.0f}%"]
+    figures += [f"{mean_of(records, name) / 2**20:.1f}" for name in ("read_bytes", "kv_bytes")]
+    error = layer_means(records, "output_error")
+    return ", ".join([*figures, f"{100 * error.mean():.1f}%"] if error.size else figures)
+
+
+def ablated(results: Results, arm: Arm) -> str:
+    """Needles and fidelity of one setting."""
+    needles, passages = (
+        results.at(arm, [c for c in results.cells if (c.suite == "fidelity") == told]) for told in (False, True)
+    )
+    if not needles or arm == FULL_CACHE:
+        return ""
+    found = 100 * sum(record["scores"]["score"] for record in needles) / len(needles)
+    error = 100 * layer_means(passages, "output_error").mean()
+    return f"{found:.0f}, {mean_of(passages, 'kl'):.3f}, {error:.1f}%"
+
+
+if __name__ == "__main__":
+    main()
