@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rocketkv import Budget, ConfigError, split_budget
+from rocketkv.selection import Hybrid, LowBit
 
 lengths = st.integers(1, 1 << 20)
 budgets = st.integers(1, 1 << 14)
@@ -77,3 +78,10 @@ def test_refuses_what_makes_no_sense(arguments: tuple[int, int, int], message: s
     with pytest.raises(ConfigError) as error:
         split_budget(*arguments)
     assert str(error.value) == message
+
+
+def test_stage_1_leaves_more_to_low_bit_keys_than_to_page_bounds() -> None:
+    ours, published = LowBit(), Hybrid()
+    assert (published.held_tokens(2048, 128), ours.held_tokens(2048, 128)) == (604, 845)
+    assert ours.held_tokens(200, 128) == 200
+    assert ours.held_tokens(100, 128) == 100
