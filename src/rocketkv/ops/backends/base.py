@@ -53,7 +53,9 @@ class LayerTensors:
 class FusedStep(Protocol):
     """One decode step of one layer: append, score, choose and attend at once."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, int]:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, int | Tensor]:
         """Take in one token per row and attend.
 
         Args:
@@ -63,9 +65,10 @@ class FusedStep(Protocol):
             chosen: `[B, Hkv, position_capacity]` int32, filled with the places chosen, ascending, -1 after the last.
 
         Returns:
-            `[B, Hq, 1, D]`, and the bytes of keys, values and index that were read.
+            `[B, Hq, 1, D]`, and the bytes of keys, values and index that were read, or numbers on the device whose sum
+            they are and which the next step overwrites.
 
-        Accumulates in float32. With bfloat16 keys a backend may round the weights of the values to bfloat16, if it
+        Accumulates in float32. With keys in 16 bits a backend may round the weights of the values to their dtype, if it
         normalises by the sum of the rounded ones.
 
         Reads, for each row and KV head that holds more than its `dense_lengths`, what its scoring reads and
@@ -78,6 +81,7 @@ class Backend(Protocol):
     """A file of this folder."""
 
     NAME: str
+    DEVICES: tuple[str, ...]  # kinds of device on which `auto` picks it
 
     def decline(self, tokens: Tensor) -> str | None:
         """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from rocketkv.ops.backends.base import LayerTensors
 
 NAME = "cpp"
+DEVICES: tuple[str, ...] = ("cpu",)
 MAX_HEAD_DIM = 256
 OUTPUTS = 8  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

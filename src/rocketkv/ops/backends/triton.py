@@ -1,0 +1,208 @@
+"""The GPU backend: kernels in Triton (triton_kernels.py), which compiles them for the device when they are first used.
+
+With TRITON_INTERPRET=1 the kernels run on the CPU, slowly: that is how they are tested where there is no GPU.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocketkv.ops.backends.base import LayerTensors
+
+NAME = "triton"
+DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
+MAX_HEAD_DIM = 256
+TILE_BYTES = 1 << 14  # of what a program reads at once, so that registers hold it
+PART = 64  # units scored by a program, at most
+TILE = 32  # tokens attended to at once, at most
+BLOCK = 512  # units looked at together while choosing
+WAYS_BITS = 4  # bits of the cut found in one pass over the scores
+LEAST_DOT = 16  # rows of a matrix product: fewer query heads are filled up
+PROGRAMS_PER_CORE = 2  # of attention, aimed at where there are fewer heads than that
+CORES_OF_CPU = 4  # of the interpreter, which runs one program after the other: few pieces, but several
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def decline(tokens: Tensor) -> str | None:
+    """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""
+    kernels = _load()
+    if isinstance(kernels, str):
+        return kernels
+    wanted = "cpu" if kernels.INTERPRETED else "cuda"
+    if tokens.device.type != wanted:
+        hint = " under TRITON_INTERPRET=1" if kernels.INTERPRETED else ""
+        return f"it runs on {wanted}{hint}, not on {tokens.device.type}"
+    if tokens.dtype not in _FLOATS:
+        return f"it has no kernels for {tokens.dtype}"
+    if tokens.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
+    return None
+
+
+def scorings() -> tuple[str, ...]:
+    """The scorings that the kernels know."""
+    return ("none", "hybrid", "bound", "exact")
+
+
+def bind(layer: LayerTensors) -> "TritonStep":
+    """A step over this storage."""
+    return TritonStep(layer)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, the programs it is started with, and all arguments but those of the token."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How it is compiled."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
+    def __call__(self, **token: Tensor | None) -> None:
+        """Start it for a token."""
+        self.kernel[self.grid](**token, **self.arguments, **self.options)
+
+
+class TritonStep:
+    """One decode step as two or three launches; see `FusedStep`.
+
+    It neither waits for the device nor lets the host's work depend on what is there, so it can be captured in a graph.
+    """
+
+    def __init__(self, layer: LayerTensors) -> None:
+        kernels = _load()
+        assert not isinstance(kernels, str)
+        batch, num_kv_heads, token_capacity, head_dim = layer.keys.shape
+        num_heads, group = batch * num_kv_heads, layer.num_heads // num_kv_heads
+        position_capacity = layer.positions.shape[2]
+        scoring = layer.scoring if layer.index or layer.scoring == "exact" else "none"
+        bounds = layer.index[0] if scoring in ("hybrid", "bound") else None
+        head_dim_padded = max(LEAST_DOT, _power_of_two(head_dim))
+        rows = TILE_BYTES // (head_dim_padded * layer.keys.element_size())
+        part, tile = min(PART, rows), min(TILE, rows)
+        num_units = 0 if scoring == "none" else position_capacity  # pages are as many at most
+        num_parts = -(-num_units // part)
+        dense, selected = int(layer.dense_lengths.max()), int(layer.top_k.max())
+        most_chosen = position_capacity if scoring == "none" else min(max(dense, selected), position_capacity)
+        programs = PROGRAMS_PER_CORE * _num_cores(layer.keys.device)
+        num_pieces = min(-(-most_chosen // tile), max(1, programs // num_heads))
+
+        def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return layer.keys.new_zeros((num_heads, *shape), dtype=dtype)
+
+        self._read_bytes = scratch(dtype=torch.int64)
+        storage = {
+            "keys": layer.keys,
+            "values": layer.values,
+            "positions": layer.positions,
+            "archive_lengths": layer.archive_lengths,
+            "seen": layer.seen,
+            "scale": layer.scale,
+            "token_capacity": token_capacity,
+            "position_capacity": position_capacity,
+        }
+        plan = {
+            "lengths": layer.lengths,
+            "dense_lengths": layer.dense_lengths,
+            "page_size": None if bounds is None else layer.page_size,
+        }
+        channels = {"num_channels": layer.num_channels}
+        scores = {
+            "logits": scratch(group, num_units),
+            "partials": scratch(num_parts, 2, group),
+            "num_units": num_units,
+            "num_parts": num_parts,
+        }
+        chosen = {"chosen": scratch(selected, dtype=torch.int32), "most_chosen": selected}
+        dims = {"HKV": num_kv_heads, "G": group}
+        tile_dims = {
+            "SCORING": scoring,
+            "D": head_dim,
+            "NUM_ROWS": 0 if bounds is None else bounds.shape[3],
+            "G_PAD": max(LEAST_DOT, _power_of_two(group)),
+            "D_PAD": head_dim_padded,
+        }
+        self._append_and_score = Launch(
+            kernels.append_and_score,
+            (num_heads, max(1, num_parts)),
+            storage
+            | plan
+            | channels
+            | scores
+            | dims
+            | tile_dims
+            | {"bounds": bounds, "num_blocks": 0 if bounds is None else bounds.shape[2], "PART": part},
+            num_warps=4,
+        )
+        self._choose = None
+        if scoring != "none":
+            pins = {"top_k": layer.top_k, "sinks": layer.sinks, "recents": layer.recents}
+            sizes = {"PART": part, "BLOCK": BLOCK, "WAYS_BITS": WAYS_BITS, "G_POW": _power_of_two(group)}
+            arguments = plan | pins | scores | chosen | dims | sizes | {"scores": scratch(num_units)}
+            self._choose = Launch(kernels.choose, (num_heads,), arguments, num_warps=8)
+        self._attend = Launch(
+            kernels.attend,
+            (num_heads, num_pieces),
+            storage
+            | plan
+            | channels
+            | chosen
+            | dims
+            | tile_dims
+            | {
+                "top_k": layer.top_k,
+                "pieces": scratch(num_pieces, group, head_dim),
+                "states": scratch(num_pieces, 2, group),
+                "pieces_done": scratch(dtype=torch.int32),
+                "num_pieces": num_pieces,
+                "read_bytes": self._read_bytes,
+                "TILE": tile,
+            },
+            num_warps=8 if rows < TILE else 4,  # few rows are wide ones, and a wide output wants registers
+        )
+
+    @property
+    def launches(self) -> list[Launch]:
+        """What a step starts, in order."""
+        return [launch for launch in (self._append_and_score, self._choose, self._attend) if launch is not None]
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `FusedStep`."""
+        query = query.contiguous()
+        output = torch.empty_like(query)
+        self._append_and_score(query=query, key=key.contiguous(), value=value.contiguous())
+        if self._choose is not None:
+            self._choose()
+        self._attend(query=query, output=output, report=chosen)
+        return output, self._read_bytes
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+def _num_cores(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CORES_OF_CPU
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The kernels, or why there are none."""
+    try:
+        return import_module("rocketkv.ops.backends.triton_kernels")
+    except ImportError as error:
+        return f"Triton does not load ({error}); install rocketkv[triton]"

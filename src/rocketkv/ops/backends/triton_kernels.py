@@ -1,0 +1,443 @@
+"""The kernels behind `triton.py`: one decode step of one layer in three launches, append and score, choose, attend.
+
+Grids follow from capacities, so that a step can be captured: lengths are read on the device, and programs beyond them
+have nothing to do. The new token counts as stored from the first kernel on; the last one adds it to the lengths.
+
+Tensors are those of `LayerTensors`, dense. A unit is what has a score: a page, or a token where each is scored. The
+scratch: `logits` `[B, Hkv, G, units]` float32; `partials` `[B, Hkv, parts, 2, G]` float32, a part's largest logit and
+the sum of its tokens' exponentials relative to that; `scores` `[B, Hkv, units]` float32; `chosen` `[B, Hkv, top_k]`
+int32, places, ascending; `pieces` `[B, Hkv, pieces, G, D]` float32, weighted values, and `states`
+`[B, Hkv, pieces, 2, G]` float32, their largest logits and sums of weights; `pieces_done` `[B, Hkv]` int32, zero between
+steps.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+PAGES_PER_BLOCK = tl.constexpr(32)  # see ops/pages.py
+SIZES = ("token_capacity", "position_capacity", "num_blocks", "num_units", "num_parts", "num_pieces", "most_chosen")
+
+
+@triton.jit
+def _order(numbers):
+    """Float32 numbers that are not negative as uint32 in the same order; what is no number is above them all."""
+    return numbers.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _product(a, b):
+    """`[M, K]` times `[K, N]`, summed in float32."""
+    if INTERPRETED:  # there the bits of bfloat16 are taken for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _rounded(numbers, dtype: tl.constexpr):
+    """Float32 numbers in another dtype, the nearest: the interpreter would cut what bfloat16 lacks off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = numbers.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        numbers = tl.where(numbers == numbers, nearest.to(tl.float32, bitcast=True), numbers)
+    return numbers.to(dtype)
+
+
+@triton.jit
+def _load_query(query, head, start, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """`WIDTH` channels, from `start` on, of the queries of a KV head, `[G, WIDTH]`; zero beyond G and D."""
+    group, channel = tl.arange(0, G_PAD), start + tl.arange(0, WIDTH)
+    mask = (group[:, None] < G) & (channel[None, :] < D)
+    return tl.load(query + (head * G + group[:, None]) * D + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _channel_order(queries, start, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers in the order of how large the heads of `queries`, `[G, WIDTH]`, are together; no two are equal."""
+    channel = start + tl.arange(0, WIDTH)
+    sizes = _order(tl.sum(tl.abs(queries.to(tl.float32)), 0)).to(tl.int64)
+    return tl.where(channel < D, sizes * D_PAD + (D_PAD - 1 - channel), -1)
+
+
+@triton.jit
+def _largest_channels(
+    query, queries, head, num_channels, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Mark the `num_channels` channels in which the heads of `queries`, `[G, D]`, are largest together: `[D]` bool.
+
+    See `largest_channels` in ops/channels.py. A channel is among them if fewer come before it.
+    """
+    order = _channel_order(queries, 0, D, D_PAD, D_PAD)
+    num_before = tl.zeros([D_PAD], tl.int32)
+    WIDTH: tl.constexpr = min(D_PAD, 32)  # compared at once, so that registers hold it
+    for start in range(0, D_PAD, WIDTH):
+        others = _channel_order(_load_query(query, head, start, G, D, G_PAD, WIDTH), start, D, D_PAD, WIDTH)
+        num_before += tl.sum((others[None, :] > order[:, None]).to(tl.int32), 1)
+    return num_before < num_channels
+
+
+@triton.jit
+def _fold_key(bounds, key, first, NUM_ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Let the page whose bounds begin at `first` take in a key, `[D]`; see `fold_into_pages` in ops/pages.py."""
+    channel = tl.arange(0, D_PAD)
+    for start in tl.static_range(0, NUM_ROWS, D):
+        at = bounds + first + (start + channel) * PAGES_PER_BLOCK
+        new, old = key.to(tl.float32), tl.load(at, mask=channel < D).to(tl.float32)
+        is_beyond = new > old if start + D == NUM_ROWS else new < old
+        tl.store(at, key, mask=(channel < D) & (is_beyond | (new != new)))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def append_and_score(
+    query,
+    key,
+    value,
+    keys,
+    values,
+    positions,
+    lengths,
+    archive_lengths,
+    seen,
+    bounds,
+    page_size,
+    num_channels,
+    dense_lengths,
+    logits,
+    partials,
+    scale,
+    token_capacity,
+    position_capacity,
+    num_blocks,
+    num_units,
+    num_parts,
+    SCORING: tl.constexpr,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Store the new token; give `PART` units of a head their logits. Grid: heads, parts.
+
+    Reads what the scoring reads of the index (or of the keys), and the query once for each part.
+    """
+    head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = head // HKV
+    place = tl.load(lengths + head).to(tl.int32)  # of the new token
+    size = tl.load(page_size + row).to(tl.int32) if page_size is not None else 1
+    own = place // size
+    channel, group = tl.arange(0, D_PAD), tl.arange(0, G_PAD)
+    is_channel = channel < D
+    if part == (0 if SCORING == "none" else own // PART):
+        new_key = tl.load(key + head * D + channel, mask=is_channel)
+        new_value = tl.load(value + head * D + channel, mask=is_channel)
+        slot = tl.load(archive_lengths + head) if archive_lengths is not None else place
+        at = (head * token_capacity + slot) * D + channel
+        tl.store(keys + at, new_key, mask=is_channel)
+        tl.store(values + at, new_value, mask=is_channel)
+        tl.store(positions + head * position_capacity + place, tl.load(seen + row).to(tl.int32))
+        if bounds is not None:
+            first = (head * num_blocks + own // PAGES_PER_BLOCK) * NUM_ROWS * PAGES_PER_BLOCK
+            _fold_key(bounds, new_key, first + own % PAGES_PER_BLOCK, NUM_ROWS, D, D_PAD)
+        tl.debug_barrier()  # this program scores the new token, too
+
+    if SCORING != "none":
+        length = place + 1
+        units = (length + size - 1) // size
+        if (length <= tl.load(dense_lengths + row)) | (part * PART >= units):
+            return
+        q = _load_query(query, head, 0, G, D, G_PAD, D_PAD)
+        unit = part * PART + tl.arange(0, PART)
+        if SCORING == "exact":
+            slots = unit.to(tl.int64)
+            is_token = unit < length
+            if archive_lengths is not None:
+                slots = tl.load(positions + head * position_capacity + unit, mask=is_token, other=0).to(tl.int64)
+            tile = tl.load(
+                keys + ((head * token_capacity + slots) * D)[:, None] + channel[None, :],
+                mask=is_token[:, None] & is_channel[None, :],
+                other=0.0,
+            )
+            products = _product(q, tl.trans(tile)) * scale
+        else:
+            block = unit // PAGES_PER_BLOCK
+            is_there = block * PAGES_PER_BLOCK < units  # whole blocks, so that rows are read in one go
+            start = (head * num_blocks + block) * (NUM_ROWS * PAGES_PER_BLOCK) + unit % PAGES_PER_BLOCK
+            q32 = q.to(tl.float32)
+            if SCORING == "hybrid":
+                is_read = _largest_channels(query, q, head, tl.load(num_channels + row), G, D, G_PAD, D_PAD)
+                takes_maxima = (tl.sum(q32, 0) > 0) | (NUM_ROWS == D)
+                index_row = channel + tl.where(takes_maxima, NUM_ROWS - D, 0)
+                tile = tl.load(
+                    bounds + start[None, :] + (index_row * PAGES_PER_BLOCK)[:, None],
+                    mask=is_read[:, None] & is_there[None, :],
+                    other=0.0,
+                )
+                sizes = tl.abs(q32)
+                share = tl.sum(tl.where(is_read[None, :], sizes, 0.0), 1) / tl.maximum(tl.sum(sizes, 1), 1e-30)
+                temperature = scale / tl.maximum(tl.sqrt(share), 1e-15)
+                products = _product(q, tile) * temperature[:, None]  # where nothing is read the tile is zero
+            else:
+                products = tl.zeros([G_PAD, PART], tl.float32)
+                for first_row in tl.static_range(0, NUM_ROWS, D):
+                    tile = tl.load(
+                        bounds + start[None, :] + ((first_row + channel) * PAGES_PER_BLOCK)[:, None],
+                        mask=is_channel[:, None] & is_there[None, :],
+                        other=0.0,
+                    )
+                    read = q
+                    if NUM_ROWS > D:  # minima where the query is negative, maxima where it is positive
+                        read = tl.where(q32 > 0 if first_row == 0 else q32 < 0, 0.0, q)
+                    products += _product(read, tile) * scale
+        is_unit = unit < units
+        products = tl.where(is_unit[None, :], products, -float("inf"))
+        tl.store(
+            logits + (head * G + group[:, None]) * num_units + unit[None, :],
+            products,
+            mask=(group[:, None] < G) & is_unit[None, :],
+        )
+        best = tl.max(products, 1)
+        tokens = tl.where(is_unit, tl.minimum(length - unit * size, size), 0).to(tl.float32)
+        total = tl.sum(tl.where(is_unit[None, :], tl.exp(products - best[:, None]), 0.0) * tokens[None, :], 1)
+        at = partials + (head * num_parts + part) * (2 * G) + group
+        tl.store(at, best, mask=group < G)
+        tl.store(at + G, total, mask=group < G)
+
+
+@triton.jit
+def _count_open(unit, size, first, end):
+    """How many of each unit's tokens are at places from `first` to before `end`."""
+    return tl.maximum(tl.minimum((unit + 1) * size, end) - tl.maximum(unit * size, first), 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def choose(
+    lengths,
+    page_size,
+    top_k,
+    dense_lengths,
+    sinks,
+    recents,
+    logits,
+    partials,
+    scores,
+    chosen,
+    num_units,
+    num_parts,
+    most_chosen,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    G_POW: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WAYS_BITS: tl.constexpr,
+):
+    """Choose a head's tokens; see `score_tokens` and `choose_tokens` in ops/scores.py. Grid: heads.
+
+    The score at which to cut is found `WAYS_BITS` bits at a time, so the cost hardly depends on the scores.
+    Reads the logits once and the scores `32 / WAYS_BITS + 2` times, of one head in cache.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    row = head // HKV
+    length = tl.load(lengths + head).to(tl.int32) + 1
+    if length <= tl.load(dense_lengths + row):
+        return
+    size = tl.load(page_size + row).to(tl.int32) if page_size is not None else 1
+    units = (length + size - 1) // size
+    lane = tl.arange(0, BLOCK)
+
+    # softmax, mean over the heads
+    group = tl.arange(0, G_POW)
+    best = tl.full([G_POW], -float("inf"), tl.float32)
+    total = tl.zeros([G_POW], tl.float32)
+    parts = (units + PART - 1) // PART
+    part_lane = tl.arange(0, PART)
+    for start in range(0, parts, PART):
+        is_part = (group[:, None] < G) & (start + part_lane < parts)[None, :]
+        at = partials + (head * num_parts + start + part_lane[None, :]) * (2 * G) + group[:, None]
+        part_best = tl.load(at, mask=is_part, other=-float("inf"))
+        part_total = tl.load(at + G, mask=is_part, other=0.0)
+        higher = tl.maximum(best, tl.max(part_best, 1))
+        total = total * tl.exp(best - higher) + tl.sum(part_total * tl.exp(part_best - higher[:, None]), 1)
+        best = higher
+    for start in range(0, units, BLOCK):
+        unit = start + lane
+        mask = (group[:, None] < G) & (unit < units)[None, :]
+        logit = tl.load(logits + (head * G + group[:, None]) * num_units + unit[None, :], mask=mask, other=0.0)
+        shares = tl.where(mask, tl.exp(logit - best[:, None]) / (total * G)[:, None], 0.0)
+        tl.store(scores + head * num_units + unit, tl.sum(shares, 0), mask=unit < units)
+    tl.debug_barrier()
+
+    # the cut: the largest number such that enough open tokens have a score not below it
+    first = tl.minimum(tl.load(sinks + row).to(tl.int32), length)
+    end = length - tl.minimum(tl.load(recents + row).to(tl.int32), length - first)
+    wanted = tl.load(top_k + row).to(tl.int32) - first - (length - end)
+    cut = tl.full([], 0, tl.uint32)
+    for level in tl.static_range(32 // WAYS_BITS):
+        shift = 32 - (level + 1) * WAYS_BITS
+        bounds = cut | (tl.arange(0, 2**WAYS_BITS).to(tl.uint32) << shift)
+        counts = tl.zeros([2**WAYS_BITS], tl.int32)
+        for start in range(0, units, BLOCK):
+            unit = start + lane
+            order = _order(tl.load(scores + head * num_units + unit, mask=unit < units, other=0.0))
+            tokens = _count_open(unit, size, first, end)
+            counts += tl.sum(tl.where(order[:, None] >= bounds[None, :], tokens[:, None], 0), 0)
+        cut += (tl.sum((counts >= wanted).to(tl.int32)) - 1).to(tl.uint32) << shift
+
+    # of those at the cut the earlier ones
+    above = tl.full([], 0, tl.int32)
+    for start in range(0, units, BLOCK):
+        unit = start + lane
+        order = _order(tl.load(scores + head * num_units + unit, mask=unit < units, other=0.0))
+        above += tl.sum(tl.where(order > cut, _count_open(unit, size, first, end), 0))
+    num_tied = tl.full([], 0, tl.int32)
+    num_taken = tl.full([], 0, tl.int32)
+    for start in range(0, length, BLOCK):
+        place = start + lane
+        is_token = place < length
+        order = _order(tl.load(scores + head * num_units + place // size, mask=is_token, other=0.0))
+        is_pinned = (place < first) | (place >= end)
+        ties = (is_token & (order == cut) & ~is_pinned).to(tl.int32)
+        is_early = (ties > 0) & (num_tied + tl.cumsum(ties, 0) <= wanted - above)
+        takes = (is_token & (is_pinned | (order > cut) | is_early)).to(tl.int32)
+        at = num_taken + tl.cumsum(takes, 0) - 1
+        tl.store(chosen + head * most_chosen + at, place, mask=takes > 0)
+        num_tied += tl.sum(ties)
+        num_taken += tl.sum(takes)
+
+
+@triton.jit
+def _scored_bytes(length, size, num_channels, NUM_ROWS: tl.constexpr, D: tl.constexpr, SCORING: tl.constexpr):
+    """Elements that the scoring of a head reads."""
+    pages = (length + size - 1) // size
+    if SCORING == "hybrid":
+        return pages * num_channels
+    if SCORING == "bound":
+        return pages * NUM_ROWS
+    return length * D
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attend(
+    query,
+    output,
+    report,
+    keys,
+    values,
+    positions,
+    lengths,
+    archive_lengths,
+    seen,
+    page_size,
+    num_channels,
+    top_k,
+    dense_lengths,
+    chosen,
+    pieces,
+    states,
+    pieces_done,
+    read_bytes,
+    scale,
+    token_capacity,
+    position_capacity,
+    num_pieces,
+    most_chosen,
+    SCORING: tl.constexpr,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Attend to the chosen tokens of a head, or to all, in pieces that the last program merges. Grid: heads, pieces.
+
+    Reads `2 * D` elements for each token attended to.
+    """
+    head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = head // HKV
+    length = tl.load(lengths + head) + 1
+    selects = False
+    count = length
+    if SCORING != "none":
+        selects = length > tl.load(dense_lengths + row)
+        count = tl.where(selects, tl.load(top_k + row), length)
+    piece_size = ((count + num_pieces - 1) // num_pieces + TILE - 1) // TILE * TILE
+    used_pieces = (count + piece_size - 1) // piece_size
+
+    channel, group, lane = tl.arange(0, D_PAD), tl.arange(0, G_PAD), tl.arange(0, TILE)
+    is_channel, is_head = channel < D, group < G
+    q = _load_query(query, head, 0, G, D, G_PAD, D_PAD)
+    best = tl.full([G_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    sums = tl.zeros([G_PAD, D_PAD], tl.float32)
+    begin = piece * piece_size
+    for start in range(begin, tl.minimum(begin + piece_size, count), TILE):
+        at = start + lane
+        is_token = at < count
+        place = at
+        if SCORING != "none":
+            is_chosen = at < tl.where(selects, count, 0)
+            place = tl.where(selects, tl.load(chosen + head * most_chosen + at, mask=is_chosen, other=0), at)
+        slot = place
+        if archive_lengths is not None:
+            slot = tl.load(positions + head * position_capacity + place, mask=is_token, other=0).to(tl.int64)
+        if report is not None:
+            tl.store(report + head * position_capacity + at, place.to(tl.int32), mask=is_token)
+        where = ((head * token_capacity + slot) * D)[:, None] + channel[None, :]
+        mask = is_token[:, None] & is_channel[None, :]
+        k = tl.load(keys + where, mask=mask, other=0.0)
+        v = tl.load(values + where, mask=mask, other=0.0)
+        logits = tl.where(is_token[None, :], _product(q, tl.trans(k)) * scale, -float("inf"))
+        higher = tl.maximum(best, tl.max(logits, 1))
+        weights = _rounded(tl.exp(logits - higher[:, None]), v.dtype)
+        shrunk = tl.exp(best - higher)
+        total = total * shrunk + tl.sum(weights.to(tl.float32), 1)  # of the weights as rounded
+        sums = sums * shrunk[:, None] + _product(weights, v)
+        best = higher
+
+    is_out = is_head[:, None] & is_channel[None, :]
+    own = head * num_pieces + piece
+    is_own = group < tl.where(piece < used_pieces, G, 0)
+    tl.store(
+        pieces + (own * G + group[:, None]) * D + channel[None, :], sums, mask=is_own[:, None] & is_channel[None, :]
+    )
+    tl.store(states + own * (2 * G) + group, best, mask=is_own)
+    tl.store(states + own * (2 * G) + G + group, total, mask=is_own)
+    tl.debug_barrier()
+    if tl.atomic_add(pieces_done + head, 1, sem="acq_rel") < num_pieces - 1:  # all have read the length
+        return
+
+    best = tl.full([G_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([G_PAD], tl.float32)
+    sums = tl.zeros([G_PAD, D_PAD], tl.float32)
+    for other in range(used_pieces):
+        at = head * num_pieces + other
+        piece_best = tl.load(states + at * (2 * G) + group, mask=is_head, other=0.0, cache_modifier=".cg")
+        piece_total = tl.load(states + at * (2 * G) + G + group, mask=is_head, other=1.0, cache_modifier=".cg")
+        piece_sums = tl.load(
+            pieces + (at * G + group[:, None]) * D + channel[None, :], mask=is_out, other=0.0, cache_modifier=".cg"
+        )
+        higher = tl.maximum(best, piece_best)
+        shrunk, grown = tl.exp(best - higher), tl.exp(piece_best - higher)
+        total = total * shrunk + piece_total * grown
+        sums = sums * shrunk[:, None] + piece_sums * grown[:, None]
+        best = higher
+    mean = _rounded(sums / total[:, None], output.dtype.element_ty)
+    tl.store(output + (head * G + group[:, None]) * D + channel[None, :], mean, mask=is_out)
+
+    size = tl.load(page_size + row) if page_size is not None else 1
+    scored = _scored_bytes(length, size, tl.load(num_channels + row), NUM_ROWS, D, SCORING)
+    elements = 2 * count * D + tl.where(selects, scored, 0)
+    tl.store(read_bytes + head, elements * (keys.dtype.element_ty.primitive_bitwidth // 8))
+    if report is not None:
+        tl.store(report + head * position_capacity + count, -1, mask=count < position_capacity)
+    tl.store(pieces_done + head, 0)
+    tl.store(lengths + head, length)
+    if archive_lengths is not None:
+        tl.store(archive_lengths + head, tl.load(archive_lengths + head) + 1)
+    if head % HKV == 0:
+        tl.store(seen + row, tl.load(seen + row) + 1)

@@ -1,0 +1,198 @@
+"""A layer's storage as a backend is given it, random, ragged and poisoned, and what holds a step to the reference."""
+
+from dataclasses import replace
+
+import torch
+
+from rocketkv import ops
+from rocketkv.index import LowBitIndex, PageIndex
+from rocketkv.ops.backends import Backend, LayerTensors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCORINGS = ("none", "hybrid", "bound", "exact", "lowbit")
+
+
+def make_layer(
+    generator: torch.Generator,
+    scoring: str,
+    lengths: list[list[int]],
+    *,
+    group: int = 3,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    page_size: int | list[int] = 3,
+    num_channels: int | list[int] = 20,
+    top_k: int | list[int] = 24,
+    dense_below: int = 0,
+    sinks: int = 0,
+    recents: int = 0,
+    archived: bool = False,
+    tied: bool = False,
+) -> LayerTensors:
+    """A layer's storage with NaN wherever nothing was stored; `tied`: keys of few distinct values."""
+    held = torch.tensor(lengths)
+    batch, num_kv_heads = held.shape
+    capacity, seen = int(held.max()) + 40, held.amax(1) + 7
+    positions = torch.full((batch, num_kv_heads, capacity), -1, dtype=torch.int32)
+    slots = torch.zeros(batch, num_kv_heads, capacity, dtype=torch.int64)
+    for row in range(batch):
+        for head in range(num_kv_heads):
+            chosen = torch.randperm(int(seen[row]), generator=generator)[: lengths[row][head]].sort().values
+            positions[row, head, : chosen.shape[0]] = chosen
+            slots[row, head, : chosen.shape[0]] = chosen if archived else torch.arange(chosen.shape[0])
+    storage = torch.full((2, batch, num_kv_heads, int(seen.max()) + 40 if archived else capacity, head_dim), torch.nan)
+    tokens = torch.randn(2, batch, num_kv_heads, capacity, head_dim, generator=generator)
+    if tied:
+        tokens = tokens.sign()
+    for row in range(batch):
+        for head in range(num_kv_heads):
+            at = slots[row, head, : lengths[row][head]]
+            storage[:, row, head, at] = tokens[:, row, head, : at.shape[0]]
+    keys, values = storage.to(dtype)
+
+    def column(value: int | list[int]) -> torch.Tensor:
+        return torch.tensor([value] * batch if isinstance(value, int) else value)
+
+    index: PageIndex | LowBitIndex | None = None
+    if scoring in ("hybrid", "bound"):
+        index = PageIndex(ops.take_tokens(keys, slots), held, column(page_size))
+    elif scoring == "lowbit":
+        index = LowBitIndex(ops.take_tokens(keys, slots), held)
+        index.reserve(capacity)
+    return LayerTensors(
+        keys=keys,
+        values=values,
+        positions=positions,
+        lengths=held,
+        archive_lengths=seen[:, None].expand(-1, num_kv_heads).clone() if archived else None,
+        seen=seen,
+        scoring=scoring,
+        index=() if index is None else index.buffers,
+        page_size=column(page_size),
+        num_channels=column(num_channels),
+        top_k=column(top_k),
+        dense_lengths=column(top_k).clamp(min=dense_below),
+        sinks=column(sinks),
+        recents=column(recents),
+        num_heads=group * num_kv_heads,
+        scale=head_dim**-0.5,
+    )
+
+
+def slots_of(layer: LayerTensors) -> torch.Tensor:
+    """Where the tokens to choose from lie, `[B, Hkv, position_capacity]`; 0 beyond the lengths."""
+    places = torch.arange(layer.positions.shape[2])
+    slots = layer.positions.long() if layer.archive_lengths is not None else places.expand_as(layer.positions)
+    return slots.where(places < layer.lengths[..., None], 0)
+
+
+def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
+    """The score of every token by the reference operations."""
+    grouped = query.reshape(*layer.keys.shape[:2], -1, layer.keys.shape[3])
+    num_tokens = int(layer.lengths.max())
+    if layer.scoring == "hybrid":
+        logits = ops.hybrid_logits(
+            grouped,
+            *layer.index,
+            page_size=layer.page_size,
+            num_tokens=num_tokens,
+            num_channels=layer.num_channels,
+            scale=layer.scale,
+        )
+    elif layer.scoring == "bound":
+        logits = ops.bound_logits(
+            grouped, *layer.index, page_size=layer.page_size, num_tokens=num_tokens, scale=layer.scale
+        )
+    elif layer.scoring == "lowbit":
+        logits = ops.lowbit_logits(
+            grouped,
+            ops.LowBitKeys(*layer.index),
+            lengths=layer.lengths,
+            num_tokens=num_tokens,
+            num_channels=layer.num_channels,
+            scale=layer.scale,
+        )
+    else:
+        keys = ops.take_tokens(layer.keys, slots_of(layer)[:, :, :num_tokens]).float()
+        logits = grouped.float() @ keys.transpose(2, 3) * layer.scale
+    return ops.score_tokens(logits, layer.lengths)
+
+
+def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generator, steps: int = 3) -> None:
+    """Take some steps; hold storage, choice, output and traffic to the reference."""
+    batch, num_kv_heads, _, head_dim = layer.keys.shape
+    size = layer.keys.element_size()
+    step = backend.bind(layer)
+    assert step is not None
+    for _ in range(steps):
+        query, key, value = (
+            torch.randn(batch, heads, 1, head_dim, generator=generator).to(layer.keys.dtype)
+            for heads in (layer.num_heads, num_kv_heads, num_kv_heads)
+        )
+        before = replace(
+            layer,
+            **{name: x.clone() for name, x in vars(layer).items() if isinstance(x, torch.Tensor)},
+            index=tuple(x.clone() for x in layer.index),
+        )
+        chosen = torch.full_like(layer.positions, -2)
+        output, num_bytes = step(query, key, value, chosen)
+
+        # append
+        torch.testing.assert_close(layer.lengths, before.lengths + 1)
+        torch.testing.assert_close(layer.seen, before.seen + 1)
+        slots = before.lengths if before.archive_lengths is None else before.archive_lengths
+        where = slots[..., None, None].expand(-1, -1, 1, head_dim)
+        before.keys.scatter_(2, where, key)
+        before.values.scatter_(2, where, value)
+        newest = before.seen[:, None, None].expand(-1, num_kv_heads, 1).int()
+        before.positions.scatter_(2, before.lengths[..., None], newest)
+        torch.testing.assert_close(layer.keys, before.keys, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(layer.values, before.values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(layer.positions, before.positions)
+        if layer.scoring == "lowbit":
+            ops.append_lowbit(ops.LowBitKeys(*before.index), key, before.lengths)
+        elif before.index:
+            ops.fold_into_pages(*before.index, key, slots=before.lengths[..., None], page_size=layer.page_size)
+        for mine, expected in zip(layer.index, before.index, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
+
+        # choose
+        selects = (layer.lengths > layer.dense_lengths[:, None]) & (layer.scoring != "none")
+        counts = layer.top_k[:, None].where(selects, layer.lengths)
+        scores = reference_scores(layer, query) if layer.scoring != "none" else None
+        scored = 0
+        for row in range(batch):
+            for head in range(num_kv_heads):
+                count, length = int(counts[row, head]), int(layer.lengths[row, head])
+                places = chosen[row, head, :count].long()
+                assert torch.equal(places, places.unique())
+                assert int(places[0]) >= 0
+                assert int(places[-1]) < length
+                assert chosen[row, head, count] == -1
+                if count == length:
+                    continue
+                pinned = (places < layer.sinks[row]) | (places >= length - layer.recents[row])
+                assert int(pinned.sum()) == int(layer.sinks[row] + layer.recents[row])
+                open_scores = scores[row, head, int(layer.sinks[row]) : length - int(layer.recents[row])]
+                best = open_scores.sort(descending=True).values[: count - int(pinned.sum())]
+                mine = scores[row, head, places[~pinned]].sort(descending=True).values
+                torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-7)
+                pages = -(-length // int(layer.page_size[row]))  # where there are any
+                num_channels = int(layer.num_channels[row])
+                scored += {
+                    "hybrid": pages * num_channels * size,
+                    "bound": pages * layer.index[0].shape[3] * size if layer.index else 0,
+                    "exact": length * head_dim * size,
+                    "lowbit": num_channels * (length // 64 * (32 + 2 * size) + length % 64 * size),
+                }[layer.scoring]
+        assert int(torch.as_tensor(num_bytes).sum()) == scored + 2 * int(counts.sum()) * head_dim * size
+
+        # attend
+        places = chosen.clamp_min(0).long()
+        at = slots_of(layer).gather(2, places[:, :, : int(counts.max())])
+        arguments = {"slots": at, "counts": counts, "scale": layer.scale}
+        exact = ops.decode_sparsely(query.double(), layer.keys.double(), layer.values.double(), **arguments)
+        plain = ops.decode_sparsely(query, layer.keys, layer.values, **arguments)
+        allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
+        assert output.dtype == layer.keys.dtype
+        assert (output.double() - exact).abs().max() <= allowed

@@ -1,0 +1,194 @@
+"""The Triton kernels against the reference operations, in Triton's interpreter: `make test-triton` sets it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from inputs import make_inputs
+from layers import DTYPES, check_steps, make_layer
+from rocketkv import Budget, LayerCache, RocketKVConfig, cache, ops
+from rocketkv.ops.backends import find_backend, triton
+
+if (reason := triton.decline(torch.zeros(1, 1, 1, 64))) is not None:
+    pytest.skip(f"{reason}; `make test-triton` runs these in the interpreter", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # masked lanes compute, too
+
+SELECTING = [scoring for scoring in triton.scorings() if scoring != "none"]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that short rows have several, and one of them is not full."""
+    for name, value in {"PART": 32, "TILE": 16, "BLOCK": 64}.items():
+        monkeypatch.setattr(triton, name, value)
+
+
+@pytest.mark.parametrize("scoring", triton.scorings())
+@pytest.mark.parametrize(
+    ("size", "group", "head_dim", "dtype"),
+    [
+        (1, 1, 64, torch.bfloat16),
+        (63, 3, 80, torch.float32),
+        (100, 4, 96, torch.float16),
+        (257, 8, 128, torch.bfloat16),
+        (130, 5, 256, torch.float32),
+        (70, 17, 20, torch.float16),
+    ],
+)
+def test_odd_sizes(
+    seeded: torch.Generator, scoring: str, size: int, group: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    layer = make_layer(
+        seeded, scoring, [[size, size]], group=group, head_dim=head_dim, dtype=dtype, num_channels=head_dim // 3
+    )
+    check_steps(triton, layer, seeded, steps=1)
+
+
+@pytest.mark.parametrize("scoring", ["hybrid", "bound"])
+def test_pages_of_one_token_stored_once(seeded: torch.Generator, scoring: str) -> None:
+    layer = make_layer(seeded, scoring, [[90, 90]], group=5, head_dim=7, page_size=1, num_channels=3, top_k=20)
+    check_steps(triton, layer, seeded, steps=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", triton.scorings())
+def test_ragged_rows_with_plans_of_their_own(seeded: torch.Generator, scoring: str, dtype: torch.dtype) -> None:
+    layer = make_layer(
+        seeded,
+        scoring,
+        [[150, 3, 20], [23, 24, 300], [1, 25, 64]],
+        group=4,
+        dtype=dtype,
+        page_size=[1, 3, 4],
+        num_channels=[20, 1, 33],
+        top_k=[24, 50, 16],
+        dense_below=60 if dtype == torch.bfloat16 else 0,
+        sinks=4,
+        recents=5,
+        archived=dtype != torch.float32,
+    )
+    check_steps(triton, layer, seeded, steps=3)
+
+
+@pytest.mark.parametrize("scoring", SELECTING)
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_ties_go_to_the_earlier_token(seeded: torch.Generator, scoring: str, page_size: int) -> None:
+    layer = make_layer(seeded, scoring, [[90, 200]], page_size=page_size, sinks=2, recents=2)
+    layer.keys.fill_(1.0)
+    for bounds in layer.index:
+        bounds.fill_(1.0)
+    chosen = torch.empty_like(layer.positions)
+    one = torch.ones(1, 2, 1, 64)
+    triton.bind(layer)(torch.ones(1, 6, 1, 64), one, one, chosen)
+    for head, length in enumerate((91, 201)):
+        assert chosen[0, head, :24].tolist() == [*range(22), length - 2, length - 1]
+    check_steps(triton, make_layer(seeded, scoring, [[90, 200]], page_size=page_size, tied=True), seeded, steps=2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.tensor(torch.nan), torch.inf])
+@pytest.mark.parametrize("scoring", triton.scorings())
+def test_what_is_no_number_shows_in_the_output(seeded: torch.Generator, scoring: str, value: float) -> None:
+    layer = make_layer(seeded, scoring, [[200, 90], [10, 60]], sinks=2, recents=2)
+    query, one, chosen = (
+        torch.randn(2, 6, 1, 64, generator=seeded),
+        torch.ones(2, 2, 1, 64),
+        torch.full_like(layer.positions, -2),
+    )
+    query[0, 0, 0, 5] = value
+    output, _ = triton.bind(layer)(query, one, one, chosen)
+    assert output[0, 0].isnan().any()
+    assert output[0, 3:].isfinite().all()
+    assert output[1].isfinite().all()
+    if scoring != "none":
+        places = chosen[0, :, :24]
+        assert ((places >= 0) & (places < 201)).all()
+        assert (places.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("scoring", ["none", "hybrid"])
+def test_a_step_is_few_launches_and_leaves_its_scratch_ready(
+    seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, scoring: str
+) -> None:
+    started: list[Any] = []
+    plain = triton.Launch.__call__
+    monkeypatch.setattr(triton.Launch, "__call__", lambda self, **token: (started.append(self), plain(self, **token)))
+    layer = make_layer(seeded, scoring, [[90, 3]])
+    step = triton.bind(layer)
+    query, key = torch.randn(1, 6, 1, 64, generator=seeded), torch.randn(1, 2, 1, 64, generator=seeded)
+    step(query, key, key)
+    assert started == step.launches
+    assert len(started) == (2 if scoring == "none" else 3)
+    assert not step.launches[-1].arguments["pieces_done"].any()
+
+
+def test_unread_channels_are_not_read(seeded: torch.Generator) -> None:
+    layer = make_layer(seeded, "hybrid", [[90, 90]], num_channels=5)
+    query = torch.randn(1, 6, 1, 64, generator=seeded)
+    query[..., 5:] *= 1e-3
+    layer.index[0].view(1, 2, -1, 2, 64, 32)[:, :, :, :, 5:] = torch.nan  # minima, maxima
+    key = torch.randn(1, 2, 1, 64, generator=seeded)
+    step = triton.bind(layer)
+    step(query, key, key)
+    assert step.launches[0].arguments["logits"].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+@pytest.mark.parametrize("selection", ["hybrid", "quest", "sparq", "exact"])
+def test_a_cache_that_grows_decodes_as_by_the_reference(
+    seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, selection: str, mode: str
+) -> None:
+    monkeypatch.setattr(cache, "GROWTH", 4)
+    inputs = make_inputs(seeded, num_tokens=145, head_dim=32)
+    config = RocketKVConfig(token_budget=64, selection=selection, budget=Budget(120, 4, 9, 50), mode=mode)
+    caches = [LayerCache(replace(config, backend=backend)) for backend in ("triton", "reference")]
+    for one in caches:
+        one.prefill(*inputs.part(0, 130))
+    for i in range(130, 145):
+        outputs = [one.decode(*inputs.part(i, i + 1)) for one in caches]
+        torch.testing.assert_close(*outputs)
+        assert caches[0].read_bytes == caches[1].read_bytes
+    copied = caches[0].copy()
+    read_bytes = copied.read_bytes
+    caches[0].decode(*inputs.part(0, 1))
+    assert copied.read_bytes == read_bytes
+
+
+def test_the_interpreter_is_used_only_when_asked_for() -> None:
+    tokens = torch.zeros(1, 1, 1, 64)
+    assert find_backend("triton", tokens, "hybrid")[0] is triton
+    assert find_backend("auto", tokens, "hybrid")[0] is not triton
+
+
+def test_it_declines_with_a_reason() -> None:
+    assert "head_dim=257" in str(triton.decline(torch.zeros(1, 1, 1, 257)))
+    assert "float64" in str(triton.decline(torch.zeros(1, 1, 1, 64, dtype=torch.float64)))
+    assert "not on meta" in str(triton.decline(torch.zeros(1, 1, 1, 64, device="meta")))
+    backend, reasons = find_backend("triton", torch.zeros(1, 1, 1, 64), "magic")
+    assert backend is None
+    assert "scoring='magic' is none of none, hybrid" in reasons[0]
+
+
+def test_without_triton_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(triton, "import_module", fail)
+    triton._load.cache_clear()
+    assert "install rocketkv[triton]" in str(triton.decline(torch.zeros(1, 1, 1, 64)))
+
+
+@pytest.fixture(autouse=True)
+def reload() -> Iterator[None]:
+    """Load the kernels anew after a test that made loading them fail."""
+    yield
+    triton._load.cache_clear()
+
+
+def test_the_kernels_lay_things_out_as_the_reference_does() -> None:
+    kernels = triton._load()
+    assert not isinstance(kernels, str)
+    assert kernels.PAGES_PER_BLOCK.value == ops.PAGES_PER_BLOCK
