@@ -27,7 +27,8 @@ test-triton: setup
 test-oldest:
 	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
 	.venv-oldest/bin/pytest -n 2 $(filter-out $(addprefix tests/test_,attention.py backends.py ops.py cache.py golden.py \
-	    budget.py config.py plan.py memory.py triton.py triton_compiled.py eval_metrics.py eval_report.py),$(wildcard tests/test_*.py))
+	    budget.py config.py plan.py memory.py triton.py triton_compiled.py eval_longbench.py eval_metrics.py eval_report.py \
+	    eval_scbench.py),$(wildcard tests/test_*.py))
 
 .venv-oldest/.oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)

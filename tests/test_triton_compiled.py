@@ -52,11 +52,12 @@ def source_of(launch: triton.Launch, token: dict[str, torch.Tensor | None]) -> A
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("scoring", triton.scorings())
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "archived"),
-    [(torch.bfloat16, 128, False), (torch.float32, 256, True)],
-    ids=["llama", "widest"],
+    ("scoring", "dtype", "head_dim", "archived"),
+    [
+        *((scoring, torch.bfloat16, 128, False) for scoring in triton.scorings()),
+        ("hybrid", torch.float32, 256, True),  # the widest
+    ],
 )
 def test_kernels_compile_fit_and_do_not_spill(
     seeded: torch.Generator, scoring: str, dtype: torch.dtype, head_dim: int, archived: bool, target: str
