@@ -23,12 +23,12 @@ test: setup
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_triton.py
 
-# What touches transformers, on the oldest version that the project supports, in an environment of its own.
+# What runs models of transformers, on the oldest version that the project supports, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
 	.venv-oldest/bin/pytest -n 2 $(filter-out $(addprefix tests/test_,attention.py backends.py ops.py cache.py golden.py \
-	    budget.py config.py plan.py memory.py triton.py triton_compiled.py eval_longbench.py eval_metrics.py eval_report.py \
-	    eval_scbench.py),$(wildcard tests/test_*.py))
+	    budget.py config.py plan.py memory.py triton.py triton_compiled.py eval_longbench.py eval_metrics.py eval_niah.py \
+	    eval_qa.py eval_report.py eval_rows.py eval_ruler.py eval_scbench.py),$(wildcard tests/test_*.py))
 
 .venv-oldest/.oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)
