@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rocketkv.eval.markdown import table
 from rocketkv.eval.methods import Arm
 from rocketkv.eval.results import FULL_CACHE, Cell, Results, layer_means, mean_of
 from rocketkv.eval.runs import read_runs
@@ -30,14 +31,14 @@ def main() -> None:
     can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
     print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
     by_budget(single, BUDGETS, lambda arm: kept(single, arm, can_do))
-    print("## rocketkv less the others, on the same samples\n")
-    by_budget(single, BUDGETS, lambda arm: less(single, arm, can_do))
+    for one in ("rocketkv", "rocketkv:selection=lowbit"):
+        print(f"## {one} less the others, on the same samples\n")
+        by_budget(single, BUDGETS, lambda arm, one=one: less(single, one, arm, can_do))
     for budget in BUDGETS:
         print(f"## By task at t = {budget}\n")
         arms = single.arms_at(budget)
-        print_table(
-            ["task", "n", *(arm.method for arm in arms)], [by_task(single, cell, arms) for cell in single.cells]
-        )
+        rows = [by_task(single, cell, arms) for cell in single.cells]
+        print(table(["task", "n", *(arm.method for arm in arms)], rows) + "\n")
     print("## Needles by length\n")
     needles = [cell for cell in single.cells if cell.suite == "niah"]
     by_budget(single, (64, *BUDGETS), lambda arm: " / ".join(score(single, arm, cell) for cell in needles))
@@ -63,12 +64,8 @@ def by_budget(results: Results, budgets: Sequence[int], cell: Callable[[Arm], st
     """A row per method, a column per budget."""
     rows = [[name, *(cell(Arm(name, budget)) for budget in budgets)] for name in results.methods if name != "full"]
     full = cell(FULL_CACHE)
-    print_table(["method", *(f"t = {budget}" for budget in budgets)], [["full", *[full] * len(budgets)], *rows])
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """In Markdown, with a line after it."""
-    print("\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n")
+    header = ["method", *(f"t = {budget}" for budget in budgets)]
+    print(table(header, [["full", *[full] * len(budgets)], *rows]) + "\n")
 
 
 def score(results: Results, arm: Arm, cell: Cell) -> str:
@@ -92,11 +89,11 @@ def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
     return f"{mean:.1f} ({100 * share.value:.0f}% [{100 * share.low:.0f}, {100 * share.high:.0f}])"
 
 
-def less(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
-    """What our defaults score above a method, paired by sample."""
+def less(results: Results, method: str, arm: Arm, cells: Sequence[Cell]) -> str:
+    """What a method scores above another at the same budget, paired by sample; bold where it is more than noise."""
     if arm == FULL_CACHE:
         return ""
-    return difference(results, Arm("rocketkv", arm.token_budget), arm, cells)
+    return difference(results, Arm(method, arm.token_budget), arm, cells)
 
 
 def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
