@@ -8,7 +8,7 @@ from rocketkv.index import LowBitIndex
 from rocketkv.ops import GROUP, lowbit_logits
 from rocketkv.selection.base import SelectionMethod
 
-MORE_HELD = 1.4  # times what the paper leaves to page bounds, which grow poorer faster the more they cover
+MORE_HELD = 1.4  # times the paper's formula, which suits page bounds: those get poorer the more tokens they cover
 CHANNEL_SHARE = 0.5 / 2 + 2 / GROUP  # of a 16-bit element: what one channel of one token takes, its range included
 
 

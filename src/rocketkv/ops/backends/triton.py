@@ -76,7 +76,8 @@ class Launch:
 class TritonStep:
     """One decode step as two or three launches; see `FusedStep`.
 
-    It neither waits for the device nor lets the host's work depend on what is there, so it can be captured in a graph.
+    It neither waits for the device nor lets the host's work depend on what is there, so it should bear
+    capture in a CUDA graph; no GPU has tried it.
     """
 
     def __init__(self, layer: LayerTensors) -> None:

@@ -1,6 +1,6 @@
 """The kernels behind `triton.py`: one decode step of one layer in three launches, append and score, choose, attend.
 
-Grids follow from capacities, so that a step can be captured: lengths are read on the device, and programs beyond them
+Grids follow from capacities, so that a step could be captured: lengths are read on the device, and programs beyond them
 have nothing to do. The new token counts as stored from the first kernel on; the last one adds it to the lengths.
 
 Tensors are those of `LayerTensors`, dense. A unit is what has a score: a page, or a token where each is scored. The
