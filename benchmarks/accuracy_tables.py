@@ -20,7 +20,7 @@ from rocketkv.eval.tables import difference
 HERE = Path(__file__).parent / "accuracy"
 FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
 TURNS = ("niah-turns", "squad-turns")
-ABLATION = ("ablation-niah", "ablation-fidelity")
+ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-lowbit-niah", "ablation-lowbit-fidelity"))
 BUDGETS = (128, 256, 512)
 MIN_SAMPLES = 30  # of a cell that counts for the average
 
@@ -50,9 +50,10 @@ def main() -> None:
         )
     print("## Fidelity: KL, top-1 agreement, MiB read per step, MiB held, relative error of the output\n")
     by_budget(fidelity, (64, *BUDGETS), lambda arm: faithful(fidelity, arm))
-    print("## Ablation: needles, KL, relative error of the output\n")
-    ablation = read(*ABLATION)
-    by_budget(ablation, BUDGETS, lambda arm: ablated(ablation, arm))
+    for names in ABLATIONS:
+        print(f"## {', '.join(names)}: needles, KL, relative error of the output\n")
+        ablation = read(*names)
+        by_budget(ablation, BUDGETS, lambda arm, ablation=ablation: ablated(ablation, arm))
 
 
 def read(*names: str) -> Results:
@@ -121,11 +122,11 @@ def ablated(results: Results, arm: Arm) -> str:
     needles, passages = (
         results.at(arm, [c for c in results.cells if (c.suite == "fidelity") == told]) for told in (False, True)
     )
-    if not needles or arm == FULL_CACHE:
+    if not passages or arm == FULL_CACHE:
         return ""
-    found = 100 * sum(record["scores"]["score"] for record in needles) / len(needles)
+    found = f"{100 * np.mean([record['scores']['score'] for record in needles]):.0f}" if needles else "-"
     error = 100 * layer_means(passages, "output_error").mean()
-    return f"{found:.0f}, {mean_of(passages, 'kl'):.3f}, {error:.1f}%"
+    return f"{found}, {mean_of(passages, 'kl'):.3f}, {error:.1f}%"
 
 
 if __name__ == "__main__":
