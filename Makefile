@@ -41,7 +41,7 @@ sanitize: setup
 	cmake --build build/sanitize -j2 > /dev/null
 	ROCKETKV_TEST_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -q tests/test_backends.py
+	    $(BIN)/pytest -q -n 2 tests/test_backends.py
 
 lint: setup
 	$(BIN)/ruff check .
