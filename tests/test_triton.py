@@ -10,6 +10,8 @@ import torch
 from inputs import make_inputs
 from layers import DTYPES, check_steps, make_layer
 from rocketkv import Budget, LayerCache, RocketKVConfig, cache, ops
+from rocketkv.index import LowBitIndex
+from rocketkv.ops import lowbit
 from rocketkv.ops.backends import find_backend, triton
 
 if (reason := triton.decline(torch.zeros(1, 1, 1, 64))) is not None:
@@ -79,8 +81,9 @@ def test_ragged_rows_with_plans_of_their_own(seeded: torch.Generator, scoring: s
 def test_ties_go_to_the_earlier_token(seeded: torch.Generator, scoring: str, page_size: int) -> None:
     layer = make_layer(seeded, scoring, [[90, 200]], page_size=page_size, sinks=2, recents=2)
     layer.keys.fill_(1.0)
-    for bounds in layer.index:
-        bounds.fill_(1.0)
+    alike = LowBitIndex(layer.keys, layer.lengths).buffers if scoring == "lowbit" else map(torch.ones_like, layer.index)
+    for stored, new in zip(layer.index, alike, strict=True):
+        stored.copy_(new)
     chosen = torch.empty_like(layer.positions)
     one = torch.ones(1, 2, 1, 64)
     triton.bind(layer)(torch.ones(1, 6, 1, 64), one, one, chosen)
@@ -109,7 +112,7 @@ def test_what_is_no_number_shows_in_the_output(seeded: torch.Generator, scoring:
         assert (places.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("scoring", ["none", "hybrid"])
+@pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
 def test_a_step_is_few_launches_and_leaves_its_scratch_ready(
     seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, scoring: str
 ) -> None:
@@ -125,11 +128,38 @@ def test_a_step_is_few_launches_and_leaves_its_scratch_ready(
     assert not step.launches[-1].arguments["pieces_done"].any()
 
 
-def test_unread_channels_are_not_read(seeded: torch.Generator) -> None:
-    layer = make_layer(seeded, "hybrid", [[90, 90]], num_channels=5)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_low_bit_keys_fill_up_and_close(seeded: torch.Generator, dtype: torch.dtype) -> None:
+    sizes = {"group": 4, "head_dim": 48, "dtype": dtype, "num_channels": 17}
+    check_steps(triton, make_layer(seeded, "lowbit", [[62, 127], [1021, 1023]], **sizes), seeded, steps=4)
+
+
+@pytest.mark.parametrize(
+    "values", [(3.0, 3.0), (torch.nan, 1.0), (torch.inf, 1.0), (-torch.inf, torch.inf), (6e4, -6e4)]
+)
+def test_a_group_of_extremes_is_quantized_as_by_the_reference(
+    seeded: torch.Generator, values: tuple[float, float]
+) -> None:
+    layer = make_layer(seeded, "lowbit", [[63, 127]], dtype=torch.float16)
+    layer.index[2][..., :63] = torch.tensor(values)[torch.randint(2, (1, 2, 64, 63), generator=seeded)]
+    expected = ops.LowBitKeys(*(buffer.clone() for buffer in layer.index))
+    key = torch.randn(1, 2, 1, 64, generator=seeded).half()
+    ops.append_lowbit(expected, key, layer.lengths.clone())
+    triton.bind(layer)(torch.ones(1, 6, 1, 64).half(), key, key)
+    for mine, reference in zip(layer.index, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scoring", ["hybrid", "lowbit"])
+def test_unread_channels_are_not_read(seeded: torch.Generator, scoring: str) -> None:
+    layer = make_layer(seeded, scoring, [[90, 90]], num_channels=5)
     query = torch.randn(1, 6, 1, 64, generator=seeded)
     query[..., 5:] *= 1e-3
-    layer.index[0].view(1, 2, -1, 2, 64, 32)[:, :, :, :, 5:] = torch.nan  # minima, maxima
+    if scoring == "hybrid":
+        layer.index[0].view(1, 2, -1, 2, 64, 32)[:, :, :, :, 5:] = torch.nan  # minima, maxima
+    else:
+        _, ranges, open_keys = layer.index
+        ranges[:, :, :, 5:], open_keys[:, :, 5:] = torch.nan, torch.nan
     key = torch.randn(1, 2, 1, 64, generator=seeded)
     step = triton.bind(layer)
     step(query, key, key)
@@ -137,7 +167,7 @@ def test_unread_channels_are_not_read(seeded: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-@pytest.mark.parametrize("selection", ["hybrid", "quest", "sparq", "exact"])
+@pytest.mark.parametrize("selection", ["hybrid", "quest", "sparq", "exact", "lowbit"])
 def test_a_cache_that_grows_decodes_as_by_the_reference(
     seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, selection: str, mode: str
 ) -> None:
@@ -192,3 +222,5 @@ def test_the_kernels_lay_things_out_as_the_reference_does() -> None:
     kernels = triton._load()
     assert not isinstance(kernels, str)
     assert kernels.PAGES_PER_BLOCK.value == ops.PAGES_PER_BLOCK
+    for name in ("GROUP", "GROUPS_PER_BLOCK", "LEVELS"):
+        assert getattr(kernels, name).value == getattr(lowbit, name)

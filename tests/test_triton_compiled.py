@@ -56,7 +56,7 @@ def source_of(launch: triton.Launch, token: dict[str, torch.Tensor | None]) -> A
     ("scoring", "dtype", "head_dim", "archived"),
     [
         *((scoring, torch.bfloat16, 128, False) for scoring in triton.scorings()),
-        ("hybrid", torch.float32, 256, True),  # the widest
+        *((scoring, torch.float32, 256, True) for scoring in ("hybrid", "lowbit")),  # the widest
     ],
 )
 def test_kernels_compile_fit_and_do_not_spill(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.ops.backends.base import LayerTensors
+from rocketkv.ops.lowbit import GROUP
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
@@ -46,7 +47,7 @@ def decline(tokens: Tensor) -> str | None:
 
 def scorings() -> tuple[str, ...]:
     """The scorings that the kernels know."""
-    return ("none", "hybrid", "bound", "exact")
+    return ("none", "hybrid", "bound", "exact", "lowbit")
 
 
 def bind(layer: LayerTensors) -> "TritonStep":
@@ -88,9 +89,13 @@ class TritonStep:
         position_capacity = layer.positions.shape[2]
         scoring = layer.scoring if layer.index or layer.scoring == "exact" else "none"
         bounds = layer.index[0] if scoring in ("hybrid", "bound") else None
+        codes, ranges, open_keys = layer.index if scoring == "lowbit" else (None, None, None)
         head_dim_padded = max(LEAST_DOT, _power_of_two(head_dim))
         rows = TILE_BYTES // (head_dim_padded * layer.keys.element_size())
-        part, tile = min(PART, rows), min(TILE, rows)
+        width = min(
+            head_dim_padded, TILE_BYTES // (2 * GROUP * layer.keys.element_size())
+        )  # half a tile of low-bit keys
+        part, tile = GROUP if scoring == "lowbit" else min(PART, rows), min(TILE, rows)
         num_units = 0 if scoring == "none" else position_capacity  # pages are as many at most
         num_parts = -(-num_units // part)
         dense, selected = int(layer.dense_lengths.max()), int(layer.top_k.max())
@@ -142,7 +147,8 @@ class TritonStep:
             | scores
             | dims
             | tile_dims
-            | {"bounds": bounds, "num_blocks": 0 if bounds is None else bounds.shape[2], "PART": part},
+            | {"bounds": bounds, "codes": codes, "ranges": ranges, "open_keys": open_keys}
+            | {"num_blocks": layer.index[0].shape[2] if layer.index else 0, "PART": part, "WIDTH": width},
             num_warps=4,
         )
         self._choose = None

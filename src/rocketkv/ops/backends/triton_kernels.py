@@ -16,6 +16,11 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 PAGES_PER_BLOCK = tl.constexpr(32)  # see ops/pages.py
+GROUP = tl.constexpr(64)  # this and the next two: see ops/lowbit.py
+GROUPS_PER_BLOCK = tl.constexpr(16)
+LEVELS = tl.constexpr(15)
+CHANNELS = tl.constexpr(32)  # looked at together, so that registers hold them
+HALF = tl.constexpr(GROUP.value // 2)  # tokens whose codes are the low halves of bytes
 SIZES = ("token_capacity", "position_capacity", "num_blocks", "num_units", "num_parts", "num_pieces", "most_chosen")
 
 
@@ -60,18 +65,28 @@ def _channel_order(queries, start, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _largest_channels(
-    query, queries, head, num_channels, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr
+def _are_largest(
+    query,
+    queries,
+    head,
+    start,
+    num_channels,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Mark the `num_channels` channels in which the heads of `queries`, `[G, D]`, are largest together: `[D]` bool.
+    """Mark those of the channels of `queries`, `[G, WIDTH]` from `start` on, that are read: `[WIDTH]` bool.
 
-    See `largest_channels` in ops/channels.py. A channel is among them if fewer come before it.
+    Read are the `num_channels` in which the heads are largest together; see `largest_channels` in ops/channels.py. A
+    channel is among them if fewer come before it.
     """
-    order = _channel_order(queries, 0, D, D_PAD, D_PAD)
-    num_before = tl.zeros([D_PAD], tl.int32)
-    WIDTH: tl.constexpr = min(D_PAD, 32)  # compared at once, so that registers hold it
-    for start in range(0, D_PAD, WIDTH):
-        others = _channel_order(_load_query(query, head, start, G, D, G_PAD, WIDTH), start, D, D_PAD, WIDTH)
+    order = _channel_order(queries, start, D, D_PAD, WIDTH)
+    num_before = tl.zeros([WIDTH], tl.int32)
+    STEP: tl.constexpr = min(D_PAD, CHANNELS)
+    for first in range(0, D_PAD, STEP):
+        others = _channel_order(_load_query(query, head, first, G, D, G_PAD, STEP), first, D, D_PAD, STEP)
         num_before += tl.sum((others[None, :] > order[:, None]).to(tl.int32), 1)
     return num_before < num_channels
 
@@ -87,6 +102,70 @@ def _fold_key(bounds, key, first, NUM_ROWS: tl.constexpr, D: tl.constexpr, D_PAD
         tl.store(at, key, mask=(channel < D) & (is_beyond | (new != new)))
 
 
+@triton.jit
+def _group_start(head, group, num_blocks, D: tl.constexpr):
+    """Where, counted in groups of one channel, that of channel 0 of a group of tokens stands."""
+    return (head * num_blocks + group // GROUPS_PER_BLOCK) * (D * GROUPS_PER_BLOCK) + group % GROUPS_PER_BLOCK
+
+
+@triton.jit
+def _close_group(codes, ranges, open_keys, head, first, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Quantize the open group, which is full; its channels begin at `first`. See `quantize_groups` in ops/lowbit.py."""
+    token = tl.arange(0, HALF)
+    for start in range(0, D_PAD, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        is_channel = channel < D
+        at = open_keys + (head * D + channel[:, None]) * GROUP + token[None, :]
+        early = tl.load(at, mask=is_channel[:, None], other=0.0).to(tl.float32)
+        late = tl.load(at + HALF, mask=is_channel[:, None], other=0.0).to(tl.float32)
+        is_broken = tl.sum(((early != early) | (late != late)).to(tl.int32), 1) > 0  # minima pass over no numbers
+        low = tl.where(is_broken, float("nan"), tl.minimum(tl.min(early, 1), tl.min(late, 1)))
+        high = tl.maximum(tl.max(early, 1), tl.max(late, 1))
+        step = _rounded(tl.div_rn(high - low, tl.full([CHANNELS], LEVELS, tl.float32)), ranges.dtype.element_ty)
+        packed = _codes(early, low, step) | (_codes(late, low, step) << 4)
+        row = first + channel * GROUPS_PER_BLOCK
+        tl.store(codes + row[:, None] * HALF + token[None, :], packed.to(tl.uint8), mask=is_channel[:, None])
+        tl.store(ranges + row * 2, low.to(step.dtype), mask=is_channel)
+        tl.store(ranges + row * 2 + 1, step, mask=is_channel)
+
+
+@triton.jit
+def _codes(keys, low, step):
+    """The nearest steps above `low`, 0 to LEVELS, of keys `[D, HALF]`; 0 where a channel has one value only."""
+    width = tl.broadcast_to(step.to(tl.float32)[:, None], keys.shape)
+    steps = tl.div_rn(keys - low[:, None], width)
+    steps = tl.where(steps == steps, tl.minimum(tl.maximum(steps, 0.0), LEVELS), 0.0)
+    return ((steps + 8388608.0) - 8388608.0).to(tl.int32)  # 2**23: beyond it there are whole numbers only
+
+
+@triton.jit
+def _lowbit_products(q, is_read, codes, ranges, open_keys, head, first, start, is_closed, D: tl.constexpr):
+    """Products of queries, `[G, WIDTH]` from channel `start` on, with a group's keys, `[G, GROUP]`.
+
+    See `lowbit_logits` in ops/lowbit.py.
+    """
+    WIDTH: tl.constexpr = q.shape[1]
+    channel, token = start + tl.arange(0, WIDTH), tl.arange(0, HALF)
+    mask = is_read[:, None]
+    q = tl.where(is_read[None, :], q, 0.0)
+    if is_closed:
+        dtype: tl.constexpr = tl.bfloat16 if q.dtype == tl.bfloat16 else tl.float32
+        row = first + channel * GROUPS_PER_BLOCK
+        packed = tl.load(codes + row[:, None] * HALF + token[None, :], mask=mask, other=0)
+        low = tl.load(ranges + row * 2, mask=is_read, other=0.0).to(tl.float32)
+        step = tl.load(ranges + row * 2 + 1, mask=is_read, other=0.0).to(tl.float32)
+        read = q.to(tl.float32)
+        weights = _rounded(read * step[None, :], dtype)
+        offsets = tl.sum(read * low[None, :], 1)[:, None]
+        early = _product(weights, (packed & 15).to(tl.float32).to(dtype)) + offsets
+        late = _product(weights, (packed >> 4).to(tl.float32).to(dtype)) + offsets
+    else:
+        at = open_keys + (head * D + channel[:, None]) * GROUP + token[None, :]
+        early = _product(q, tl.load(at, mask=mask, other=0.0))
+        late = _product(q, tl.load(at + HALF, mask=mask, other=0.0))
+    return tl.permute(tl.join(early, late), (0, 2, 1)).reshape(q.shape[0], GROUP)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def append_and_score(
     query,
@@ -99,6 +178,9 @@ def append_and_score(
     archive_lengths,
     seen,
     bounds,
+    codes,
+    ranges,
+    open_keys,
     page_size,
     num_channels,
     dense_lengths,
@@ -118,8 +200,9 @@ def append_and_score(
     G_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
     PART: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Store the new token; give `PART` units of a head their logits. Grid: heads, parts.
+    """Store the new token; give `PART` units of a head their logits, `WIDTH` channels at once. Grid: heads, parts.
 
     Reads what the scoring reads of the index (or of the keys), and the query once for each part.
     """
@@ -141,6 +224,11 @@ def append_and_score(
         if bounds is not None:
             first = (head * num_blocks + own // PAGES_PER_BLOCK) * NUM_ROWS * PAGES_PER_BLOCK
             _fold_key(bounds, new_key, first + own % PAGES_PER_BLOCK, NUM_ROWS, D, D_PAD)
+        if SCORING == "lowbit":
+            tl.store(open_keys + (head * D + channel) * GROUP + place % GROUP, new_key, mask=is_channel)
+            if place % GROUP == GROUP - 1:
+                tl.debug_barrier()
+                _close_group(codes, ranges, open_keys, head, _group_start(head, part, num_blocks, D), D, D_PAD)
         tl.debug_barrier()  # this program scores the new token, too
 
     if SCORING != "none":
@@ -148,8 +236,10 @@ def append_and_score(
         units = (length + size - 1) // size
         if (length <= tl.load(dense_lengths + row)) | (part * PART >= units):
             return
-        q = _load_query(query, head, 0, G, D, G_PAD, D_PAD)
         unit = part * PART + tl.arange(0, PART)
+        most_channels = tl.load(num_channels + row)
+        if SCORING != "lowbit":
+            q = _load_query(query, head, 0, G, D, G_PAD, D_PAD)
         if SCORING == "exact":
             slots = unit.to(tl.int64)
             is_token = unit < length
@@ -161,13 +251,21 @@ def append_and_score(
                 other=0.0,
             )
             products = _product(q, tl.trans(tile)) * scale
+        elif SCORING == "lowbit":  # a part is a group
+            first, is_closed = _group_start(head, part, num_blocks, D), length >= (part + 1) * PART
+            products = tl.zeros([G_PAD, PART], tl.float32)
+            for start in range(0, D_PAD, WIDTH):
+                read = _load_query(query, head, start, G, D, G_PAD, WIDTH)
+                is_read = _are_largest(query, read, head, start, most_channels, G, D, G_PAD, D_PAD, WIDTH)
+                products += _lowbit_products(read, is_read, codes, ranges, open_keys, head, first, start, is_closed, D)
+            products *= scale
         else:
             block = unit // PAGES_PER_BLOCK
             is_there = block * PAGES_PER_BLOCK < units  # whole blocks, so that rows are read in one go
             start = (head * num_blocks + block) * (NUM_ROWS * PAGES_PER_BLOCK) + unit % PAGES_PER_BLOCK
             q32 = q.to(tl.float32)
             if SCORING == "hybrid":
-                is_read = _largest_channels(query, q, head, tl.load(num_channels + row), G, D, G_PAD, D_PAD)
+                is_read = _are_largest(query, q, head, 0, most_channels, G, D, G_PAD, D_PAD, D_PAD)
                 takes_maxima = (tl.sum(q32, 0) > 0) | (NUM_ROWS == D)
                 index_row = channel + tl.where(takes_maxima, NUM_ROWS - D, 0)
                 tile = tl.load(
@@ -309,14 +407,18 @@ def choose(
 
 
 @triton.jit
-def _scored_bytes(length, size, num_channels, NUM_ROWS: tl.constexpr, D: tl.constexpr, SCORING: tl.constexpr):
-    """Elements that the scoring of a head reads."""
+def _scored_bytes(
+    length, size, num_channels, NUM_ROWS: tl.constexpr, D: tl.constexpr, SCORING: tl.constexpr, BYTES: tl.constexpr
+):
+    """What the scoring of a head reads, if an element has so many bytes."""
     pages = (length + size - 1) // size
+    if SCORING == "lowbit":
+        return num_channels * (length // GROUP * (HALF + 2 * BYTES) + length % GROUP * BYTES)
     if SCORING == "hybrid":
-        return pages * num_channels
+        return pages * num_channels * BYTES
     if SCORING == "bound":
-        return pages * NUM_ROWS
-    return length * D
+        return pages * NUM_ROWS * BYTES
+    return length * D * BYTES
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -430,9 +532,9 @@ def attend(
     tl.store(output + (head * G + group[:, None]) * D + channel[None, :], mean, mask=is_out)
 
     size = tl.load(page_size + row) if page_size is not None else 1
-    scored = _scored_bytes(length, size, tl.load(num_channels + row), NUM_ROWS, D, SCORING)
-    elements = 2 * count * D + tl.where(selects, scored, 0)
-    tl.store(read_bytes + head, elements * (keys.dtype.element_ty.primitive_bitwidth // 8))
+    BYTES: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+    scored = _scored_bytes(length, size, tl.load(num_channels + row), NUM_ROWS, D, SCORING, BYTES)
+    tl.store(read_bytes + head, 2 * count * D * BYTES + tl.where(selects, scored, 0))
     if report is not None:
         tl.store(report + head * position_capacity + count, -1, mask=count < position_capacity)
     tl.store(pieces_done + head, 0)
