@@ -17,18 +17,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 test: setup
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The GPU kernels in Triton's interpreter; `make test` compiles them for GPUs.
 test-triton: setup
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_triton.py
 
 # What runs models of transformers, on the oldest version that the project supports, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
-	.venv-oldest/bin/pytest -n 2 $(filter-out $(addprefix tests/test_,attention.py backends.py ops.py cache.py golden.py \
-	    budget.py config.py plan.py memory.py triton.py triton_compiled.py eval_longbench.py eval_metrics.py eval_niah.py \
-	    eval_qa.py eval_report.py eval_rows.py eval_ruler.py eval_scbench.py),$(wildcard tests/test_*.py))
+	.venv-oldest/bin/pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,hf fast weights models session smollm2 eval_generation)
 
 .venv-oldest/.oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)
@@ -41,7 +39,7 @@ sanitize: setup
 	cmake --build build/sanitize -j2 > /dev/null
 	ROCKETKV_TEST_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -q -n 2 tests/test_backends.py
+	    $(BIN)/pytest -q -n 2 --dist worksteal tests/test_backends.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -70,7 +68,7 @@ demo: setup
 # what the defaults were chosen from, `eval-smoke` for CI. `eval-report` is of whatever has been run.
 DATA ?= ../shared/data
 EVAL ?= build/eval
-METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper,rocketkv:selection=exact,rocketkv:selection=lowbit
+METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper,rocketkv:selection=exact,rocketkv:selection=hybrid
 RUN := $(BIN)/rocketkv eval run --dtype bfloat16 --methods
 NOVELS := $(EVAL)/novels
 eval-core: setup $(NOVELS)
@@ -78,10 +76,10 @@ eval-core: setup $(NOVELS)
 	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah
 	$(RUN) $(METHODS) --suite fidelity --budgets 64,128,256,512 --lengths 2048,4096,7500 --samples 1 \
 	    --data $(NOVELS) --out $(EVAL)/fidelity
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite niah --tasks passkey_turns --budgets 128,256,512 --lengths 2048 --samples 3 \
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite niah --tasks passkey_turns --budgets 128,256,512 --lengths 2048 --samples 3 \
 	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah-turns
 	$(RUN) $(METHODS) --suite qa --tasks nq,squad --budgets 128,256,512 --lengths 2048 --samples 30 --data $(DATA) --out $(EVAL)/qa
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
 	    --data $(DATA) --out $(EVAL)/squad-turns
 	$(RUN) $(METHODS) --suite qa --tasks lines --budgets 128,256,512 --samples 30 \
 	    --data $(DATA)/longeval_200_lines.jsonl.gz --out $(EVAL)/lines
@@ -90,15 +88,15 @@ eval-core: setup $(NOVELS)
 eval: eval-core eval-ablation
 	$(RUN) $(METHODS) --suite ruler --budgets 128,256,512 --lengths 2048,4096 --samples 30 \
 	    --haystack $(NOVELS)/persuasion.txt --data $(DATA) --out $(EVAL)/ruler
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite qa --tasks kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite qa --tasks kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
 	    --data $(DATA)/kv_retrieval_75_keys.jsonl.gz --out $(EVAL)/kv
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=lowbit --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
+	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
 	$(MAKE) eval-report
 
 # Another seed and, for needles, another text than the core's.
-OURS := rocketkv:
-ABLATION := full,rocketkv,rocketkv_paper,$(OURS)sink_tokens=4,$(OURS)sink_tokens=16,$(OURS)recent_tokens=4,$(OURS)recent_tokens=32,$\
-    $(OURS)window_size=8,$(OURS)window_size=16,$(OURS)window_size=64,$(OURS)kernel_size=15
+ABLATION := full,rocketkv,rocketkv_paper,rocketkv:sink_tokens=4,rocketkv:sink_tokens=16,rocketkv:recent_tokens=0,$\
+    rocketkv:recent_tokens=4,rocketkv:recent_tokens=32,rocketkv:window_size=8,rocketkv:window_size=16,$\
+    rocketkv:window_size=64,rocketkv:kernel_size=15
 eval-ablation: setup $(NOVELS)
 	$(RUN) $(ABLATION) --suite fidelity --budgets 128,256,512 --lengths 4096 --samples 1 --seed 7 \
 	    --data $(NOVELS) --out $(EVAL)/ablation/fidelity
