@@ -20,7 +20,7 @@ from rocketkv.eval.tables import difference
 HERE = Path(__file__).parent / "accuracy"
 FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
 TURNS = ("niah-turns", "squad-turns")
-ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-lowbit-niah", "ablation-lowbit-fidelity"))
+ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
 MIN_SAMPLES = 30  # of a cell that counts for the average
 
@@ -31,7 +31,7 @@ def main() -> None:
     can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
     print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
     by_budget(single, BUDGETS, lambda arm: kept(single, arm, can_do))
-    for one in ("rocketkv", "rocketkv:selection=lowbit"):
+    for one in ("rocketkv", "rocketkv:selection=hybrid"):
         print(f"## {one} less the others, on the same samples\n")
         by_budget(single, BUDGETS, lambda arm, one=one: less(single, one, arm, can_do))
     for budget in BUDGETS:

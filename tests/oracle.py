@@ -84,6 +84,12 @@ def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group:
     return query[:, channels] @ near[:, channels].T
 
 
+def lowbit_token_scores(query: np.ndarray, keys: np.ndarray, num_channels: int) -> np.ndarray:
+    """Approximate attention of each token for one KV head by its key in 4 bits: query [G, D], keys [N, D] -> [N]."""
+    logits = lowbit_logits(query, keys, num_channels, 64) / math.sqrt(query.shape[1])
+    return np.mean([softmax(row) for row in logits], axis=0)
+
+
 def choose(scores: np.ndarray, top_k: int, sinks: int = 0, recents: int = 0) -> list[int]:
     """Pinned tokens first, then the best; of equal scores the earlier token."""
     count = len(scores)

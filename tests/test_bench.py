@@ -13,8 +13,8 @@ from rocketkv.bench import machine, memory, model, report, timing
 from rocketkv.bench.decode import NoAttention
 from rocketkv.bench.geometries import GEOMETRIES, Geometry
 from rocketkv.bench.tensors import adopted_cache, dense_config, random_tokens, sparse_config
-from rocketkv.budget import split_budget
 from rocketkv.cli import app
+from rocketkv.plan import plan_budget
 
 TINY = ("--geometry", "smollm2-135m", "--seq-len", "512", "--token-budget", "128")
 SWEEP = (*TINY[:2], "--seq-len", "512,600", "--token-budget", "64,128")
@@ -37,7 +37,8 @@ def run() -> Callable[..., Result]:
 def result_of(result: Result) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     record: dict[str, Any] = json.loads(result.stdout)
-    assert set(record["machine"]) == {"cpu", "cores", "threads", "memory_bytes", "last_level_cache_bytes"}
+    known = {"cpu", "cores", "threads", "memory_bytes", "last_level_cache_bytes", "accelerator"}
+    assert set(record["machine"]) == known
     assert set(record["versions"]) == {"python", "torch", "transformers", "rocketkv", "instruction_set"}
     for row in record["rows"]:
         if "median_ms" in row:
@@ -76,9 +77,14 @@ def test_attention_sweeps_and_reports(run: Any) -> None:
 def test_attention_compares_selection_methods(run: Any) -> None:
     sizes = ["--geometry", "smollm2-135m", "--seq-len", "900", "--token-budget", "128", "--repeats", "1"]
     record = result_of(run("attention", *sizes, "--cold-mib", "1", "--selection", "lowbit,hybrid", "--json"))
-    lowbit, hybrid = rows_named(record, "sparse_lowbit"), rows_named(record, "sparse")
+    lowbit, hybrid = rows_named(record, "sparse"), rows_named(record, "sparse:hybrid")
     assert len(lowbit) == len(hybrid) == 1
     assert lowbit[0]["bytes"] != hybrid[0]["bytes"]
+    assert_floor(record, "sparse_floor", "sparse")
+    assert_floor(record, "sparse:hybrid_floor", "sparse:hybrid")
+    for device, message in (("cuda", "this torch sees no GPU"), ("tpu", "choose from cpu, cuda")):
+        if device == "tpu" or not torch.cuda.is_available():
+            assert message in run("attention", *sizes, "--device", device).stderr
     refused = run("attention", *sizes, "--selection", "lowbits")
     assert refused.exit_code != 0
     assert "selection='lowbits' does not exist; did you mean lowbit?" in refused.output
@@ -226,7 +232,7 @@ def test_stable_means_a_narrow_median() -> None:
 def test_adopted_caches_hold_what_a_prefill_would() -> None:
     keys = random_tokens(2, 3, 2000, 64, torch.float32)
     sparse = adopted_cache(sparse_config(128), keys, keys, 2000)
-    assert int(sparse.num_stored.unique()) == split_budget(2000, 128, 64).prompt_tokens
+    assert int(sparse.num_stored.unique()) == plan_budget(sparse_config(128), 2000, 64).prompt_tokens
     assert sparse.row_seen == [2000, 2000]
     dense = adopted_cache(dense_config(128), keys, keys, 2000)
     query, key = torch.randn(2, 9, 1, 64), torch.randn(2, 3, 1, 64)

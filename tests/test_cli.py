@@ -61,13 +61,23 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 
 
 def test_budget_explains_the_split(run: Any) -> None:
-    result = run("budget", "--seq-len", "131072", "--token-budget", "512")
-    assert result.exit_code == 0
-    for part in ("256.0 x", "3019", "1007 pages", "65 of 128", "512 tokens' worth"):
-        assert part in result.stdout
-    record = json.loads(run("budget", "--seq-len", "131072", "--token-budget", "512", "--json").stdout)
-    assert record == {"prompt_tokens": 3019, "page_size": 3, "num_channels": 65, "top_k": 256}
+    sizes = ("budget", "--seq-len", "131072", "--token-budget", "512")
+    for more, parts, record in (
+        ((), ("256.0 x", "4226 tokens", "26 of 128"), {"prompt_tokens": 4226, "top_k": 386}),
+        (
+            ("--selection", "hybrid"),
+            ("256.0 x", "3019", "1007 pages of 3", "65 of 128", "512 tokens' worth"),
+            {"prompt_tokens": 3019, "page_size": 3, "num_channels": 65, "top_k": 256},
+        ),
+    ):
+        result = run(*sizes, *more)
+        assert result.exit_code == 0
+        for part in parts:
+            assert part in result.stdout
+        assert json.loads(run(*sizes, *more, "--json").stdout).items() >= record.items()
     assert "nothing is compressed" in run("budget", "--seq-len", "100").stdout
+    assert "all are attended, by default (dense_below=512)" in run("budget", "--seq-len", "400").stdout
+    assert "did you mean hybrid?" in run(*sizes, "--selection", "hybird").stderr
 
 
 def test_info_tells_what_a_bug_report_needs(run: Any) -> None:

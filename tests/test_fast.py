@@ -15,8 +15,8 @@ from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, disable, e
 from rocketkv.fast import accelerate, decelerate
 from tiny import prompts, tiny_model
 
-SMALL = RocketKVConfig(dense_below=0, token_budget=24, window_size=8, kernel_size=5)
-SMALL_MT = RocketKVConfig(dense_below=0, token_budget=24, window_size=8, kernel_size=5, mode="multi_turn")
+SMALL = RocketKVConfig(dense_below=0, token_budget=26, window_size=8, kernel_size=5)
+SMALL_MT = RocketKVConfig(dense_below=0, token_budget=26, window_size=8, kernel_size=5, mode="multi_turn")
 
 
 @pytest.fixture(autouse=True)

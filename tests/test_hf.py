@@ -36,13 +36,13 @@ from rocketkv import (
 )
 from rocketkv.cache import RaggedTokens
 from rocketkv.eviction import KeepAll, SnapKV
-from rocketkv.index import PageIndex
+from rocketkv.index import LowBitIndex
 from tiny import CONFIGS, GROUPED, prompts, tiny_model
 
 SMALL = {"window_size": 8, "kernel_size": 5}
 EVERYTHING = RocketKVConfig(dense_below=0, token_budget=4096)
-COMPRESSED = RocketKVConfig(dense_below=0, token_budget=24, **SMALL)
-COMPRESSED_MT = RocketKVConfig(dense_below=0, token_budget=24, mode="multi_turn", **SMALL)
+COMPRESSED = RocketKVConfig(dense_below=0, token_budget=26, **SMALL)
+COMPRESSED_MT = RocketKVConfig(dense_below=0, token_budget=26, mode="multi_turn", **SMALL)
 architectures = pytest.mark.parametrize("name", list(CONFIGS))
 
 
@@ -407,7 +407,7 @@ def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest(monkeypatch: p
 
     measured(SnapKV, "keep")
     measured(RaggedTokens, "keep")
-    measured(PageIndex, "__init__")
+    measured(LowBitIndex, "__init__")
     cache = RocketKVCache(model.config, RocketKVConfig(dense_below=0, token_budget=32, window_size=8, kernel_size=5))
     ids, _ = prompts(num_tokens)
     before = live_token_bytes()
@@ -605,7 +605,7 @@ def test_a_cache_whose_pass_broke_off_says_so(layer: int) -> None:
             return None
 
     model = enable(tiny_model("llama"))
-    ids, _ = prompts(50)
+    ids, _ = prompts(150)
     cache = RocketKVCache(model.config, RocketKVConfig(dense_below=0, token_budget=24, eviction=Breaks()))
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match="no luck"):

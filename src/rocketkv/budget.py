@@ -82,7 +82,7 @@ def split_selection(num_tokens: int, token_budget: int, head_dim: int) -> Split:
 
 
 def split_budget(seq_len: int, token_budget: int, head_dim: int, *, new_tokens: int = 0) -> Budget:
-    """Split the token budget between eviction and selection, as RocketKV does.
+    """Split the token budget between eviction and selection, as published; `rocketkv budget` shows ours.
 
     Args:
         seq_len: prompt tokens, >= 1.

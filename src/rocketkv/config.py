@@ -11,7 +11,7 @@ from rocketkv.ops.backends import BACKENDS
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
-DEFAULT_SELECTION = "hybrid"
+DEFAULT_SELECTION = "lowbit"
 _SELECTION_NAMES = ("held_tokens", "split", "build_index", "logits", "scored_bytes")
 
 
@@ -122,7 +122,7 @@ class RocketKVConfig:
 
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
-        """The method as published: nothing is pinned, and no row exceeds its budget. Options and errors as above."""
+        """The method as published: page bounds, nothing pinned, no row beyond its budget. Options, errors as above."""
         published = {"selection": "hybrid", "recent_tokens": 0, "dense_below": 0}
         return cls(**{"token_budget": token_budget, **published, **options})
 

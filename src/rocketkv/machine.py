@@ -19,6 +19,7 @@ def describe_machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "last_level_cache_bytes": last_level_cache_bytes(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

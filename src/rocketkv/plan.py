@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rocketkv.budget import Split, dense_split, kept_tokens
+from rocketkv.budget import Budget, Split, dense_split, kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError
 from rocketkv.selection import SelectionMethod
@@ -91,6 +91,14 @@ def plan_prefilled(
     for split in splits:
         _check(config, split, head_dim)
     return _plan(config, splits, limits, held)
+
+
+def plan_budget(config: RocketKVConfig, seq_len: int, head_dim: int) -> Budget:
+    """What stage 1 keeps of a prompt of `seq_len` tokens, and what a step of stage 2 then reads. Raises as above."""
+    selection = config.selection_method()
+    (kept,) = plan_eviction(config, selection, [seq_len])
+    plan = plan_prefilled(config, selection, seen=[seq_len], held=torch.tensor([[kept]]), head_dim=head_dim)
+    return Budget(kept, *plan.splits[0])
 
 
 def plan_outgrown(

@@ -6,8 +6,11 @@ layer that was not touched for so many bytes that no cache still holds it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,21 +67,22 @@ def measure_attention(
     on_round: OnRound | None = None,
     *,
     selections: Sequence[str] = (DEFAULT_SELECTION,),
+    device: str = "cpu",
 ) -> tuple[list[Row], float]:
     """Measure one point, where a path reads `cold_bytes` before it comes back to the same layer.
 
     Returns:
-        Rows `sparse` (one per budget; `sparse_NAME` of another selection method than the default), `dense`,
-        `sdpa_grouped` and `transformers_default`; `bytes` are those that a step must read. And the bandwidth of the
-        memory in the same rounds, of its median read, in bytes per second.
+        Rows `sparse` (one per budget; `sparse:NAME` of another selection method than the default), `dense`,
+        `sdpa_grouped`, `transformers_default` and, on a GPU that has the package, `flash_attn`; `bytes` are those that
+        a step must read. And the bandwidth of the memory in the same rounds, of its median read, in bytes per second.
 
     Raises:
         InputError: it would not fit in memory.
     """
-    read = MemoryRead()
+    read = MemoryRead(device)
     with torch.inference_mode():
-        paths = _build(geometry, dtype, point, cold_bytes, selections)
-        calls: dict[int, Call] = {**_calls(paths, geometry, point.batch, dtype), len(paths): read}
+        paths = _build(geometry, dtype, point, cold_bytes, selections, device)
+        calls: dict[int, Call] = {**_calls(paths, geometry, point.batch, dtype, device), len(paths): read}
         times = run_rounds(calls, point.pace, on_round)
     rows = []
     for i, path in enumerate(paths):
@@ -88,7 +92,7 @@ def measure_attention(
 
 
 def _build(
-    geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, selections: Sequence[str]
+    geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, selections: Sequence[str], device: str
 ) -> list[Path]:
     """Every path, filled, after one step of each layer: what a first step sets up is not the step's price."""
     seq_len, batch = point.seq_len, point.batch
@@ -104,34 +108,37 @@ def _build(
         sparse.append((config, num_layers))
         sparse_bytes += num_layers * held
     transient = 2 * layer_bytes  # the tokens to fill in, and what torch.cat makes before the old is freed
-    available = available_bytes()
+    available = available_bytes(device)
     needed = sparse_bytes + transient + 2 * num_dense * layer_bytes
     if available is not None and needed > available and layer_bytes >= cold_bytes:
         needed -= 2 * (num_dense - 1) * layer_bytes
         num_dense = 1  # one layer alone is more than any cache holds
-    check_memory(f"attention over {seq_len} tokens x batch {batch} of {geometry.name}", needed)
+    check_memory(f"attention over {seq_len} tokens x batch {batch} of {geometry.name}", needed, device)
 
     shape = (batch, geometry.num_kv_heads, seq_len, geometry.head_dim)
-    keys, values = random_tokens(*shape, dtype), random_tokens(*shape, dtype)
+    keys, values = random_tokens(*shape, dtype, device), random_tokens(*shape, dtype, device)
     paths = []
     for config, num_layers in sparse:
         caches = [adopted_cache(config, keys, values, seq_len) for _ in range(num_layers)]
-        name = "sparse" if config.selection == DEFAULT_SELECTION else f"sparse_{config.selection}"
+        name = "sparse" if config.selection == DEFAULT_SELECTION else f"sparse:{config.selection}"
         paths.append(_ours(name, config.token_budget, caches))
     dense = [adopted_cache(dense_config(max(point.token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
     plain = DynamicCache()
     for layer in range(num_dense):
         plain.update(keys, values, layer)
     paths += [_ours("dense", None, dense), _sdpa_grouped(dense), _transformers_default(plain, dense, geometry)]
+    if device != "cpu" and find_spec("flash_attn") is not None:
+        paths.append(_flash_attn(dense))
     return paths
 
 
-def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype) -> dict[int, Call]:
+def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype, device: str) -> dict[int, Call]:
     """One call per path: the matrix product, then the attention, which alone counts."""
-    hidden = torch.randn(batch, geometry.hidden_size, dtype=dtype)
-    weight = torch.randn(geometry.hidden_size, geometry.hidden_size, dtype=dtype)
-    queries = torch.randn(_QUERIES, batch, geometry.num_heads, 1, geometry.head_dim, dtype=dtype)
-    keys = torch.randn(_QUERIES, batch, geometry.num_kv_heads, 1, geometry.head_dim, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    hidden = torch.randn(batch, geometry.hidden_size, **options)
+    weight = torch.randn(geometry.hidden_size, geometry.hidden_size, **options)
+    queries = torch.randn(_QUERIES, batch, geometry.num_heads, 1, geometry.head_dim, **options)
+    keys = torch.randn(_QUERIES, batch, geometry.num_kv_heads, 1, geometry.head_dim, **options)
 
     def make(path: Path) -> Call:
         count = 0
@@ -142,7 +149,7 @@ def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype
             query, key = queries[count % _QUERIES], keys[count % _QUERIES]
             value = keys[(count + 1) % _QUERIES]
             torch.mm(hidden, weight)
-            return timed(lambda: path.attend(layer, query, key, value))
+            return timed(lambda: path.attend(layer, query, key, value), device)
 
         def walk() -> float:
             """Several layers in a row, as in decoding; the first meets what others left behind and does not count."""
@@ -171,13 +178,29 @@ def _sdpa_grouped(caches: list[LayerCache]) -> Path:
     """Torch's attention, the query heads of a KV head as its queries, over our dense buffers; nothing is appended."""
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        working = caches[(layer + len(caches) // 2) % len(caches)].working  # far from the layer that `dense` is at
-        assert working is not None
-        keys, values = working.keys_and_values()
+        keys, values = _tokens_far_from(caches, layer)
         grouped = query.reshape(*key.shape[:2], -1, key.shape[3])
         return scaled_dot_product_attention(grouped, keys, values).reshape(query.shape)
 
     return Path("sdpa_grouped", None, len(caches), attend, lambda: caches[0].read_bytes)
+
+
+def _flash_attn(caches: list[LayerCache]) -> Path:
+    """The flash-attn package over the same buffers; nothing is appended."""
+    flash = import_module("flash_attn").flash_attn_with_kvcache
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> object:
+        keys, values = _tokens_far_from(caches, layer)
+        return flash(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+
+    return Path("flash_attn", None, len(caches), attend, lambda: caches[0].read_bytes)
+
+
+def _tokens_far_from(caches: list[LayerCache], layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the layer that is farthest from the one that `dense` is at."""
+    working = caches[(layer + len(caches) // 2) % len(caches)].working
+    assert working is not None
+    return working.keys_and_values()
 
 
 def _transformers_default(cache: DynamicCache, dense: list[LayerCache], geometry: Geometry) -> Path:

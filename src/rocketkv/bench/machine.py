@@ -15,19 +15,32 @@ READ_BYTES = 512 * 2**20  # read at once to measure bandwidth, at least
 
 
 class MemoryRead:
-    """Reads more memory than the caches hold, once per call: the measure of how fast anything else could read.
+    """Reads more memory of a device than its caches hold, once per call: how fast anything else there could read.
 
     Attributes:
         num_bytes: read per call.
     """
 
-    def __init__(self) -> None:
-        self._buffer = torch.ones(max(READ_BYTES, 8 * last_level_cache_bytes()) // 4)
+    def __init__(self, device: str = "cpu") -> None:
+        self._buffer = torch.ones(max(READ_BYTES, 8 * last_level_cache_bytes()) // 4, device=device)
+        self._device = device
         self.num_bytes = self._buffer.nbytes
 
     def __call__(self) -> float:
         """The milliseconds of one read."""
-        return timed(self._buffer.sum)
+        return timed(self._buffer.sum, self._device)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        InputError: it is neither `cpu` nor `cuda`, or torch sees no GPU.
+    """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device={device!r} is not known; choose from cpu, cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda' is not there: this torch sees no GPU; leave --device out to measure the CPU.")
 
 
 def measure_bandwidth(reads: int = 5) -> float:
@@ -36,8 +49,10 @@ def measure_bandwidth(reads: int = 5) -> float:
     return max(1000 * read.num_bytes / read() for _ in range(reads))
 
 
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell."""
+def available_bytes(device: str = "cpu") -> int | None:
+    """Memory of a device that can be had, without swapping; None where the system does not tell."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info()[0])
     limits = []
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -51,13 +66,13 @@ def available_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def check_memory(what: str, needed_bytes: float) -> None:
+def check_memory(what: str, needed_bytes: float, device: str = "cpu") -> None:
     """Refuse what would not fit.
 
     Raises:
         InputError: more is needed than there is.
     """
-    available = available_bytes()
+    available = available_bytes(device)
     if available is not None and needed_bytes > available:
         raise InputError(
             f"{what} needs {needed_bytes / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB are available; "

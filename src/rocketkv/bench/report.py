@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rocketkv.bench.timing import FLOORS
+from rocketkv.bench.timing import floor_of
 from rocketkv.errors import InputError
 
 Record = Mapping[str, Any]
@@ -19,8 +19,7 @@ Record = Mapping[str, Any]
 AXES = {"seq_len": "tokens", "token_budget": "token budget", "batch": "batch"}
 PLOT_FORMATS = (".png", ".svg")
 
-# the floor that a row is compared with
-FLOOR_OF = FLOORS | dict.fromkeys(("sdpa_grouped", "transformers_default", "full"), "dense_floor")
+OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # their floor is that of our dense attention
 
 out = Console(highlight=False)
 
@@ -89,7 +88,8 @@ def _time_columns(rows: Sequence[Record]) -> dict[str, Any]:
     num_paths = len({row["path"] for row in rows if "path" in row})
 
     def floor_ms(row: Record) -> float:
-        return float(floors.get((FLOOR_OF.get(row["name"]), row["seq_len"], row["batch"], row["token_budget"]), 0.0))
+        floor = "dense_floor" if row["name"] in OTHERS else floor_of(row["name"])
+        return float(floors.get((floor, row["seq_len"], row["batch"], row["token_budget"]), 0.0))
 
     columns: dict[str, Any] = {
         "what": lambda row: row["name"],
@@ -157,7 +157,8 @@ def save_plot(result: Record, path: Path) -> None:
         if not points:  # the same for every value on the axis
             points = [(x, line[0][value]) for x in sorted(_values(rows, axis))]
         is_floor = line[0]["name"].endswith("_floor")
-        group = (FLOORS.get(line[0]["name"], line[0]["name"]), *(line[0][name] for name in others))
+        name = line[0]["name"] if is_floor else floor_of(line[0]["name"]) or line[0]["name"]
+        group = (name, *(line[0][other] for other in others))
         color = colors.get(group) if is_floor else None
         (drawn,) = plot.plot(*zip(*points, strict=True), "--" if is_floor else "o-", label=line_label, color=color)
         colors.setdefault(group, drawn.get_color())

@@ -11,9 +11,11 @@ BLOCK = 32768  # tokens drawn anew; longer texts repeat them
 SPARE_TOKENS = 256  # room for the tokens that a measurement decodes, so that a full cache does not grow amid it
 
 
-def random_tokens(batch: int, num_heads: int, num_tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def random_tokens(
+    batch: int, num_heads: int, num_tokens: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> Tensor:
     """Normal values, `[B, H, N, D]`."""
-    tokens = torch.empty(batch, num_heads, num_tokens, head_dim, dtype=dtype)
+    tokens = torch.empty(batch, num_heads, num_tokens, head_dim, dtype=dtype, device=device)
     block = tokens[:, :, :BLOCK].normal_()
     for start in range(BLOCK, num_tokens, BLOCK):
         part = tokens[:, :, start : start + BLOCK]

@@ -95,11 +95,16 @@ class Row:
         }
 
 
+def floor_of(name: str) -> str | None:
+    """The row with the floor of a row; `sparse:NAME`, of another selection method, has one of its own."""
+    return f"{name}_floor" if ":" in name else FLOORS.get(name)
+
+
 def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
     """The time that reading the bytes of our rows takes at `bandwidth` bytes per second: no method can be faster."""
     floors: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        name = FLOORS.get(row.name)
+        name = floor_of(row.name)
         if name is None:
             continue
         floor = Row(name, [1000 * row.num_bytes / bandwidth], row.num_bytes, row.seq_len, row.token_budget, row.batch)
@@ -110,11 +115,24 @@ def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
     return list(floors.values())
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Milliseconds that `work` takes."""
+def timed(work: Callable[[], object], device: str = "cpu") -> float:
+    """Milliseconds that `work` takes; of a GPU, those between events around it."""
+    if device != "cpu":
+        return _timed_on_gpu(work)
     start = time.perf_counter()
     work()
     return 1000 * (time.perf_counter() - start)
+
+
+def _timed_on_gpu(work: Callable[[], object]) -> float:
+    from torch.cuda import Event
+
+    start, end = (Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def run_rounds(calls: Mapping[Key, Call], pace: Pace, on_round: OnRound | None = None) -> dict[Key, list[float]]:

@@ -109,14 +109,17 @@ def attention(
     selection: Annotated[
         str | None, typer.Option(help="Selection methods, separated by commas, instead of the default.")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU, which is timed by its own events.")] = "cpu",
 ) -> None:
     """Time one layer's decode step: ours, torch's, transformers', and the floor that memory sets."""
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.attention import measure_attention
+    from rocketkv.bench.machine import check_device
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
 
     names = (selection or DEFAULT_SELECTION).split(",")
     selections = list(dict.fromkeys(name.strip() for name in names))
+    check_device(device)
     for name in selections:
         RocketKVConfig(token_budget=min(todo[0].token_budgets), selection=name)  # or refuse it by name
     rows: list[Row] = []
@@ -124,7 +127,7 @@ def attention(
     with _counted("attention", todo) as points:
         for point, on_round in points:
             measured, reached = measure_attention(
-                geometry, dtype, point, cold_mib * 2**20, on_round, selections=selections
+                geometry, dtype, point, cold_mib * 2**20, on_round, selections=selections, device=device
             )
             rows += [*measured, *floor_rows(measured, reached)]
             bandwidths.append(reached)

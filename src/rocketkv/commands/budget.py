@@ -6,21 +6,26 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, TokenBudget
+from rocketkv.commands.options import AsJson, Selection, TokenBudget
 from rocketkv.commands.terminal import out
 
 
 def budget(
-    seq_len: Annotated[int, typer.Option(help="Prompt tokens.")],
+    seq_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")],
     token_budget: TokenBudget = 256,
-    head_dim: Annotated[int, typer.Option(help="Channels of a key.")] = 128,
+    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a key.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens expected to be generated; 0: unknown.")] = 0,
+    selection: Selection = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how a token budget is split between the two stages."""
-    from rocketkv.budget import split_budget
+    from torch import tensor
 
-    split = split_budget(seq_len, token_budget, head_dim, new_tokens=new_tokens)
+    from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
+    from rocketkv.plan import plan_budget
+
+    config = RocketKVConfig(token_budget=token_budget, new_tokens=new_tokens, selection=selection or DEFAULT_SELECTION)
+    split = plan_budget(config, seq_len, head_dim)
     if as_json:
         print(json.dumps(split._asdict()))
         return
@@ -30,17 +35,23 @@ def budget(
         return
     held = split.prompt_tokens + new_tokens
     pages = -(-held // split.page_size)
-    scoring = pages * split.num_channels / (2 * head_dim)
+    scored_bytes = config.selection_method().scored_bytes(
+        tensor([[held]]), tensor([[split.page_size]]), tensor([[split.num_channels]]), head_dim, 2
+    )
+    scoring = int(scored_bytes) / (2 * 2 * head_dim)  # keys and values of 16 bits
+    scored = f"{held} tokens" if split.page_size == 1 else f"{pages} pages of {split.page_size} tokens"
     table = Table(title=f"{seq_len} prompt tokens, {new_tokens or 'unknown'} new, token budget {token_budget}")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_column("why")
     table.add_row("compression factor", f"{total / token_budget:.1f} x", "all tokens / token budget")
     table.add_row("prompt tokens kept", f"{split.prompt_tokens}", f"stage 1 evicts all but 1 in {total / held:.1f}")
-    table.add_row("page size", f"{split.page_size}", f"stage 2 scores {pages} pages of kept tokens ...")
+    table.add_row("selection", f"{config.selection}", f"stage 2 scores {scored} ...")
     table.add_row("channels", f"{split.num_channels} of {head_dim}", "... along the query's largest channels")
-    table.add_row("tokens attended exactly", f"{split.top_k}", "half of the budget")
+    table.add_row("tokens attended exactly", f"{split.top_k}", "the best by these scores")
     table.add_row(
         "read per step", f"{scoring + split.top_k:.0f} tokens' worth", f"{scoring:.0f} to score, the rest to attend"
     )
     out.print(table)
+    if held <= config.dense_tokens:
+        out.print(f"So few are held that all are attended, by default (dense_below={config.dense_tokens}).")

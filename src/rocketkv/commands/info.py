@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, Dtype
+from rocketkv.commands.options import AsJson, Dtype, Selection
 from rocketkv.commands.terminal import out, quieten
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
 GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
 Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="Of its cache.")]
-Selection = Annotated[str, typer.Option(help="Its selection method, such as hybrid or dense.")]
 Backend = Annotated[str, typer.Option(help="What is to decode: auto, reference or a backend's name.")]
 
 
@@ -26,7 +25,7 @@ def info(
     model: Model = None,
     geometry: GeometryName = None,
     mode: Mode = "single_turn",
-    selection: Selection = "hybrid",
+    selection: Selection = None,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -38,7 +37,7 @@ def info(
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from rocketkv.config import RocketKVConfig
+    from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
     from rocketkv.models import embedded_path
     from rocketkv.ops.backends import cpp
 
@@ -58,7 +57,8 @@ def info(
         "model cache": HF_HUB_CACHE,
     }
     if model or geometry:
-        config = RocketKVConfig(token_budget=256, mode=mode, selection=selection, backend=backend)
+        chosen = selection or DEFAULT_SELECTION
+        config = RocketKVConfig(token_budget=256, mode=mode, selection=chosen, backend=backend)
         facts |= _decoding(_sketch(model, geometry, dtype), config)
     if as_json:
         print(json.dumps(facts, indent=2))

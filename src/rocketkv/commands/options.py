@@ -16,6 +16,9 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Weights = Annotated[
     str | None, typer.Option(help="int8 or int4: hold the weights so; the rest is bfloat16. Default: as --dtype says.")
 ]
+Selection = Annotated[
+    str | None, typer.Option(help="Stage 2: lowbit, hybrid, dense or another method. Default: what the library uses.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
