@@ -118,20 +118,19 @@ eval-smoke: setup
 	$(RUN) full,rocketkv --suite fidelity --budgets 128 --lengths 512 --samples 1 --out build/eval-smoke/fidelity
 	$(BIN)/rocketkv eval report build/eval-smoke/niah build/eval-smoke/fidelity --out build/eval-smoke/report
 
-# Speed and memory: the figures of docs/benchmarks.md. Half an hour on two cores, which it wants for itself, and 20 GiB.
+# Speed and memory: the figures of docs/benchmarks.md. Forty minutes on two cores, which it wants for itself, and 20 GiB.
 R := benchmarks/results
 BENCH := $(BIN)/rocketkv bench
-LAYER := $(BENCH) attention --geometry llama-3.1-8b --time-limit 4 --json
+LAYER := $(BENCH) attention --geometry llama-3.1-8b --selection lowbit,hybrid --time-limit 4 --json
 MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
 	mkdir -p $(R)
-	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024,2048 \
+	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024 \
 	    --plot $(R)/layer-by-length.svg > $(R)/layer-by-length.json
-	$(LAYER) --seq-len 32768 --token-budget 128,256,512,1024,2048,4096,8192 \
+	$(LAYER) --seq-len 32768 --token-budget 128,512,2048,8192 \
 	    --plot $(R)/layer-by-budget.svg > $(R)/layer-by-budget.json
 	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8 \
 	    --plot $(R)/layer-by-batch.svg > $(R)/layer-by-batch.json
-	$(LAYER) --seq-len 65536 --token-budget 128,256,512,1024 --selection hybrid,lowbit > $(R)/layer-lowbit.json
 	$(LAYER) --seq-len 384,512,768,1024,1536,2048,4096 --token-budget 256,512,1024 > $(R)/layer-short.json
 	$(MODEL) --seq-len 98304 --token-budget 256 > $(R)/model-long.json
 	$(MODEL) --seq-len 98304 --token-budget 256 --batch 4 > $(R)/model-long-batch-4.json

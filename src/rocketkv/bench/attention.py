@@ -4,6 +4,7 @@ Kernels are timed as decoding meets them: after a matrix product of torch, with 
 layer that was not touched for so many bytes that no cache still holds it.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,7 +26,7 @@ from rocketkv.bench.tensors import adopted_cache, dense_config, held_bytes, rand
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.config import DEFAULT_SELECTION
 
-SPARSE_BYTES = 2 * 2**30  # held by all layers of one sparse path, at most
+SPARSE_BYTES = 8 * 2**30  # held by all layers of all sparse paths, at most
 MOST_LAYERS = 1024
 _WALK = 8  # layers that count in a turn, at most
 _QUERIES = 16  # drawn in advance, taken in turn
@@ -95,16 +96,18 @@ def _build(
     geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, selections: Sequence[str], device: str
 ) -> list[Path]:
     """Every path, filled, after one step of each layer: what a first step sets up is not the step's price."""
+    gc.collect()  # the last point's caches
     seq_len, batch = point.seq_len, point.batch
     token_bytes = batch * geometry.token_elements * dtype.itemsize  # of one layer
     layer_bytes = seq_len * token_bytes
     num_dense = min(MOST_LAYERS, max(2, -(-cold_bytes // layer_bytes)))
     sparse, sparse_bytes = [], 0
-    for selection, token_budget in product(selections, point.token_budgets):
+    kinds = list(product(selections, point.token_budgets))
+    for selection, token_budget in kinds:
         config = sparse_config(token_budget, selection)
         wanted = -(-cold_bytes // (min(token_budget, seq_len) * token_bytes))
         held = held_bytes(config, seq_len, token_bytes)
-        num_layers = max(2, min(wanted, SPARSE_BYTES // held, MOST_LAYERS))
+        num_layers = max(2, min(wanted, SPARSE_BYTES // (len(kinds) * held), MOST_LAYERS))
         sparse.append((config, num_layers))
         sparse_bytes += num_layers * held
     transient = 2 * layer_bytes  # the tokens to fill in, and what torch.cat makes before the old is freed
