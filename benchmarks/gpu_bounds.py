@@ -15,7 +15,7 @@ import torch
 from rocketkv.bench.geometries import GEOMETRIES
 from rocketkv.config import RocketKVConfig
 from rocketkv.eval.markdown import table
-from rocketkv.ops.backends.triton import LEAST_DOT, PART, PROGRAMS_PER_CORE, TILE, WAYS_BITS
+from rocketkv.ops.backends.triton import LEAST_DOT, LEAST_WINDOW_PART, PART, PROGRAMS_PER_CORE, TILE, WAYS_BITS
 from rocketkv.ops.lowbit import GROUP
 from rocketkv.plan import plan_budget
 
@@ -118,6 +118,34 @@ def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: 
     )
 
 
+def prefill_kernels(seq_len: int, token_budget: int) -> Iterator[Work]:
+    """The kernels that run once after a prompt: stage 1's scores in two launches, and the low-bit keys."""
+    group, dim, window = MODEL.num_heads // MODEL.num_kv_heads, MODEL.head_dim, 32
+    rows, parts = group * window, -(-seq_len // LEAST_WINDOW_PART)
+    keys, partials = seq_len * dim * ELEMENT, 8 * rows * parts
+    tokens = min(seq_len, LEAST_WINDOW_PART)
+    row_groups = -(-rows // PART)
+    yield Work(
+        "sum_window",
+        keys,
+        partials + (row_groups - 1) * keys,
+        parts * row_groups,
+        8 * PART * tokens,
+        2 * PART * tokens * dim,
+    )
+    yield Work(
+        "score_window",
+        keys + 4 * seq_len,
+        parts * partials + (row_groups - 1) * keys + 8 * row_groups * seq_len,
+        parts * row_groups,
+        8 * PART * tokens + 8 * PART * parts,
+        2 * PART * tokens * dim,
+    )
+    held = plan_budget(RocketKVConfig(token_budget=token_budget), seq_len, dim).prompt_tokens
+    index = held * dim // 2 + -(-held // GROUP) * dim * 2 * ELEMENT
+    yield Work("build_lowbit", held * dim * ELEMENT + index, 0, -(-held // GROUP), 12 * GROUP * dim, 0)
+
+
 def main() -> None:
     """Print the tables."""
     heads = MODEL.num_kv_heads
@@ -130,6 +158,12 @@ def main() -> None:
     ]
     header = ["", "kernel", "memory, B", "scratch, B", "programs", "operations of one", "in products"]
     print(table(header, rows) + "\n")
+
+    print("## The same, once after the prompt, t = 512\n")
+    rows = [
+        [work.name, *(f"{value:,}" for value in list(vars(work).values())[1:])] for work in prefill_kernels(65536, 512)
+    ]
+    print(table(header[1:], rows) + "\n")
 
     print("## A step of all 32 layers, least microseconds by memory: A100 / H100 / MI300X\n")
     for selection in SELECTIONS:

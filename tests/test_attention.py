@@ -1,6 +1,7 @@
 """The laws of `LayerCache`, against plain loops and against itself, on ragged batches and poisoned memory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -502,6 +503,46 @@ def test_select_rows_is_a_batch_of_those_rows(seeded: torch.Generator) -> None:
         torch.testing.assert_close(
             decode_all(cache, chosen, 285, 300), decode_all(expected, chosen, 285, 300), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("selection", list(SELECTION_METHODS))
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 31])])
+def test_an_archive_on_the_host_changes_nothing_but_where_tokens_lie(
+    seeded: torch.Generator, padding: Tensor | None, selection: str
+) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 460, 64)
+    config = strict(token_budget=64, mode="multi_turn", selection=selection)
+    caches = [LayerCache(replace(config, archive_on_host=on_host), keep_queries=32) for on_host in (False, True)]
+
+    def same(outputs: list[Tensor]) -> None:
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+        assert torch.equal(caches[0].positions, caches[1].positions)
+        assert caches[0].read_bytes == caches[1].read_bytes
+
+    same([cache.prefill(*x.part(0, 300), padding=padding) for cache in caches])
+    same([decode_all(cache, x, 300, 350) for cache in caches])
+    for cache in caches:
+        cache.select_rows(torch.tensor([1, 0]))
+    same([cache.prefill(*x.part(350, 400)) for cache in caches])
+    same([decode_all(cache, x, 400, 410) for cache in caches])
+    caches = [cache.copy() for cache in caches]
+    same([decode_all(cache, x, 410, 420) for cache in caches])
+    caches = [
+        cache.fork(replace(config, archive_on_host=on_host))
+        for cache, on_host in zip(caches, (True, False), strict=True)
+    ]
+    same([cache.prefill(*x.part(420, 450)) for cache in caches])
+    caches = [
+        cache.fork(replace(config, archive_on_host=on_host))
+        for cache, on_host in zip(caches, (False, True), strict=True)
+    ]
+    same([decode_all(cache, x, 450, 460) for cache in caches])
+    working = caches[1].working
+    assert working is not None
+    assert working.archive is not None
+    assert working.source is None
+    assert working.archive.max_length == 450
+    assert working.num_pending == 10
 
 
 def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Generator) -> None:

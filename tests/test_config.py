@@ -22,6 +22,10 @@ from rocketkv.selection import Exact
         ({"token_budget": 2.5}, "token_budget=2.5 is not a whole number; give 1 or more."),
         ({"token_budget": True}, "token_budget=True is not a whole number; give 1 or more."),
         ({"token_budget": 256, "mode": "multi"}, "mode='multi' does not exist; did you mean multi_turn?"),
+        (
+            {"token_budget": 256, "archive_on_host": True},
+            "archive_on_host=True needs an archive; set mode='multi_turn' or leave it out.",
+        ),
         ({"token_budget": 256, "eviction": "snap"}, "eviction='snap' does not exist; did you mean snapkv?"),
         (
             {"token_budget": 256, "selection": "zzz"},

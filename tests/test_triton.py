@@ -12,7 +12,7 @@ from layers import DTYPES, check_steps, make_layer
 from rocketkv import Budget, LayerCache, RocketKVConfig, cache, ops
 from rocketkv.index import LowBitIndex
 from rocketkv.ops import lowbit
-from rocketkv.ops.backends import find_backend, triton
+from rocketkv.ops.backends import fastest, find_backend, triton
 
 if (reason := triton.decline(torch.zeros(1, 1, 1, 64))) is not None:
     pytest.skip(f"{reason}; `make test-triton` runs these in the interpreter", allow_module_level=True)
@@ -148,6 +148,61 @@ def test_a_group_of_extremes_is_quantized_as_by_the_reference(
     triton.bind(layer)(torch.ones(1, 6, 1, 64).half(), key, key)
     for mine, reference in zip(layer.index, expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_bit_keys_are_built_as_by_the_reference(seeded: torch.Generator, dtype: torch.dtype) -> None:
+    keys = torch.full((2, 3, 300, 48), torch.nan, dtype=dtype)[:, :, :250]  # a view, as of storage with room
+    lengths = torch.tensor([[250, 64, 63], [128, 1, 200]])
+    for row in range(2):
+        for head in range(3):
+            keys[row, head, : lengths[row, head]] = torch.randn(lengths[row, head], 48, generator=seeded).to(dtype)
+    keys[0, 0, :64, 3], keys[0, 0, 64:100, 5] = 2.0, torch.inf
+    built = []
+    for build in (ops.build_lowbit, triton.build_lowbit):
+        index = LowBitIndex(keys[:, :, :1], torch.ones_like(lengths))  # as empty as can be
+        index.reserve(300)
+        build(index.stored, keys, lengths)
+        built.append(index.stored)
+    for row in range(2):
+        for head in range(3):
+            num_closed, num_open = divmod(int(lengths[row, head]), ops.GROUP)
+            for name in ("codes", "ranges"):
+                mine, expected = (getattr(x, name)[row, head, 0, :, :num_closed] for x in built)
+                torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
+            mine, expected = (x.open_keys[row, head, :, :num_open] for x in built)
+            assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("group", "window", "head_dim", "dtype"),
+    [(1, 1, 64, torch.float32), (3, 8, 20, torch.bfloat16), (4, 32, 128, torch.float16), (5, 16, 80, torch.float32)],
+)
+def test_windows_are_scored_as_by_the_reference(
+    seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, group: int, window: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(triton, "LEAST_WINDOW_PART", 64)
+    query = torch.randn(2, 2 * group, window, head_dim, generator=seeded).to(dtype)
+    keys = torch.full((2, 2, 260, head_dim), torch.nan, dtype=dtype)[:, :, :215]
+    lengths = torch.tensor([[215, window], [97, 130]])
+    for row in range(2):
+        for head in range(2):
+            some = torch.randn(lengths[row, head], head_dim, generator=seeded)
+            keys[row, head, : lengths[row, head]] = some.to(dtype)
+    query[0, 0, -1, 0] = torch.nan  # worth nothing
+    given = {"lengths": lengths, "num_queries": torch.tensor([window, max(1, window // 3)]), "scale": head_dim**-0.5}
+    expected = ops.score_window(query, keys.nan_to_num(), **given)
+    torch.testing.assert_close(triton.score_window(query, keys, **given), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backend_takes_the_place_of_an_operation_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.zeros(1, 1, 1, 64)
+    assert fastest(ops.score_window, tokens) is ops.score_window
+    monkeypatch.setattr(triton, "DEVICES", ("cpu",))
+    assert fastest(ops.score_window, tokens) is triton.score_window
+    assert fastest(ops.build_lowbit, tokens) is triton.build_lowbit
+    assert fastest(ops.build_lowbit, tokens.double()) is ops.build_lowbit
+    assert fastest(ops.score_tokens, tokens) is ops.score_tokens
 
 
 @pytest.mark.parametrize("scoring", ["hybrid", "lowbit"])

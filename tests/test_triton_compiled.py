@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layers import make_layer
+from rocketkv.index import LowBitIndex
 from rocketkv.ops.backends import triton
 
 kernels = triton._load()
@@ -19,6 +20,8 @@ if isinstance(kernels, str) or kernels.INTERPRETED:
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  # only there if the kernels are
 from triton.compiler import ASTSource, compile  # noqa: E402
+
+from rocketkv.ops.backends import triton_prefill as prefill  # noqa: E402  # only there if Triton is
 
 NAMES = {
     torch.float32: "fp32",
@@ -36,11 +39,10 @@ TARGETS = {  # and the shared memory of a program there, in KiB
 }
 
 
-def source_of(launch: triton.Launch, token: dict[str, torch.Tensor | None]) -> ASTSource:
+def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """A kernel as it is specialised for these arguments: whole cache lines behind every pointer, any sizes."""
     signature, constants, attributes = {}, {}, {}
-    arguments: dict[str, Any] = launch.arguments | token
-    for i, parameter in enumerate(launch.kernel.params):
+    for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
@@ -48,7 +50,7 @@ def source_of(launch: triton.Launch, token: dict[str, torch.Tensor | None]) -> A
             signature[parameter.name], attributes[(i,)] = "*" + NAMES[value.dtype], [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -66,14 +68,52 @@ def test_kernels_compile_fit_and_do_not_spill(
     step = triton.bind(replace(small, top_k=torch.tensor([256])))
     x = torch.empty(0, dtype=dtype)
     token = {"query": x, "key": x, "value": x, "output": x, "report": None}
-    gpu, shared_kib = TARGETS[target]
     for launch in step.launches:
-        compiled = compile(source_of(launch, token), target=gpu, options=launch.options)
-        assert compiled.metadata.shared <= shared_kib * 1024
-        if gpu.backend == "cuda":
-            code = compiled.asm["sass"]
-            assert "EXIT" in code
-            assert not re.findall(r"\b(STL|LDL)\b.*", code), f"{compiled.metadata.name} spills"
-        else:
-            spills = dict(re.findall(r"\.([sv]gpr_spill_count): +(\d+)", compiled.asm["amdgcn"]))
-            assert spills == {"sgpr_spill_count": "0", "vgpr_spill_count": "0"}, compiled.metadata.name
+        check(source_of(launch.kernel, launch.arguments | token), launch.options, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float32, 256)])
+def test_kernels_of_a_prefill_compile_too(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, target: str
+) -> None:
+    launched: dict[str, dict[str, Any]] = {}
+
+    class Noted:
+        """Stands for a kernel, and notes what it is started with."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            names = [parameter.name for parameter in self.kernel.params]
+
+            def start(*arguments: Any, **named: Any) -> None:
+                launched[self.kernel.fn.__name__] = dict(zip(names, arguments, strict=False)) | named
+
+            return start
+
+    all_kernels = {name: getattr(prefill, name) for name in ("build_lowbit", "sum_window", "score_window")}
+    for name, kernel in all_kernels.items():
+        monkeypatch.setattr(prefill, name, Noted(kernel))
+    keys, lengths = torch.zeros(1, 2, 100, head_dim, dtype=dtype), torch.full((1, 2), 100)
+    triton.build_lowbit(LowBitIndex(keys, lengths).stored, keys, lengths)
+    query, num_queries = torch.zeros(1, 8, 32, head_dim, dtype=dtype), torch.tensor([32])
+    triton.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=0.1)
+    assert launched.keys() == all_kernels.keys()
+    for name, arguments in launched.items():
+        check(source_of(all_kernels[name], arguments), triton.PREFILL_OPTIONS, target)
+
+
+def check(source: ASTSource, options: dict[str, Any], target: str) -> None:
+    """Compile; make sure that it fits and does not spill."""
+    gpu, shared_kib = TARGETS[target]
+    compiled = compile(source, target=gpu, options=options)
+    assert compiled.metadata.shared <= shared_kib * 1024
+    if gpu.backend == "cuda":
+        code = compiled.asm["sass"]
+        assert "EXIT" in code
+        assert not re.findall(r"\b(STL|LDL)\b.*", code), f"{compiled.metadata.name} spills"
+    else:
+        spills = dict(re.findall(r"\.([sv]gpr_spill_count): +(\d+)", compiled.asm["amdgcn"]))
+        assert spills == {"sgpr_spill_count": "0", "vgpr_spill_count": "0"}, compiled.metadata.name

@@ -97,7 +97,7 @@ class LayerCache:
         scale = query.shape[3] ** -0.5 if scale is None else scale
         num_queries = torch.full((key.shape[0],), key.shape[2], device=key.device)
         num_queries = num_queries if padding is None else num_queries - padding
-        working = self.working or WorkingSet(key, archived=self.config.mode == "multi_turn")
+        working = self.working or self._empty(key)
         is_first = self.working is None
 
         tokens = working.append_prompt(key, value, padding)
@@ -136,7 +136,7 @@ class LayerCache:
                 f"a multi_turn cache keeps every token, so {keys.shape[2]} of {num_seen} seen cannot be adopted; "
                 "give all of them, or set mode='single_turn'."
             )
-        working = self.working = WorkingSet(keys, archived=self.config.mode == "multi_turn")
+        working = self.working = self._empty(keys)
         working.keep(working.append_prompt(keys, values, None), None, self.config.new_tokens)
         working.seen = torch.full_like(working.seen, num_seen)
         self.num_seen = num_seen
@@ -320,7 +320,9 @@ class LayerCache:
         if self.working is None:
             return forked
         observed = self._observed if self.just_prefilled else None
-        working = forked.working = self.working.fork(archived=config.mode == "multi_turn")
+        working = forked.working = self.working.fork(
+            archived=config.mode == "multi_turn", on_host=config.archive_on_host
+        )
         forked.num_seen = self.num_seen
         if observed is None and working.archive is None:
             raise InputError(
@@ -346,6 +348,10 @@ class LayerCache:
         forked.just_prefilled = True
         forked._observed = None if working.archive is None else observed
         return forked
+
+    def _empty(self, key: Tensor) -> WorkingSet:
+        """A working set without tokens yet, for keys like `key`."""
+        return WorkingSet(key, archived=self.config.mode == "multi_turn", on_host=self.config.archive_on_host)
 
     def _evict(self, query: Tensor, keys: Tensor, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor | None:
         """Stage 1: mark what stays, `[B, Hkv, S]` bool; None if every row may keep all it has."""
@@ -393,7 +399,7 @@ class LayerCache:
 
     def _bind(self, working: WorkingSet, plan: SelectionPlan, num_heads: int, scale: float) -> FusedStep | None:
         """The decode step as one call of a backend; None if it is left to the reference."""
-        keys, values = (working.archive or working.tokens).fields[:2]
+        keys, values = (working.source or working.tokens).fields[:2]
         index = working.index if isinstance(working.index, BackedIndex) else None
         scoring = getattr(self.selection, "scoring", None)
         if working.max_length < plan.dense_length and self.config.backend == "auto":
@@ -411,7 +417,7 @@ class LayerCache:
                 values=values,
                 positions=working.tokens.fields[-1],
                 lengths=working.lengths,
-                archive_lengths=None if working.archive is None else working.archive.lengths,
+                archive_lengths=None if working.source is None else working.source.lengths,
                 seen=working.seen,
                 scoring=scoring,
                 index=() if index is None else index.buffers,

@@ -103,8 +103,14 @@ class RaggedTokens:
         self.max_length = int(lengths.max())
         self.is_ragged = int(lengths.min()) != self.max_length
 
+    def to(self, device: torch.device) -> "RaggedTokens":
+        """The same on a device, without a copy if it is there already."""
+        fields = [x.to(device) for x in self.fields]
+        return RaggedTokens(fields, self.lengths.to(device), self.max_length, self.is_ragged)
+
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
+        rows = rows.to(self.lengths.device)
         self.set_lengths(self.lengths.index_select(0, rows))
         with torch.inference_mode(False):
             self.fields = [x.index_select(0, rows) for x in self.fields]
@@ -119,23 +125,29 @@ class RaggedTokens:
 class WorkingSet:
     """What decode chooses from: the prompt tokens kept by stage 1 and the tokens since.
 
-    Single-turn: a compact copy of keys, values and positions. Multi-turn: positions only, pointing into the archive.
+    Single-turn: a compact copy of keys, values and positions. Multi-turn: positions only, pointing into the archive;
+    or, with the archive on the host, a copy again, from which it takes what was decoded when the next turn begins.
 
     Attributes:
-        tokens: the fields `keys, values, positions` or, with an archive, `positions` alone (`[B, Hkv, N]` int32).
+        tokens: the fields `keys, values, positions` or, pointing into the archive, `positions` alone (`[B, Hkv, N]`
+            int32).
         is_whole: whether nothing was left out by the last `keep`.
-        archive: every token seen, fields `keys, values`; None in single-turn.
+        archive: every token seen, fields `keys, values`, on the host if so asked; None in single-turn.
+        num_pending: tokens decoded that an archive on the host does not have yet, the last ones of every row.
         index: what the selection method keeps beside the keys; None where nothing is to be selected.
         seen: `[B]` int64, tokens seen by each row, padding left out.
         head_dim: D.
         key_bytes: bytes of one key in one KV head.
     """
 
-    def __init__(self, key: Tensor, *, archived: bool) -> None:
+    def __init__(self, key: Tensor, *, archived: bool, on_host: bool = False) -> None:
         """Start empty, in the batch, heads, head_dim and dtype of `key` (`[B, Hkv, T, D]`)."""
         positions = key.new_empty(*key.shape[:2], 0, dtype=torch.int32)
-        self.tokens = RaggedTokens.empty_like([positions] if archived else [key, key, positions])
+        self.tokens = RaggedTokens.empty_like([positions] if archived and not on_host else [key, key, positions])
         self.archive = RaggedTokens.empty_like([key, key]) if archived else None
+        if self.archive is not None and on_host:
+            self.archive = self.archive.to(torch.device("cpu"))
+        self.num_pending = 0
         self.index: Index | None = None
         self.is_whole = True
         self.seen = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
@@ -158,9 +170,14 @@ class WorkingSet:
         return [int(n) for n in self.seen.tolist()]
 
     @property
+    def source(self) -> RaggedTokens | None:
+        """The archive, if the tokens to choose from lie there; None if they are stored side by side in `tokens`."""
+        return None if len(self.tokens.fields) == 3 else self.archive
+
+    @property
     def room(self) -> int:
         """Tokens that every row can still take in without any buffer growing; an index of another kind is not asked."""
-        rooms = [part.room for part in (self.tokens, self.archive) if part is not None]
+        rooms = [part.room for part in (self.tokens, self.source) if part is not None]
         if isinstance(self.index, BackedIndex):
             rooms.append(self.index.capacity - self.max_length)
         return min(rooms)
@@ -191,7 +208,9 @@ class WorkingSet:
         new = [align_left(key, padding), align_left(value, padding), self._next_positions(num_new, key)]
         self.seen = self.seen + (num_new if counts is None else counts)
         if self.archive is not None:
-            self.archive.append(*new[:2], counts=counts)
+            self._archive_decoded()
+            device = self.archive.lengths.device
+            self.archive.append(*(x.to(device) for x in new[:2]), counts=None if counts is None else counts.to(device))
             return self.every_token()
         if self.tokens.max_length > 0:
             self.tokens.append(*new, counts=counts)
@@ -203,7 +222,7 @@ class WorkingSet:
 
     def keep(self, tokens: RaggedTokens, mask: Tensor | None, new_tokens: int) -> None:
         """Let the working set be the `tokens` seen by a turn where `mask` (`[B, Hkv, S]` bool; None: all) is True."""
-        if self.archive is not None:
+        if self.source is not None:
             tokens = RaggedTokens(tokens.fields[2:], tokens.lengths, tokens.max_length, tokens.is_ragged)
         self.tokens = tokens.keep(mask, new_tokens)
         self.is_whole = mask is None
@@ -212,17 +231,21 @@ class WorkingSet:
     def every_token(self) -> RaggedTokens:
         """All that was ever seen, fields `keys, values, positions`; there must be an archive."""
         assert self.archive is not None
+        self._archive_decoded()
         every = torch.arange(self.archive.max_length, dtype=torch.int32, device=self.seen.device)
-        fields = [*self.archive.views(), every.expand(*self.archive.lengths.shape, -1)]
-        return RaggedTokens(fields, self.archive.lengths, self.archive.max_length, self.archive.is_ragged)
+        fields = [*(x.to(every.device) for x in self.archive.views()), every.expand(*self.lengths.shape, -1)]
+        lengths = self.archive.lengths.to(every.device)
+        return RaggedTokens(fields, lengths, self.archive.max_length, self.archive.is_ragged)
 
-    def fork(self, *, archived: bool) -> "WorkingSet":
+    def fork(self, *, archived: bool, on_host: bool = False) -> "WorkingSet":
         """The same past, with a copy of the archive if `archived`, and nothing to choose from until `keep`."""
         assert self.archive is not None
-        forked = WorkingSet(self.archive.fields[0], archived=archived)
+        self._archive_decoded()
+        none = self.archive.fields[0][:, :, :0].to(self.seen.device)
+        forked = WorkingSet(none, archived=archived, on_host=on_host)
         forked.seen = self.seen.clone()
-        if archived:
-            forked.archive = self.archive.keep(None)
+        if forked.archive is not None:
+            forked.archive = self.archive.keep(None).to(forked.archive.lengths.device)
         return forked
 
     def mark(self, mask: Tensor, places: Tensor) -> None:
@@ -241,15 +264,16 @@ class WorkingSet:
         self.seen = self.seen + 1
         if self.index is not None:
             self.index.extend(key, self.lengths)
-        if self.archive is None:
+        if self.source is None:
             self.tokens.append(key, value, positions)
         else:
-            self.archive.append(key, value)
+            self.source.append(key, value)
             self.tokens.append(positions)
+        self.num_pending += 1
 
     def reserve(self) -> None:
         """Make room for one more token in every row, and some after it."""
-        for part in (self.tokens, self.archive):
+        for part in (self.tokens, self.source):
             if part is not None:
                 part.reserve(1)
         if isinstance(self.index, BackedIndex):
@@ -257,19 +281,20 @@ class WorkingSet:
 
     def count_appended(self) -> None:
         """Note on the host that one token per row was added to the buffers and their lengths by someone else."""
-        for part in (self.tokens, self.archive):
+        for part in (self.tokens, self.source):
             if part is not None:
                 part.max_length += 1
+        self.num_pending += 1
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen from an archive."""
-        if self.archive is None:
+        if self.source is None:
             keys, values, _ = self.tokens.views()
             return keys, values
-        keys, values = self.archive.views()
+        keys, values = self.source.views()
         if self.is_whole:
             return keys, values
-        slots = self.positions.clamp(0, self.archive.max_length - 1)  # beyond the lengths anything may stand
+        slots = self.positions.clamp(0, self.source.max_length - 1)  # beyond the lengths anything may stand
         return take_tokens(keys, slots), take_tokens(values, slots)
 
     def locate(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,10 +306,10 @@ class WorkingSet:
         Returns:
             Keys and values as stored, each `[B, Hkv, S, D]`, and the slots `[B, Hkv, K]` of the chosen tokens in them.
         """
-        if self.archive is None:
+        if self.source is None:
             keys, values, _ = self.tokens.views()
             return keys, values, chosen
-        keys, values = self.archive.views()
+        keys, values = self.source.views()
         (positions,) = self.tokens.views()
         return keys, values, take_tokens(positions, chosen).long()
 
@@ -294,6 +319,15 @@ class WorkingSet:
         for part in (self.tokens, self.archive, self.index):
             if part is not None:
                 part.select_rows(rows)
+
+    def _archive_decoded(self) -> None:
+        """Let the archive have what was decoded since the last turn, if it does not yet."""
+        if self.archive is not None and self.source is None and self.num_pending > 0:
+            keys, values, _ = self.tokens.views()
+            last = torch.arange(-self.num_pending, 0, device=self.lengths.device)
+            slots = self.lengths[..., None] + last
+            self.archive.append(*(take_tokens(x, slots).to(self.archive.lengths.device) for x in (keys, values)))
+        self.num_pending = 0
 
     def _next_positions(self, num_new: int, key: Tensor) -> Tensor:
         """Positions `[B, Hkv, num_new]` int32 of the tokens that come next."""

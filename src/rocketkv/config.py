@@ -24,6 +24,8 @@ class RocketKVConfig:
             `snapkv`.
         mode: `single_turn` frees what stage 1 evicts; `multi_turn` keeps every token in an archive and chooses anew
             at each turn.
+        archive_on_host: whether the archive of `multi_turn` lies in the host's memory, so that a GPU holds the working
+            set alone; each turn's prefill then moves it there and back, layer by layer.
         eviction: stage 1, a name of `EVICTION_POLICIES` or an object with the method of `EvictionPolicy`.
         selection: stage 2, a name of `SELECTION_METHODS` or an object with the methods of `SelectionMethod`.
         window_size: last prompt tokens that vote in stage 1 and always stay, >= 1.
@@ -46,6 +48,7 @@ class RocketKVConfig:
 
     token_budget: int
     mode: Literal["single_turn", "multi_turn"] = "single_turn"
+    archive_on_host: bool = False
     eviction: str | EvictionPolicy = "snapkv"
     selection: str | SelectionMethod = DEFAULT_SELECTION
     window_size: int = 32
@@ -81,6 +84,8 @@ class RocketKVConfig:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 0)
         _check_choice("mode", self.mode, MODES)
+        if self.archive_on_host and self.mode != "multi_turn":
+            raise ConfigError("archive_on_host=True needs an archive; set mode='multi_turn' or leave it out.")
         _check_choice("backend", self.backend, ("auto", "reference", *(backend.NAME for backend in BACKENDS)))
         if isinstance(self.eviction, str):
             _check_choice("eviction", self.eviction, tuple(EVICTION_POLICIES))

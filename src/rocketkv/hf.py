@@ -77,6 +77,7 @@ class RocketKVLayer(CacheLayerMixin):
         elif order is None:
             output = self.cache.prefill(query, key, value, padding=padding, scale=scale)
         else:
+            order = order.to(query.device)  # of this layer, where a device map has several
             query, key, value = (take_columns(x, order) for x in (query, key, value))
             output = self.cache.prefill(query, key, value, padding=padding, scale=scale)
             output = take_columns(output, order.argsort(1))

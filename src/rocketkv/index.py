@@ -17,6 +17,7 @@ from rocketkv.ops import (
     fold_into_pages,
     new_storage,
 )
+from rocketkv.ops.backends import fastest
 
 
 class Index(Protocol):
@@ -133,7 +134,7 @@ class LowBitIndex(BackedIndex):
             new_storage(keys, (batch, num_kv_heads, head_dim, GROUP)),
         )
         self.reserve(keys.shape[2])
-        build_lowbit(self.stored, keys, lengths)
+        fastest(build_lowbit, keys)(self.stored, keys, lengths)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:

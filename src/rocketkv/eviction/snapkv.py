@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from rocketkv.ops import mark_best, score_window
+from rocketkv.ops.backends import fastest
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class SnapKV:
     ) -> Tensor | None:
         """Keep the window and the best of what lies before it; see `EvictionPolicy.keep`."""
         window = num_queries.clamp(max=self.window_size)  # [B]
-        scores = score_window(query[:, :, -self.window_size :], keys, lengths=lengths, num_queries=window, scale=scale)
+        score, last = fastest(score_window, keys), query[:, :, -self.window_size :]
+        scores = score(last, keys, lengths=lengths, num_queries=window, scale=scale)
         before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv] tokens before the window
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)

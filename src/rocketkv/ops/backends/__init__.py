@@ -3,6 +3,9 @@
 A backend of your own is one file like `cpp.py` and one entry in `BACKENDS`.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from torch import Tensor
 
 from rocketkv.ops.backends import cpp, triton
@@ -11,7 +14,18 @@ from rocketkv.ops.backends.base import Backend, FusedStep, LayerTensors
 # The fastest first; what none accepts is left to the reference in plain torch.
 BACKENDS: tuple[Backend, ...] = (cpp, triton)
 
-__all__ = ["BACKENDS", "Backend", "FusedStep", "LayerTensors", "find_backend"]
+__all__ = ["BACKENDS", "Backend", "FusedStep", "LayerTensors", "fastest", "find_backend"]
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+
+
+def fastest(operation: Operation, tokens: Tensor) -> Operation:
+    """An operation of `ops` on these tokens, `[B, H, S, D]`, or what a backend of their device has under its name."""
+    for backend in BACKENDS:
+        own: Operation | None = getattr(backend, getattr(operation, "__name__", ""), None)
+        if own is not None and tokens.device.type in backend.DEVICES and backend.decline(tokens) is None:
+            return own
+    return operation
 
 
 def find_backend(name: str, tokens: Tensor, scoring: str | None) -> tuple[Backend | None, list[str]]:

@@ -1,4 +1,6 @@
-"""The GPU backend: kernels in Triton (triton_kernels.py), which compiles them for the device when they are first used.
+"""The GPU backend: kernels in Triton, compiled for the device when they are first used.
+
+A decode step (triton_kernels.py), and what a prefill leaves to it (triton_prefill.py): stage 1's scores, low-bit keys.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, slowly: that is how they are tested where there is no GPU.
 """
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.ops.backends.base import LayerTensors
-from rocketkv.ops.lowbit import GROUP
+from rocketkv.ops.lowbit import GROUP, LowBitKeys
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
@@ -24,8 +26,10 @@ TILE = 32  # tokens attended to at once, at most
 BLOCK = 512  # units looked at together while choosing
 WAYS_BITS = 4  # bits of the cut found in one pass over the scores
 LEAST_DOT = 16  # rows of a matrix product: fewer query heads are filled up
+LEAST_WINDOW_PART = 1024  # tokens that a program scores for stage 1, about
 PROGRAMS_PER_CORE = 2  # of attention, aimed at where there are fewer heads than that
 CORES_OF_CPU = 4  # of the interpreter, which runs one program after the other: few pieces, but several
+PREFILL_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -194,6 +198,60 @@ class TritonStep:
             self._choose()
         self._attend(query=query, output=output, report=chosen)
         return output, self._read_bytes
+
+
+def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
+    """See `build_lowbit` in ops/lowbit.py: one launch."""
+    kernels = import_module("rocketkv.ops.backends.triton_prefill")
+    batch, num_kv_heads, num_tokens, head_dim = keys.shape
+    keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
+    kernels.build_lowbit[(batch * num_kv_heads, -(-num_tokens // GROUP))](
+        keys,
+        lengths,
+        *index,
+        index.codes.shape[2],
+        *keys.stride()[:2],
+        HKV=num_kv_heads,
+        D=head_dim,
+        D_PAD=max(LEAST_DOT, _power_of_two(head_dim)),
+        **PREFILL_OPTIONS,
+    )
+
+
+def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:
+    """See `score_window` in ops/scores.py: two launches, which hold no logits but a tile's."""
+    kernels = import_module("rocketkv.ops.backends.triton_prefill")
+    batch, num_heads, window, head_dim = query.shape
+    num_kv_heads, num_tokens = keys.shape[1:3]
+    keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
+    num_rows = num_heads // num_kv_heads * window
+    head_dim_padded = max(LEAST_DOT, _power_of_two(head_dim))
+    tile = min(PART, TILE_BYTES // (head_dim_padded * keys.element_size()))
+    part_size = max(tile, LEAST_WINDOW_PART // tile * tile)
+    num_parts = -(-num_tokens // part_size)
+    rows_at_once = min(tile, max(LEAST_DOT, _power_of_two(num_rows)))
+    partials = keys.new_empty(batch * num_kv_heads, num_parts, 2, num_rows, dtype=torch.float32)
+    row_groups = -(-num_rows // rows_at_once)
+    scores = keys.new_empty(batch, num_kv_heads, row_groups, num_tokens, dtype=torch.float32)
+    sizes = {
+        "scale": scale,
+        "num_parts": num_parts,
+        "part_size": part_size,
+        "batch_stride": keys.stride(0),
+        "head_stride": keys.stride(1),
+        "HKV": num_kv_heads,
+        "G": num_heads // num_kv_heads,
+        "W": window,
+        "D": head_dim,
+        "R_PAD": rows_at_once,
+        "D_PAD": head_dim_padded,
+        "TILE": tile,
+    }
+    grid = (batch * num_kv_heads, num_parts, row_groups)
+    inputs = (query.contiguous(), keys, lengths, num_queries, partials)
+    kernels.sum_window[grid](*inputs, **sizes, **PREFILL_OPTIONS)
+    kernels.score_window[grid](*inputs, scores=scores, num_tokens=num_tokens, **sizes, **PREFILL_OPTIONS)
+    return scores.sum(2)
 
 
 def _power_of_two(number: int) -> int:

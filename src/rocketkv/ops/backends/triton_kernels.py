@@ -31,7 +31,7 @@ def _order(numbers):
 
 
 @triton.jit
-def _product(a, b):
+def product(a, b):
     """`[M, K]` times `[K, N]`, summed in float32."""
     if INTERPRETED:  # there the bits of bfloat16 are taken for integers
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -103,21 +103,21 @@ def _fold_key(bounds, key, first, NUM_ROWS: tl.constexpr, D: tl.constexpr, D_PAD
 
 
 @triton.jit
-def _group_start(head, group, num_blocks, D: tl.constexpr):
+def group_start(head, group, num_blocks, D: tl.constexpr):
     """Where, counted in groups of one channel, that of channel 0 of a group of tokens stands."""
     return (head * num_blocks + group // GROUPS_PER_BLOCK) * (D * GROUPS_PER_BLOCK) + group % GROUPS_PER_BLOCK
 
 
 @triton.jit
-def _close_group(codes, ranges, open_keys, head, first, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Quantize the open group, which is full; its channels begin at `first`. See `quantize_groups` in ops/lowbit.py."""
+def close_group(codes, ranges, keys, channel_stride, token_stride, first, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Quantize a full group of keys, whose channels are to begin at `first`; see `quantize_groups` in ops/lowbit.py."""
     token = tl.arange(0, HALF)
     for start in range(0, D_PAD, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         is_channel = channel < D
-        at = open_keys + (head * D + channel[:, None]) * GROUP + token[None, :]
+        at = keys + channel[:, None] * channel_stride + token[None, :] * token_stride
         early = tl.load(at, mask=is_channel[:, None], other=0.0).to(tl.float32)
-        late = tl.load(at + HALF, mask=is_channel[:, None], other=0.0).to(tl.float32)
+        late = tl.load(at + HALF * token_stride, mask=is_channel[:, None], other=0.0).to(tl.float32)
         is_broken = tl.sum(((early != early) | (late != late)).to(tl.int32), 1) > 0  # minima pass over no numbers
         low = tl.where(is_broken, float("nan"), tl.minimum(tl.min(early, 1), tl.min(late, 1)))
         high = tl.maximum(tl.max(early, 1), tl.max(late, 1))
@@ -157,12 +157,12 @@ def _lowbit_products(q, is_read, codes, ranges, open_keys, head, first, start, i
         read = q.to(tl.float32)
         weights = _rounded(read * step[None, :], dtype)
         offsets = tl.sum(read * low[None, :], 1)[:, None]
-        early = _product(weights, (packed & 15).to(tl.float32).to(dtype)) + offsets
-        late = _product(weights, (packed >> 4).to(tl.float32).to(dtype)) + offsets
+        early = product(weights, (packed & 15).to(tl.float32).to(dtype)) + offsets
+        late = product(weights, (packed >> 4).to(tl.float32).to(dtype)) + offsets
     else:
         at = open_keys + (head * D + channel[:, None]) * GROUP + token[None, :]
-        early = _product(q, tl.load(at, mask=mask, other=0.0))
-        late = _product(q, tl.load(at + HALF, mask=mask, other=0.0))
+        early = product(q, tl.load(at, mask=mask, other=0.0))
+        late = product(q, tl.load(at + HALF, mask=mask, other=0.0))
     return tl.permute(tl.join(early, late), (0, 2, 1)).reshape(q.shape[0], GROUP)
 
 
@@ -228,7 +228,8 @@ def append_and_score(
             tl.store(open_keys + (head * D + channel) * GROUP + place % GROUP, new_key, mask=is_channel)
             if place % GROUP == GROUP - 1:
                 tl.debug_barrier()
-                _close_group(codes, ranges, open_keys, head, _group_start(head, part, num_blocks, D), D, D_PAD)
+                first = group_start(head, part, num_blocks, D)
+                close_group(codes, ranges, open_keys + head * D * GROUP, GROUP, 1, first, D, D_PAD)
         tl.debug_barrier()  # this program scores the new token, too
 
     if SCORING != "none":
@@ -250,9 +251,9 @@ def append_and_score(
                 mask=is_token[:, None] & is_channel[None, :],
                 other=0.0,
             )
-            products = _product(q, tl.trans(tile)) * scale
+            products = product(q, tl.trans(tile)) * scale
         elif SCORING == "lowbit":  # a part is a group
-            first, is_closed = _group_start(head, part, num_blocks, D), length >= (part + 1) * PART
+            first, is_closed = group_start(head, part, num_blocks, D), length >= (part + 1) * PART
             products = tl.zeros([G_PAD, PART], tl.float32)
             for start in range(0, D_PAD, WIDTH):
                 read = _load_query(query, head, start, G, D, G_PAD, WIDTH)
@@ -276,7 +277,7 @@ def append_and_score(
                 sizes = tl.abs(q32)
                 share = tl.sum(tl.where(is_read[None, :], sizes, 0.0), 1) / tl.maximum(tl.sum(sizes, 1), 1e-30)
                 temperature = scale / tl.maximum(tl.sqrt(share), 1e-15)
-                products = _product(q, tile) * temperature[:, None]  # where nothing is read the tile is zero
+                products = product(q, tile) * temperature[:, None]  # where nothing is read the tile is zero
             else:
                 products = tl.zeros([G_PAD, PART], tl.float32)
                 for first_row in tl.static_range(0, NUM_ROWS, D):
@@ -288,7 +289,7 @@ def append_and_score(
                     read = q
                     if NUM_ROWS > D:  # minima where the query is negative, maxima where it is positive
                         read = tl.where(q32 > 0 if first_row == 0 else q32 < 0, 0.0, q)
-                    products += _product(read, tile) * scale
+                    products += product(read, tile) * scale
         is_unit = unit < units
         products = tl.where(is_unit[None, :], products, -float("inf"))
         tl.store(
@@ -493,12 +494,12 @@ def attend(
         mask = is_token[:, None] & is_channel[None, :]
         k = tl.load(keys + where, mask=mask, other=0.0)
         v = tl.load(values + where, mask=mask, other=0.0)
-        logits = tl.where(is_token[None, :], _product(q, tl.trans(k)) * scale, -float("inf"))
+        logits = tl.where(is_token[None, :], product(q, tl.trans(k)) * scale, -float("inf"))
         higher = tl.maximum(best, tl.max(logits, 1))
         weights = _rounded(tl.exp(logits - higher[:, None]), v.dtype)
         shrunk = tl.exp(best - higher)
         total = total * shrunk + tl.sum(weights.to(tl.float32), 1)  # of the weights as rounded
-        sums = sums * shrunk[:, None] + _product(weights, v)
+        sums = sums * shrunk[:, None] + product(weights, v)
         best = higher
 
     is_out = is_head[:, None] & is_channel[None, :]

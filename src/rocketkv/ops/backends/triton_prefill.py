@@ -1,0 +1,133 @@
+"""The kernels behind `triton.py` that run once per prefill: the window's scores of stage 1, and low-bit keys.
+
+Keys are `[B, Hkv, S, D]` with strides of their own over rows and heads. The scratch of the window: `partials`
+`[B, Hkv, parts, 2, G * W]` float32, each query's largest logit in a part and the sum of exponentials relative to it.
+"""
+
+import triton
+import triton.language as tl
+
+from rocketkv.ops.backends.triton_kernels import CHANNELS, GROUP, close_group, group_start, product
+
+
+@triton.jit(do_not_specialize=["num_blocks", "batch_stride", "head_stride"])
+def build_lowbit(
+    keys,
+    lengths,
+    codes,
+    ranges,
+    open_keys,
+    num_blocks,
+    batch_stride,
+    head_stride,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Quantize a head's group, or copy it if it is open; see `build_lowbit` in ops/lowbit.py. Grid: heads, groups."""
+    head, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + head)
+    keys += head // HKV * batch_stride + head % HKV * head_stride + group.to(tl.int64) * GROUP * D
+    if (group + 1) * GROUP <= length:
+        close_group(codes, ranges, keys, 1, D, group_start(head, group, num_blocks, D), D, D_PAD)
+    elif group * GROUP < length:
+        token = tl.arange(0, GROUP)
+        for start in range(0, D_PAD, CHANNELS):
+            channel = start + tl.arange(0, CHANNELS)
+            mask = (channel < D)[:, None] & (group * GROUP + token < length)[None, :]
+            open_key = tl.load(keys + token[None, :] * D + channel[:, None], mask=mask)
+            tl.store(open_keys + (head * D + channel[:, None]) * GROUP + token[None, :], open_key, mask=mask)
+
+
+@triton.jit
+def _window_logits(
+    query, keys, head, length, num_queries, first_row, start, scale, ROWS: tl.constexpr, W: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Logits, `[R_PAD, TILE]`, of some of the queries of a window for the tokens from `start` on; -inf if not seen."""
+    row, channel, token = first_row + tl.arange(0, R_PAD), tl.arange(0, D_PAD), start + tl.arange(0, TILE)
+    is_channel = channel < D
+    q = tl.load(
+        query + (head * ROWS + row[:, None]) * D + channel[None, :],
+        mask=(row < ROWS)[:, None] & is_channel[None, :],
+        other=0.0,
+    )
+    k = tl.load(
+        keys + token[:, None].to(tl.int64) * D + channel[None, :],
+        mask=(token < length)[:, None] & is_channel[None, :],
+        other=0.0,
+    )
+    query_from_end = W - 1 - row % W
+    sees = (row < ROWS) & (query_from_end < num_queries)
+    is_visible = sees[:, None] & ((length - 1 - token)[None, :] >= query_from_end[:, None])
+    return tl.where(is_visible, product(q, tl.trans(k)) * scale, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["num_parts", "part_size", "batch_stride", "head_stride"])
+def sum_window(
+    query, keys, lengths, num_queries, partials, scale, num_parts, part_size, batch_stride, head_stride,
+    HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    TILE: tl.constexpr
+):  # fmt: skip
+    """Each query's largest logit in a part of a head's tokens, and the sum of exponentials relative to it.
+
+    Grid: heads, parts, groups of `R_PAD` queries. Reads the part's keys.
+    """
+    head, part, first_row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * R_PAD
+    ROWS: tl.constexpr = G * W
+    length, seeing = tl.load(lengths + head).to(tl.int32), tl.load(num_queries + head // HKV).to(tl.int32)
+    keys += head // HKV * batch_stride + head % HKV * head_stride
+    best = tl.full([R_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([R_PAD], tl.float32)
+    begin = part * part_size
+    for start in range(begin, tl.minimum(begin + part_size, length), TILE):
+        logits = _window_logits(
+            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, G, R_PAD, D_PAD, TILE
+        )
+        higher = tl.maximum(best, tl.max(logits, 1))
+        safe = tl.where(higher > -float("inf"), higher, 0.0)  # rows that see nothing yet
+        total = total * tl.exp(best - safe) + tl.sum(tl.exp(logits - safe[:, None]), 1)
+        best = higher
+    row = first_row + tl.arange(0, R_PAD)
+    at = partials + (head * num_parts + part) * 2 * ROWS + row
+    tl.store(at, best, mask=row < ROWS)
+    tl.store(at + ROWS, total, mask=row < ROWS)
+
+
+@triton.jit(do_not_specialize=["num_parts", "part_size", "num_tokens", "batch_stride", "head_stride"])
+def score_window(
+    query, keys, lengths, num_queries, partials, scores, scale, num_parts, part_size, num_tokens, batch_stride,
+    head_stride, HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """What `R_PAD` queries give to the tokens of a part, to be summed; see `score_window` in ops/scores.py.
+
+    Grid: heads, parts, groups of `R_PAD` queries. Reads the part's keys.
+    """
+    head, part, first_row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * R_PAD
+    ROWS: tl.constexpr = G * W
+    length, seeing = tl.load(lengths + head).to(tl.int32), tl.load(num_queries + head // HKV).to(tl.int32)
+    keys += head // HKV * batch_stride + head % HKV * head_stride
+    row = first_row + tl.arange(0, R_PAD)
+    best = tl.full([R_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([R_PAD], tl.float32)
+    for other in range(num_parts):
+        at = partials + (head * num_parts + other) * 2 * ROWS + row
+        part_best = tl.load(at, mask=row < ROWS, other=-float("inf"))
+        part_total = tl.load(at + ROWS, mask=row < ROWS, other=0.0)
+        higher = tl.maximum(best, part_best)
+        safe = tl.where(higher > -float("inf"), higher, 0.0)
+        total = total * tl.exp(best - safe) + part_total * tl.exp(part_best - safe)
+        best = higher
+    safe = tl.where(best > -float("inf"), best, 0.0)
+    share = tl.where(total > 0, 1.0 / total, 0.0)  # a padded query sees nothing, and no number is worth nothing
+    scores += (head * tl.num_programs(2) + tl.program_id(2)) * num_tokens
+    begin = part * part_size
+    end = tl.minimum(begin + part_size, num_tokens)
+    for start in range(begin, end, TILE):
+        logits = _window_logits(
+            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, G, R_PAD, D_PAD, TILE
+        )
+        mass = tl.where(share[:, None] > 0, tl.exp(logits - safe[:, None]) * share[:, None], 0.0)
+        token = start + tl.arange(0, TILE)
+        tl.store(scores + token, tl.sum(mass, 0), mask=token < end)
