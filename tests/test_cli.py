@@ -77,6 +77,9 @@ def test_budget_explains_the_split(run: Any) -> None:
         assert json.loads(run(*sizes, *more, "--json").stdout).items() >= record.items()
     assert "nothing is compressed" in run("budget", "--seq-len", "100").stdout
     assert "all are attended, by default (dense_below=512)" in run("budget", "--seq-len", "400").stdout
+    dense = json.loads(run(*sizes, "--selection", "dense", "--json").stdout)
+    assert dense["top_k"] == dense["prompt_tokens"]
+    assert "all" in run(*sizes, "--selection", "dense").stdout
     assert "did you mean hybrid?" in run(*sizes, "--selection", "hybird").stderr
 
 

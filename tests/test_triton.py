@@ -242,6 +242,16 @@ def test_a_cache_that_grows_decodes_as_by_the_reference(
     assert copied.read_bytes == read_bytes
 
 
+def test_a_dense_cache_has_a_step_too(seeded: torch.Generator) -> None:
+    inputs = make_inputs(seeded, num_tokens=45, head_dim=32)
+    config = RocketKVConfig(token_budget=32, eviction="keep_all", selection="dense")
+    caches = [LayerCache(replace(config, backend=backend)) for backend in ("triton", "reference")]
+    for one in caches:
+        one.prefill(*inputs.part(0, 43))
+    for i in range(43, 45):
+        torch.testing.assert_close(*(one.decode(*inputs.part(i, i + 1)) for one in caches))
+
+
 def test_the_interpreter_is_used_only_when_asked_for() -> None:
     tokens = torch.zeros(1, 1, 1, 64)
     assert find_backend("triton", tokens, "hybrid")[0] is triton

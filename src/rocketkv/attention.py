@@ -287,6 +287,7 @@ class LayerCache:
             InputError: nothing was prefilled.
         """
         working, plan = self._prefilled()
+        rows = rows.to(working.seen.device)
         working.select_rows(rows)
         self._fused_room = 0
         if self._observed is not None:

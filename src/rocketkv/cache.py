@@ -105,7 +105,8 @@ class RaggedTokens:
 
     def to(self, device: torch.device) -> "RaggedTokens":
         """The same on a device, without a copy if it is there already."""
-        fields = [x.to(device) for x in self.fields]
+        with torch.inference_mode(False):  # written to under either mode later
+            fields = [x.to(device) for x in self.fields]
         return RaggedTokens(fields, self.lengths.to(device), self.max_length, self.is_ragged)
 
     def select_rows(self, rows: Tensor) -> None:

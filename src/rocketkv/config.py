@@ -39,7 +39,8 @@ class RocketKVConfig:
         new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown.
         budget: the split itself instead of the formulas, the same for every row and turn.
         backend: what decodes: `auto`, the fastest that accepts device, dtype and method, or plain torch if none does;
-            `reference`, plain torch; or a backend's name, which a cache that it does not accept then refuses.
+            `reference`, plain torch; or a backend's name, which a cache that it does not accept then refuses. What a
+            backend has for a prefill, stage 1's scores and the index, it does whatever is asked for here.
 
     Raises:
         ConfigError: an option is out of range or contradicts another.

@@ -130,7 +130,7 @@ def _build(
     for layer in range(num_dense):
         plain.update(keys, values, layer)
     paths += [_ours("dense", None, dense), _sdpa_grouped(dense), _transformers_default(plain, dense, geometry)]
-    if device != "cpu" and find_spec("flash_attn") is not None:
+    if device != "cpu" and dtype != torch.float32 and find_spec("flash_attn") is not None:
         paths.append(_flash_attn(dense))
     return paths
 

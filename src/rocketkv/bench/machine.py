@@ -52,6 +52,7 @@ def measure_bandwidth(reads: int = 5) -> float:
 def available_bytes(device: str = "cpu") -> int | None:
     """Memory of a device that can be had, without swapping; None where the system does not tell."""
     if device != "cpu":
+        torch.cuda.empty_cache()  # what torch holds and nobody uses
         return int(torch.cuda.mem_get_info()[0])
     limits = []
     meminfo = Path("/proc/meminfo")

@@ -60,6 +60,8 @@ def print_result(result: Record) -> None:
     text = (
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
     )
+    if result.get("device", "cpu") != "cpu":
+        text = str(machine["accelerator"])
     if "bandwidth_gb_per_s" in result:
         text += f", reads {result['bandwidth_gb_per_s']:.1f} GB/s"
     out.print(text, style="dim", soft_wrap=True)

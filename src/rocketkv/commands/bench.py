@@ -132,7 +132,7 @@ def attention(
             rows += [*measured, *floor_rows(measured, reached)]
             bandwidths.append(reached)
     records = [row.record() for row in rows]
-    sweep.report("attention", records, bandwidth_gb_per_s=median(bandwidths) / 1e9)
+    sweep.report("attention", records, device=device, bandwidth_gb_per_s=median(bandwidths) / 1e9)
 
 
 def decode(

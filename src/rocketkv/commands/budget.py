@@ -26,6 +26,7 @@ def budget(
 
     config = RocketKVConfig(token_budget=token_budget, new_tokens=new_tokens, selection=selection or DEFAULT_SELECTION)
     split = plan_budget(config, seq_len, head_dim)
+    split = split._replace(top_k=min(split.top_k, split.prompt_tokens + new_tokens))
     if as_json:
         print(json.dumps(split._asdict()))
         return
@@ -46,9 +47,10 @@ def budget(
     table.add_column("why")
     table.add_row("compression factor", f"{total / token_budget:.1f} x", "all tokens / token budget")
     table.add_row("prompt tokens kept", f"{split.prompt_tokens}", f"stage 1 evicts all but 1 in {total / held:.1f}")
-    table.add_row("selection", f"{config.selection}", f"stage 2 scores {scored} ...")
-    table.add_row("channels", f"{split.num_channels} of {head_dim}", "... along the query's largest channels")
-    table.add_row("tokens attended exactly", f"{split.top_k}", "the best by these scores")
+    if scoring > 0:
+        table.add_row("selection", f"{config.selection}", f"stage 2 scores {scored} ...")
+        table.add_row("channels", f"{split.num_channels} of {head_dim}", "... along that many of a key's channels")
+    table.add_row("tokens attended exactly", f"{split.top_k}", "the best by these scores" if scoring > 0 else "all")
     table.add_row(
         "read per step", f"{scoring + split.top_k:.0f} tokens' worth", f"{scoring:.0f} to score, the rest to attend"
     )

@@ -5,6 +5,7 @@ A decode step (triton_kernels.py), and what a prefill leaves to it (triton_prefi
 With TRITON_INTERPRET=1 the kernels run on the CPU, slowly: that is how they are tested where there is no GPU.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -67,6 +68,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int
+    device: torch.device
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,7 +77,8 @@ class Launch:
 
     def __call__(self, **token: Tensor | None) -> None:
         """Start it for a token."""
-        self.kernel[self.grid](**token, **self.arguments, **self.options)
+        with _current(self.device):
+            self.kernel[self.grid](**token, **self.arguments, **self.options)
 
 
 class TritonStep:
@@ -102,10 +105,10 @@ class TritonStep:
         part, tile = GROUP if scoring == "lowbit" else min(PART, rows), min(TILE, rows)
         num_units = 0 if scoring == "none" else position_capacity  # pages are as many at most
         num_parts = -(-num_units // part)
-        dense, selected = int(layer.dense_lengths.max()), int(layer.top_k.max())
-        most_chosen = position_capacity if scoring == "none" else min(max(dense, selected), position_capacity)
+        selected = 0 if scoring == "none" else min(int(layer.top_k.max()), position_capacity)
+        dense = position_capacity if scoring == "none" else min(int(layer.dense_lengths.max()), position_capacity)
         programs = PROGRAMS_PER_CORE * _num_cores(layer.keys.device)
-        num_pieces = min(-(-most_chosen // tile), max(1, programs // num_heads))
+        num_pieces = min(-(-max(dense, selected) // tile), max(1, programs // num_heads))
 
         def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return layer.keys.new_zeros((num_heads, *shape), dtype=dtype)
@@ -154,13 +157,14 @@ class TritonStep:
             | {"bounds": bounds, "codes": codes, "ranges": ranges, "open_keys": open_keys}
             | {"num_blocks": layer.index[0].shape[2] if layer.index else 0, "PART": part, "WIDTH": width},
             num_warps=4,
+            device=layer.keys.device,
         )
         self._choose = None
         if scoring != "none":
             pins = {"top_k": layer.top_k, "sinks": layer.sinks, "recents": layer.recents}
             sizes = {"PART": part, "BLOCK": BLOCK, "WAYS_BITS": WAYS_BITS, "G_POW": _power_of_two(group)}
             arguments = plan | pins | scores | chosen | dims | sizes | {"scores": scratch(num_units)}
-            self._choose = Launch(kernels.choose, (num_heads,), arguments, num_warps=8)
+            self._choose = Launch(kernels.choose, (num_heads,), arguments, num_warps=8, device=layer.keys.device)
         self._attend = Launch(
             kernels.attend,
             (num_heads, num_pieces),
@@ -180,6 +184,7 @@ class TritonStep:
                 "TILE": tile,
             },
             num_warps=8 if rows < TILE else 4,  # few rows are wide ones, and a wide output wants registers
+            device=layer.keys.device,
         )
 
     @property
@@ -205,17 +210,18 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
     kernels = import_module("rocketkv.ops.backends.triton_prefill")
     batch, num_kv_heads, num_tokens, head_dim = keys.shape
     keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
-    kernels.build_lowbit[(batch * num_kv_heads, -(-num_tokens // GROUP))](
-        keys,
-        lengths,
-        *index,
-        index.codes.shape[2],
-        *keys.stride()[:2],
-        HKV=num_kv_heads,
-        D=head_dim,
-        D_PAD=max(LEAST_DOT, _power_of_two(head_dim)),
-        **PREFILL_OPTIONS,
-    )
+    with _current(keys.device):
+        kernels.build_lowbit[(batch * num_kv_heads, -(-num_tokens // GROUP))](
+            keys,
+            lengths,
+            *index,
+            index.codes.shape[2],
+            *keys.stride()[:2],
+            HKV=num_kv_heads,
+            D=head_dim,
+            D_PAD=max(LEAST_DOT, _power_of_two(head_dim)),
+            **PREFILL_OPTIONS,
+        )
 
 
 def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:
@@ -249,9 +255,15 @@ def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: T
     }
     grid = (batch * num_kv_heads, num_parts, row_groups)
     inputs = (query.contiguous(), keys, lengths, num_queries, partials)
-    kernels.sum_window[grid](*inputs, **sizes, **PREFILL_OPTIONS)
-    kernels.score_window[grid](*inputs, scores=scores, num_tokens=num_tokens, **sizes, **PREFILL_OPTIONS)
+    with _current(keys.device):
+        kernels.sum_window[grid](*inputs, **sizes, **PREFILL_OPTIONS)
+        kernels.score_window[grid](*inputs, scores=scores, num_tokens=num_tokens, **sizes, **PREFILL_OPTIONS)
     return scores.sum(2)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Launches go to the current GPU, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _power_of_two(number: int) -> int:

@@ -335,8 +335,8 @@ def choose(
 ):
     """Choose a head's tokens; see `score_tokens` and `choose_tokens` in ops/scores.py. Grid: heads.
 
-    The score at which to cut is found `WAYS_BITS` bits at a time, so the cost hardly depends on the scores.
-    Reads the logits once and the scores `32 / WAYS_BITS + 2` times, of one head in cache.
+    The score at which to cut is found `WAYS_BITS` bits at a time, until as many tokens as wanted lie above.
+    Reads the logits once and the scores `32 / WAYS_BITS + 2` times at most, of one head in cache.
     """
     head = tl.program_id(0).to(tl.int64)
     row = head // HKV
@@ -374,16 +374,23 @@ def choose(
     end = length - tl.minimum(tl.load(recents + row).to(tl.int32), length - first)
     wanted = tl.load(top_k + row).to(tl.int32) - first - (length - end)
     cut = tl.full([], 0, tl.uint32)
-    for level in tl.static_range(32 // WAYS_BITS):
-        shift = 32 - (level + 1) * WAYS_BITS
-        bounds = cut | (tl.arange(0, 2**WAYS_BITS).to(tl.uint32) << shift)
+    from_cut = tl.full(
+        [], -1, tl.int32
+    )  # open tokens with a score not below it; once they are those wanted, it will do
+    way = tl.arange(0, 2**WAYS_BITS)
+    shift = 32 - WAYS_BITS
+    while (shift >= 0) & (from_cut != wanted):
+        bounds = cut | (way.to(tl.uint32) << shift)
         counts = tl.zeros([2**WAYS_BITS], tl.int32)
         for start in range(0, units, BLOCK):
             unit = start + lane
             order = _order(tl.load(scores + head * num_units + unit, mask=unit < units, other=0.0))
             tokens = _count_open(unit, size, first, end)
             counts += tl.sum(tl.where(order[:, None] >= bounds[None, :], tokens[:, None], 0), 0)
-        cut += (tl.sum((counts >= wanted).to(tl.int32)) - 1).to(tl.uint32) << shift
+        best_way = tl.sum((counts >= wanted).to(tl.int32)) - 1
+        cut += best_way.to(tl.uint32) << shift
+        from_cut = tl.sum(tl.where(way == best_way, counts, 0))
+        shift -= WAYS_BITS
 
     # of those at the cut the earlier ones
     above = tl.full([], 0, tl.int32)
