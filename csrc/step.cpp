@@ -543,6 +543,20 @@ class Step {
     }
   };
 
+  // A weight of values is the sum of so many factors: one that is rounded would show beside a rounded output.
+  static constexpr int kTerms = std::is_same_v<Factor<T>, float> ? 1 : 2;
+
+  template <int H>
+  static ROCKETKV_INLINE Vec store_weights(Factor<T> (&weights)[kTerms][H][kTile], int h, int i, Vec rest) {
+    Vec sum = {};
+    for (int term = 0; term < kTerms; ++term) {
+      Vec stored = store_factors(&weights[term][h][i], rest);
+      rest -= stored;
+      sum += stored;
+    }
+    return sum;
+  }
+
   template <int H>
   void attend_tile(const T* keys, const T* values, const int64_t* rows, int n, const Factor<T>* query, float* piece,
                    bool fetches) {
@@ -550,7 +564,7 @@ class Step {
     const int dim = layer_.head_dim;
     auto width_at = [&](int c) { return c + kChunks * kPair <= dim ? kChunks * kPair : std::min(kPair, dim - c); };
     float logits[H][kTile + N], corrections[H];
-    Factor<T> weights[H][kTile];
+    Factor<T> weights[kTerms][H][kTile];
     const Fetcher fetcher{keys, rows, n, dim, values, rows, width_at(0), fetches};
     for (int i = 0; i < n; i += N) {
       const T* tile_rows[N];
@@ -571,7 +585,7 @@ class Step {
       }
       float top = max_lane(best);
       for (int i = 0; i < n; i += kWidth)
-        sum += store_factors(&weights[h][i], exp_of_negative(load<Vec>(&logits[h][i]) - top));  // of weights as rounded
+        sum += store_weights<H>(weights, h, i, exp_of_negative(load<Vec>(&logits[h][i]) - top));  // of them as stored
       corrections[h] = std::exp(state[0] - top);
       state[0] = top;
       state[1] = state[1] * corrections[h] + sum_lane(sum);
@@ -591,7 +605,7 @@ class Step {
 
   // Add the weighted values of a tile, C chunks of channels, or a part of one.
   template <int H, int C>
-  void add_values(const Fetcher& fetcher, const Factor<T> (&weights)[H][kTile], const float* corrections,
+  void add_values(const Fetcher& fetcher, const Factor<T> (&weights)[kTerms][H][kTile], const float* corrections,
                   float* piece) const {
     const int stride = 2 + padded_, n = fetcher.n, count = fetcher.count;
     const T* values = fetcher.base;
@@ -606,7 +620,9 @@ class Step {
       }
     auto add = [&](const TwoChunks<T>& value, int i, int k) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int h = 0; h < H; ++h) value.add_weighted(&weights[h][i], sums[h][k]);
+      for (int h = 0; h < H; ++h)
+#pragma GCC unroll 2
+        for (int term = 0; term < kTerms; ++term) value.add_weighted(&weights[term][h][i], sums[h][k]);
     };
     int i = 0;
     if (count == C * kPair) {

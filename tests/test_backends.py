@@ -189,7 +189,7 @@ def test_any_layer(backend: Backend, data: st.DataObject) -> None:
 
 
 def test_an_output_that_the_reference_rounds_hardly(backend: Backend) -> None:
-    """Here the reference's error is so small, by chance, that rounded weights show beside it."""
+    """Here the reference errs so little, by chance, that weights rounded to bfloat16 showed beside it."""
     generator = torch.Generator().manual_seed(1160033)
     sizes = {"group": 3, "head_dim": 7, "page_size": 1, "num_channels": 1, "top_k": 1, "dtype": torch.bfloat16}
     check_steps(backend, make_layer(generator, "none", [[181, 2, 2]], **sizes), generator, steps=2)
