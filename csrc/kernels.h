@@ -38,13 +38,16 @@ struct LowBitKeys {
   int64_t num_blocks = 0;  // allocated
 };
 
+constexpr int kStepChannels = 32;  // that share a step where keys and values are stored in 8 bits
+
 // One layer's storage and plan: everything about a decode step that stays the same while no buffer grows.
 struct Layer {
   Dtype dtype;
   int batch, num_kv_heads, num_heads, head_dim;
   float scale;
 
-  void *keys, *values;       // [B, Hkv, token_capacity, D]
+  void *keys, *values;       // [B, Hkv, token_capacity, D], int8 if there are
+  int8_t* exponents;         // [B, Hkv, token_capacity, 2, steps of a row], or null
   int64_t token_capacity;
   int32_t* positions;        // [B, Hkv, position_capacity]
   int64_t position_capacity;

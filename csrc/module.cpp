@@ -20,14 +20,14 @@ T* at(uintptr_t address) {
 }
 
 void make_layer(Layer* self, Dtype dtype, int batch, int num_kv_heads, int num_heads, int head_dim, float scale,
-                uintptr_t keys, uintptr_t values, int64_t token_capacity, uintptr_t positions, int64_t position_capacity,
-                bool archived, uintptr_t lengths, uintptr_t archive_lengths, uintptr_t seen, Scoring scoring,
+                uintptr_t keys, uintptr_t values, uintptr_t exponents, int64_t token_capacity, uintptr_t positions,
+                int64_t position_capacity, bool archived, uintptr_t lengths, uintptr_t archive_lengths, uintptr_t seen, Scoring scoring,
                 uintptr_t bounds, int num_rows, uintptr_t codes, uintptr_t ranges, uintptr_t open_keys, int64_t num_blocks,
                 uintptr_t page_size, uintptr_t num_channels,
                 uintptr_t top_k, uintptr_t sinks, uintptr_t recents, uintptr_t dense_lengths) {
   new (self) Layer{dtype, batch, num_kv_heads, num_heads, head_dim, scale,
-                   at<void>(keys), at<void>(values), token_capacity, at<int32_t>(positions), position_capacity,
-                   archived, at<int64_t>(lengths), at<int64_t>(archive_lengths), at<int64_t>(seen), scoring,
+                   at<void>(keys), at<void>(values), at<int8_t>(exponents), token_capacity, at<int32_t>(positions),
+                   position_capacity, archived, at<int64_t>(lengths), at<int64_t>(archive_lengths), at<int64_t>(seen), scoring,
                    {at<void>(bounds), at<const int64_t>(page_size), num_blocks, num_rows},
                    {at<uint8_t>(codes), at<void>(ranges), at<void>(open_keys), num_blocks},
                    at<const int64_t>(num_channels), at<const int64_t>(top_k), at<const int64_t>(sinks),
@@ -51,7 +51,7 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       .value("lowbit", Scoring::kLowBit);
   nb::class_<Layer>(m, "Layer")
       .def("__init__", &make_layer, nb::kw_only(), "dtype"_a, "batch"_a, "num_kv_heads"_a, "num_heads"_a, "head_dim"_a,
-           "scale"_a, "keys"_a, "values"_a, "token_capacity"_a, "positions"_a, "position_capacity"_a, "archived"_a,
+           "scale"_a, "keys"_a, "values"_a, "exponents"_a, "token_capacity"_a, "positions"_a, "position_capacity"_a, "archived"_a,
            "lengths"_a, "archive_lengths"_a, "seen"_a, "scoring"_a, "bounds"_a, "num_rows"_a,
            "codes"_a, "ranges"_a, "open_keys"_a, "num_blocks"_a,
            "page_size"_a, "num_channels"_a, "top_k"_a, "sinks"_a, "recents"_a,
@@ -86,4 +86,5 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
   m.attr("PAGES_PER_BLOCK") = rocketkv::kBlockPages;
   m.attr("GROUP") = rocketkv::kGroup;
   m.attr("GROUPS_PER_BLOCK") = rocketkv::kBlockGroups;
+  m.attr("STEP_CHANNELS") = rocketkv::kStepChannels;
 }

@@ -14,6 +14,7 @@
 #include "channels.h"
 #include "cut.h"
 #include "dot.h"
+#include "int8.h"
 #include "kernels.h"
 #include "lowbit.h"
 #include "pages.h"
@@ -26,6 +27,7 @@ constexpr int kTile = 64;           // tokens attended between two updates of th
 constexpr int kRowsAhead = 32;      // of keys or values, between a prefetch and its use
 constexpr int kRowsMeanwhile = 12;  // of the index, fetched in each pass over a head's scores
 constexpr int kGroupsAhead = 4;     // of low-bit keys, between a prefetch and its use
+constexpr int kTokensAhead = 24;    // in 8 bits, between a prefetch and its use
 constexpr int kPieceTokens = 2048;  // tokens of an attend task at most
 constexpr int kChunks = kWidth > 8 ? 2 : 1;  // of pages or channels handled at once: what the registers hold sums for
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -48,6 +50,7 @@ template <class T>
 struct Scratch {
   std::vector<float> floats, sums, weights;
   std::vector<int32_t> places;
+  std::vector<T> restored;       // rows stored in 8 bits: keys and values of a tile, or one of each
   std::vector<Factor<T>> query;  // [G][padded D] of one head
   Channels<T> channels[2];       // of the present head and of the next
   Ahead<T> ahead;
@@ -197,10 +200,18 @@ class Step {
   void append(const Head& head) {
     int64_t place = head.length - 1;
     int64_t slot = layer_.archived ? layer_.archive_lengths[head.index] : place;
-    size_t row_bytes = layer_.head_dim * sizeof(T);
-    const T* key = new_row(token_.key, head);
-    std::memcpy(stored(layer_.keys, head, slot), key, row_bytes);
-    std::memcpy(stored(layer_.values, head, slot), new_row(token_.value, head), row_bytes);
+    const T *key = new_row(token_.key, head), *value = new_row(token_.value, head);
+    if (layer_.exponents) {
+      const Codes codes = codes_of(head);
+      quantize_row(key, layer_.head_dim, codes.key(slot), codes.key_exponents(slot));
+      quantize_row(value, layer_.head_dim, codes.value(slot), codes.value_exponents(slot));
+      T* restored = tile_memory();
+      restore_row(codes.key(slot), codes.key_exponents(slot), layer_.head_dim, restored);
+      key = restored;
+    } else {
+      std::memcpy(stored(layer_.keys, head, slot), key, layer_.head_dim * sizeof(T));
+      std::memcpy(stored(layer_.values, head, slot), value, layer_.head_dim * sizeof(T));
+    }
     layer_.positions[head.index * layer_.position_capacity + place] = static_cast<int32_t>(layer_.seen[head.row]);
     if (layer_.pages.bounds) fold_token(layer_.pages, head.index, layer_.pages.page_size[head.row], place, key, layer_.head_dim);
     if (layer_.lowbit.codes) append_key(layer_.lowbit, layer_.head_dim, head.index, place, key);
@@ -513,17 +524,62 @@ class Step {
       }
     };
     locate(begin, rows + kTile);
-    for (int i = kTile; i < kTile + kRowsAhead; ++i) fetch(keys + rows[i], layer_.head_dim);
+    T* restored = layer_.exponents ? tile_memory() : nullptr;
+    if (restored) fetch_codes(codes_of(head), rows + kTile, kTokensAhead);
+    for (int i = kTile; !restored && i < kTile + kRowsAhead; ++i) fetch(keys + rows[i], layer_.head_dim);
     for (int64_t start = begin; start < end; start += kTile) {
       int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
       std::copy_n(rows + kTile, kTile, rows);
       locate(start + kTile, rows + kTile);
+      if (restored) {
+        restore_tile(codes_of(head), rows, n, restored);
+        for (int i = 0; i < kTile; ++i) rows[i] = static_cast<int64_t>(i) * layer_.head_dim;
+        keys = restored, values = restored + kTile * layer_.head_dim;
+      }
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
-          attend_tile<heads>(keys, values, rows, n, query + h * padded_, piece + h * (2 + padded_), h == 0);
+          attend_tile<heads>(keys, values, rows, n, query + h * padded_, piece + h * (2 + padded_), h == 0 && !restored);
         });
     }
-    bytes_read_ += 2 * (end - begin) * layer_.head_dim * sizeof(T);
+    bytes_read_ += (end - begin) * token_bytes();
+  }
+
+  // Where the codes of a head lie, by slot.
+  struct Codes {
+    int8_t *keys, *values, *exponents;
+    int dim, steps;
+    int8_t* key(int64_t slot) const { return keys + slot * dim; }
+    int8_t* value(int64_t slot) const { return values + slot * dim; }
+    int8_t* key_exponents(int64_t slot) const { return exponents + slot * 2 * steps; }
+    int8_t* value_exponents(int64_t slot) const { return key_exponents(slot) + steps; }
+  };
+  Codes codes_of(const Head& head) const {
+    const int dim = layer_.head_dim, steps = num_steps(dim);
+    const int64_t slots = head.index * layer_.token_capacity;
+    return {static_cast<int8_t*>(layer_.keys) + slots * dim, static_cast<int8_t*>(layer_.values) + slots * dim,
+            layer_.exponents + slots * 2 * steps, dim, steps};
+  }
+  T* tile_memory() const {
+    Scratch<T>::mine().restored.resize(2 * kTile * layer_.head_dim);
+    return Scratch<T>::mine().restored.data();
+  }
+
+  // Keys, then values, of a tile's tokens, whose rows begin at `rows`. Those kTokensAhead further on are fetched.
+  void restore_tile(const Codes& codes, const int64_t* rows, int n, T* out) const {
+    for (int i = 0; i < n; ++i) {
+      const int64_t slot = rows[i] / codes.dim;
+      fetch_codes(codes, rows + (i + kTokensAhead < n ? i : i + kTile - n) + kTokensAhead, 1);
+      restore_row(codes.key(slot), codes.key_exponents(slot), codes.dim, out + i * codes.dim);
+      restore_row(codes.value(slot), codes.value_exponents(slot), codes.dim, out + (kTile + i) * codes.dim);
+    }
+  }
+  static void fetch_codes(const Codes& codes, const int64_t* rows, int count) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t slot = rows[i] / codes.dim;
+      prefetch(codes.key(slot), codes.dim);
+      prefetch(codes.value(slot), codes.dim);
+      prefetch(codes.key_exponents(slot));
+    }
   }
 
   static ROCKETKV_INLINE void fetch(const T* row, int count) { prefetch(row, count * static_cast<int>(sizeof(T))); }
@@ -675,6 +731,9 @@ class Step {
 
   // ---- where things lie
 
+  int64_t token_bytes() const {
+    return 2 * (layer_.exponents ? layer_.head_dim + num_steps(layer_.head_dim) : layer_.head_dim * sizeof(T));
+  }
   T* stored(void* tokens, const Head& head, int64_t slot) const {
     return static_cast<T*>(tokens) + (head.index * layer_.token_capacity + slot) * layer_.head_dim;
   }

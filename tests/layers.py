@@ -28,6 +28,7 @@ def make_layer(
     recents: int = 0,
     archived: bool = False,
     tied: bool = False,
+    int8: bool = False,
 ) -> LayerTensors:
     """A layer's storage with NaN wherever nothing was stored; `tied`: keys of few distinct values."""
     held = torch.tensor(lengths)
@@ -49,6 +50,10 @@ def make_layer(
             at = slots[row, head, : lengths[row][head]]
             storage[:, row, head, at] = tokens[:, row, head, : at.shape[0]]
     keys, values = storage.to(dtype)
+    exponents = None
+    if int8:
+        codes = ops.quantize_tokens(keys, values)
+        keys, values = ops.restore_tokens(*codes, dtype)
 
     def column(value: int | list[int]) -> torch.Tensor:
         return torch.tensor([value] * batch if isinstance(value, int) else value)
@@ -59,9 +64,13 @@ def make_layer(
     elif scoring == "lowbit":
         index = LowBitIndex(ops.take_tokens(keys, slots), held)
         index.reserve(capacity)
+    if int8:
+        keys, values, exponents = codes
     return LayerTensors(
         keys=keys,
         values=values,
+        exponents=exponents,
+        dtype=dtype,
         positions=positions,
         lengths=held,
         archive_lengths=seen[:, None].expand(-1, num_kv_heads).clone() if archived else None,
@@ -77,6 +86,13 @@ def make_layer(
         num_heads=group * num_kv_heads,
         scale=head_dim**-0.5,
     )
+
+
+def keys_and_values(layer: LayerTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as the reference has them."""
+    if layer.exponents is None:
+        return layer.keys, layer.values
+    return ops.restore_tokens(layer.keys, layer.values, layer.exponents, layer.dtype)
 
 
 def slots_of(layer: LayerTensors) -> torch.Tensor:
@@ -113,7 +129,7 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
             scale=layer.scale,
         )
     else:
-        keys = ops.take_tokens(layer.keys, slots_of(layer)[:, :, :num_tokens]).float()
+        keys = ops.take_tokens(keys_and_values(layer)[0], slots_of(layer)[:, :, :num_tokens]).float()
         logits = grouped.float() @ keys.transpose(2, 3) * layer.scale
     return ops.score_tokens(logits, layer.lengths)
 
@@ -121,12 +137,12 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
 def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generator, steps: int = 3) -> None:
     """Take some steps; hold storage, choice, output and traffic to the reference."""
     batch, num_kv_heads, _, head_dim = layer.keys.shape
-    size = layer.keys.element_size()
+    size = layer.dtype.itemsize
     step = backend.bind(layer)
     assert step is not None
     for _ in range(steps):
         query, key, value = (
-            torch.randn(batch, heads, 1, head_dim, generator=generator).to(layer.keys.dtype)
+            torch.randn(batch, heads, 1, head_dim, generator=generator).to(layer.dtype)
             for heads in (layer.num_heads, num_kv_heads, num_kv_heads)
         )
         before = replace(
@@ -141,13 +157,14 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         torch.testing.assert_close(layer.lengths, before.lengths + 1)
         torch.testing.assert_close(layer.seen, before.seen + 1)
         slots = before.lengths if before.archive_lengths is None else before.archive_lengths
-        where = slots[..., None, None].expand(-1, -1, 1, head_dim)
-        before.keys.scatter_(2, where, key)
-        before.values.scatter_(2, where, value)
+        stored = [key, value] if layer.exponents is None else [*ops.quantize_tokens(key, value)]
+        for name, new in zip(("keys", "values", "exponents"), stored, strict=False):
+            getattr(before, name).scatter_(2, slots[..., None, None].expand_as(new), new)
+            torch.testing.assert_close(getattr(layer, name), getattr(before, name), rtol=0, atol=0, equal_nan=True)
+        if layer.exponents is not None:
+            key, value = ops.restore_tokens(*stored, layer.dtype)
         newest = before.seen[:, None, None].expand(-1, num_kv_heads, 1).int()
         before.positions.scatter_(2, before.lengths[..., None], newest)
-        torch.testing.assert_close(layer.keys, before.keys, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(layer.values, before.values, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(layer.positions, before.positions)
         if layer.scoring == "lowbit":
             ops.append_lowbit(ops.LowBitKeys(*before.index), key, before.lengths)
@@ -185,14 +202,16 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
                     "exact": length * head_dim * size,
                     "lowbit": num_channels * (length // 64 * (32 + 2 * size) + length % 64 * size),
                 }[layer.scoring]
-        assert int(torch.as_tensor(num_bytes).sum()) == scored + 2 * int(counts.sum()) * head_dim * size
+        token_bytes = 2 * head_dim * size if layer.exponents is None else 2 * (head_dim + -(-head_dim // 32))
+        assert int(torch.as_tensor(num_bytes).sum()) == scored + int(counts.sum()) * token_bytes
 
         # attend
         places = chosen.clamp_min(0).long()
         at = slots_of(layer).gather(2, places[:, :, : int(counts.max())])
         arguments = {"slots": at, "counts": counts, "scale": layer.scale}
-        exact = ops.decode_sparsely(query.double(), layer.keys.double(), layer.values.double(), **arguments)
-        plain = ops.decode_sparsely(query, layer.keys, layer.values, **arguments)
+        keys, values = keys_and_values(layer)
+        exact = ops.decode_sparsely(query.double(), keys.double(), values.double(), **arguments)
+        plain = ops.decode_sparsely(query, keys, values, **arguments)
         allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
-        assert output.dtype == layer.keys.dtype
+        assert output.dtype == layer.dtype
         assert (output.double() - exact).abs().max() <= allowed

@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import oracle
 from inputs import Inputs, make_inputs
-from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError, split_budget
+from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError, ops, split_budget
 from rocketkv.eviction import EVICTION_POLICIES, KeepAll
-from rocketkv.selection import SELECTION_METHODS, Hybrid
+from rocketkv.selection import SELECTION_METHODS, Exact, Hybrid
 
 pytestmark = pytest.mark.usefixtures("decoded_by")
 ALL_METHODS = [(e, s) for e in EVICTION_POLICIES for s in SELECTION_METHODS]
+IN_8_BITS = [("snapkv", "lowbit"), ("snapkv", "hybrid"), ("streaming_llm", "dense")]
+WITH_8_BITS = [(*method, "auto") for method in ALL_METHODS] + [(*method, "int8") for method in IN_8_BITS]
 
 strict = partial(RocketKVConfig, dense_below=0)  # selects as soon as a row holds more than top_k
 
@@ -34,7 +36,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         fresh = new_empty(self, *size, **options)
         if fresh.is_floating_point():
             return fresh.fill_(torch.nan)
-        return fresh.fill_(0xDD if fresh.dtype == torch.uint8 else 1 << 20)
+        return fresh.fill_(0x5D if fresh.dtype.itemsize == 1 else 1 << 20)
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
@@ -186,11 +188,14 @@ def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) 
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(("eviction", "selection"), ALL_METHODS)
+@pytest.mark.parametrize(("eviction", "selection", "kv_dtype"), WITH_8_BITS)
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-def test_padded_rows_are_what_they_are_alone(seeded: torch.Generator, mode: str, eviction: str, selection: str) -> None:
+def test_padded_rows_are_what_they_are_alone(
+    seeded: torch.Generator, mode: str, eviction: str, selection: str, kv_dtype: str
+) -> None:
     x = make_inputs(seeded, 4, 6, 2, 400, 64)
-    config = strict(token_budget=48, mode=mode, eviction=eviction, selection=selection, window_size=16, kernel_size=7)
+    methods = {"eviction": eviction, "selection": selection, "kv_dtype": kv_dtype}
+    config = strict(token_budget=48, mode=mode, window_size=16, kernel_size=7, **methods)
     padding = torch.tensor([0, 130, 345, 180])  # the third row fits in the budget
     batch = LayerCache(config)
     batch_prompt = batch.prefill(*x.part(0, 380), padding=padding)
@@ -211,10 +216,11 @@ def test_padded_rows_are_what_they_are_alone(seeded: torch.Generator, mode: str,
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-def test_padded_later_turns_are_what_they_are_alone(seeded: torch.Generator, mode: str) -> None:
+def test_padded_later_turns_are_what_they_are_alone(seeded: torch.Generator, mode: str, kv_dtype: str) -> None:
     x = make_inputs(seeded, 2, 4, 2, 500, 64)
-    config = strict(token_budget=40, mode=mode, window_size=16, kernel_size=7)
+    config = strict(token_budget=40, mode=mode, window_size=16, kernel_size=7, kv_dtype=kv_dtype)
     turns = [(0, 300, (0, 120), 8), (308, 60, (25, 0), 8), (376, 9, (0, 3), 5)]  # start, width, padding, new tokens
     batch = LayerCache(config)
     outputs = []
@@ -395,10 +401,11 @@ def test_sparq_reads_every_token_whatever_page_size_is_given(seeded: torch.Gener
     assert cache.read_bytes == 2 * 4 * (301 * 4 + 10 * 2 * 16)
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-def test_inference_mode_and_no_grad_may_alternate(seeded: torch.Generator, mode: str) -> None:
+def test_inference_mode_and_no_grad_may_alternate(seeded: torch.Generator, mode: str, kv_dtype: str) -> None:
     x = make_inputs(seeded, 2, 4, 2, 300, 64)
-    config = strict(token_budget=48, mode=mode)
+    config = strict(token_budget=48, mode=mode, kv_dtype=kv_dtype)
     mixed, plain = LayerCache(config), LayerCache(config)
     plain.prefill(*x.part(0, 200))
     with torch.inference_mode():
@@ -422,12 +429,13 @@ class HeadsOfTheirOwn(KeepAll):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-@pytest.mark.parametrize("selection", list(SELECTION_METHODS))
-def test_heads_may_keep_different_numbers(seeded: torch.Generator, mode: str, selection: str) -> None:
+@pytest.mark.parametrize(
+    ("selection", "kv_dtype"), [*((name, "auto") for name in SELECTION_METHODS), ("lowbit", "int8"), ("hybrid", "int8")]
+)
+def test_heads_may_keep_different_numbers(seeded: torch.Generator, mode: str, selection: str, kv_dtype: str) -> None:
     x = make_inputs(seeded, 1, 4, 2, 330, 64)
-    config = strict(
-        token_budget=48, mode=mode, eviction=HeadsOfTheirOwn(), selection=selection, budget=Budget(60, 2, 32, 30)
-    )
+    options = {"mode": mode, "selection": selection, "kv_dtype": kv_dtype, "budget": Budget(60, 2, 32, 30)}
+    config = strict(token_budget=48, eviction=HeadsOfTheirOwn(), **options)
     cache = LayerCache(config)
     cache.prefill(*x.part(0, 300))
     assert cache.num_stored.tolist() == [[50, 190]]
@@ -443,9 +451,7 @@ def test_heads_may_keep_different_numbers(seeded: torch.Generator, mode: str, se
                 slots = torch.arange(keys.shape[2])
                 return (slots >= lengths[..., None] - 40) & (slots < lengths[..., None]) | (slots < first)
 
-        alone = LayerCache(
-            strict(token_budget=48, mode=mode, eviction=Alone(), selection=selection, budget=Budget(60, 2, 32, 30))
-        )
+        alone = LayerCache(strict(token_budget=48, eviction=Alone(), **options))
         y = Inputs(x.query[:, 2 * head : 2 * head + 2], x.key[:, [head]], x.value[:, [head]])
         alone.prefill(*y.part(0, 300))
         tokens = decode_all(alone, y, 300, 310)
@@ -505,13 +511,15 @@ def test_select_rows_is_a_batch_of_those_rows(seeded: torch.Generator) -> None:
         )
 
 
-@pytest.mark.parametrize("selection", list(SELECTION_METHODS))
+@pytest.mark.parametrize(
+    ("selection", "kv_dtype"), [*((name, "auto") for name in SELECTION_METHODS), ("lowbit", "int8"), ("dense", "int8")]
+)
 @pytest.mark.parametrize("padding", [None, torch.tensor([0, 31])])
 def test_an_archive_on_the_host_changes_nothing_but_where_tokens_lie(
-    seeded: torch.Generator, padding: Tensor | None, selection: str
+    seeded: torch.Generator, padding: Tensor | None, selection: str, kv_dtype: str
 ) -> None:
     x = make_inputs(seeded, 2, 4, 2, 460, 64)
-    config = strict(token_budget=64, mode="multi_turn", selection=selection)
+    config = strict(token_budget=64, mode="multi_turn", selection=selection, kv_dtype=kv_dtype)
     caches = [LayerCache(replace(config, archive_on_host=on_host), keep_queries=32) for on_host in (False, True)]
 
     def same(outputs: list[Tensor]) -> None:
@@ -576,8 +584,9 @@ def test_a_fork_with_kept_queries_is_to_the_bit_a_cache_that_prefilled_by_itself
     shared = LayerCache(dense, keep_queries=16)
     shared.prefill(*x.part(0, prompt), padding=padding)
     held = [field.clone() for field in shared.working.archive.views()]
-    for eviction, selection in ALL_METHODS:
-        config = strict(token_budget=24, mode=mode, eviction=eviction, selection=selection, window_size=16)
+    for eviction, selection, kv_dtype in WITH_8_BITS:
+        methods = {"eviction": eviction, "selection": selection, "kv_dtype": kv_dtype}
+        config = strict(token_budget=24, mode=mode, window_size=16, **methods)
         fork, alone = shared.fork(config), LayerCache(config)
         alone.prefill(*x.part(0, prompt), padding=padding)
         assert torch.equal(fork.positions, alone.positions)
@@ -598,8 +607,9 @@ def test_a_fork_at_a_later_turn_sees_all_of_the_past(seeded: torch.Generator) ->
     )
     shared.prefill(*x.part(0, 300))
     shared.prefill(*x.part(300, 400))
-    for selection in SELECTION_METHODS:
-        config = strict(token_budget=48, mode="multi_turn", selection=selection, window_size=16)
+    for eviction, selection, kv_dtype in WITH_8_BITS:
+        methods = {"eviction": eviction, "selection": selection, "kv_dtype": kv_dtype}
+        config = strict(token_budget=48, mode="multi_turn", window_size=16, **methods)
         fork, alone = shared.fork(config), LayerCache(config)
         alone.prefill(*x.part(0, 300))
         alone.prefill(*x.part(300, 400))
@@ -616,6 +626,60 @@ def test_a_fork_at_a_later_turn_sees_all_of_the_past(seeded: torch.Generator) ->
     decode_all(shared, x, 400, 401)
     with pytest.raises(InputError, match="needs the last queries of a prefill; make the cache with keep_queries"):
         shared.fork(single)
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+@pytest.mark.parametrize("selection", ["lowbit", "hybrid", "quest", "sparq", "dense"])
+def test_8_bits_decode_as_the_numbers_that_they_store(seeded: torch.Generator, selection: str, mode: str) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 340, 80)
+    rounded = Inputs(x.query, *ops.restore_tokens(*ops.quantize_tokens(x.key, x.value), x.key.dtype))
+    assert not torch.equal(x.key, rounded.key)
+    options = {"token_budget": 48, "selection": selection, "mode": mode, "budget": Budget(250, 3, 9, 60)}
+    stored, plain = LayerCache(strict(kv_dtype="int8", **options)), LayerCache(strict(**options))
+    for cache, y in ((stored, x), (plain, rounded)):
+        cache.adopt(*y.part(0, 300)[1:], num_seen=300)
+    for start in (300, 320):
+        outputs = [decode_all(cache, y, start, start + 15) for cache, y in ((stored, x), (plain, rounded))]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+        later = (
+            cache.prefill(*rounded.part(start + 15, start + 20)) for cache in (stored, plain)
+        )  # sees what is stored
+        torch.testing.assert_close(*later, rtol=1e-5, atol=1e-6)
+        assert torch.equal(stored.positions, plain.positions)
+
+
+def test_8_bits_hold_and_read_what_they_say(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 2001, 64, torch.bfloat16)
+    caches = {kv_dtype: LayerCache(strict(token_budget=128, kv_dtype=kv_dtype)) for kv_dtype in ("auto", "int8")}
+    outputs = [cache.prefill(*x.part(0, 2000)) for cache in caches.values()]
+    assert torch.equal(*outputs)  # a first prompt is attended as it comes
+    for cache in caches.values():
+        cache.decode(*x.part(2000, 2001))
+    plain, int8 = caches.values()
+    top_k = [cache.plan.splits[0].top_k for cache in (plain, int8)]
+    assert top_k[1] == top_k[0] * 4 * 64 // (2 * (64 + 2))
+    assert int8.read_bytes == plain.read_bytes + 2 * (132 * top_k[1] - 256 * top_k[0])
+    assert abs(int8.read_bytes - plain.read_bytes) <= 2 * 132
+    saved = 2 * plain.working.tokens.fields[0].nbytes - 2 * int8.working.tokens.fields[0].nbytes
+    assert plain.kv_bytes - int8.kv_bytes == saved - int8.working.tokens.fields[2].nbytes
+    assert int8.kv_bytes < 0.65 * plain.kv_bytes
+
+
+def test_what_8_bits_cannot_do_is_refused(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 400, 64)
+    multi_turn = strict(token_budget=48, mode="multi_turn", kv_dtype="int8")
+    cache = LayerCache(multi_turn, keep_queries=32)
+    cache.prefill(*x.part(0, 380))
+    with pytest.raises(InputError, match="has rounded what a fork without would need; set kv_dtype='auto' in it"):
+        cache.fork(strict(token_budget=48))
+    alone = LayerCache(multi_turn)
+    alone.prefill(*x.part(0, 380))
+    assert torch.equal(decode_all(cache.fork(multi_turn), x, 380, 400), decode_all(alone, x, 380, 400))
+    for selection in ("exact", Exact()):
+        with pytest.raises(ConfigError, match="selection='exact' reads whole keys as they come; set kv_dtype='auto'"):
+            strict(token_budget=48, selection=selection, kv_dtype="int8")
+    with pytest.raises(ConfigError, match="kv_dtype='int4' does not exist; did you mean int8"):
+        strict(token_budget=48, kv_dtype="int4")
 
 
 def test_a_fork_of_chosen_rows_is_a_batch_of_those_rows(seeded: torch.Generator) -> None:
@@ -747,14 +811,15 @@ def test_gradients_are_refused(seeded: torch.Generator) -> None:
     st.sampled_from(["single_turn", "multi_turn"]),
     st.lists(st.tuples(st.integers(1, 120), st.integers(0, 12)), min_size=1, max_size=4),
     st.integers(8, 80),
+    st.sampled_from(["auto", "int8"]),
 )
 def test_any_conversation_stays_finite_and_consistent(
-    seed: int, method: tuple[str, str], mode: str, turns: list[tuple[int, int]], budget: int
+    seed: int, method: tuple[str, str], mode: str, turns: list[tuple[int, int]], budget: int, kv_dtype: str
 ) -> None:
+    assume(kv_dtype == "auto" or method[1] != "exact")
     generator = torch.Generator().manual_seed(seed)
-    cache = LayerCache(
-        strict(token_budget=budget, mode=mode, eviction=method[0], selection=method[1], window_size=8, kernel_size=3)
-    )
+    options = {"mode": mode, "eviction": method[0], "selection": method[1], "kv_dtype": kv_dtype}
+    cache = LayerCache(strict(token_budget=budget, window_size=8, kernel_size=3, **options))
     seen = 0
     for prompt, new in turns:
         x = make_inputs(generator, 2, 4, 2, prompt + new, 16)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from layers import DTYPES, SCORINGS, check_steps, make_layer
 from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, ops
 from rocketkv.index import LowBitIndex, PageIndex
+from rocketkv.ops import int8
 from rocketkv.ops.backends import BACKENDS, Backend, cpp, find_backend
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 from rocketkv.selection.hybrid import Hybrid
@@ -66,6 +67,46 @@ def test_odd_sizes(
         seeded, scoring, [[size, size]], group=group, head_dim=head_dim, dtype=dtype, num_channels=num_channels
     )
     check_steps(backend, layer, seeded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
+@pytest.mark.parametrize(
+    ("size", "group", "head_dim"), [(1, 1, 64), (63, 3, 80), (100, 4, 96), (257, 8, 128), (130, 5, 256), (70, 2, 20)]
+)
+def test_keys_and_values_in_8_bits(
+    backend: Backend, seeded: torch.Generator, dtype: torch.dtype, scoring: str, size: int, group: int, head_dim: int
+) -> None:
+    if "int8" not in backend.KV_DTYPES:
+        pytest.skip(f"{backend.NAME} does not take them")
+    options = {
+        "group": group,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "num_channels": max(1, head_dim // 3),
+        "int8": True,
+    }
+    check_steps(backend, make_layer(seeded, scoring, [[size, size]], **options), seeded)
+    ragged = [[150, 3, 20], [1, 1200, 64]]
+    check_steps(backend, make_layer(seeded, scoring, ragged, sinks=2, recents=3, **options), seeded)
+    check_steps(backend, make_layer(seeded, scoring, ragged, archived=True, top_k=300, **options), seeded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_in_8_bits_at_the_ends_of_their_range(
+    backend: Backend, seeded: torch.Generator, dtype: torch.dtype
+) -> None:
+    layer = make_layer(seeded, "none", [[4, 4]], dtype=dtype, int8=True)
+    ends = [0.0, 1.0, -1.0, 127.6, -127.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 3e-7, torch.nan, torch.inf]
+    key = torch.tensor(ends, dtype=dtype)[torch.randint(0, len(ends), (40, 1, 2, 1, 64), generator=seeded)]
+    key[0], key[1, ..., :32], key[2, ..., 8] = 0.0, key[1, ..., :1], torch.nan
+    step = backend.bind(layer)
+    for i, new in enumerate(key):
+        step(torch.zeros(1, 6, 1, 64, dtype=dtype), new, -new)
+        for stored, expected in zip(
+            (layer.keys, layer.values, layer.exponents), int8.quantize_tokens(new, -new), strict=True
+        ):
+            assert torch.equal(stored[:, :, 4 + i : 5 + i], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,15 +177,18 @@ def test_long_rows_are_shared_out(backend: Backend, seeded: torch.Generator, hea
 
 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-@pytest.mark.parametrize("selection", [name for name in SELECTION_METHODS if name != "dense"])
-def test_a_cache_that_grows_decodes_as_by_the_reference(seeded: torch.Generator, selection: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("selection", "kv_dtype"),
+    [(name, "auto") for name in SELECTION_METHODS if name != "dense"] + [("lowbit", "int8"), ("hybrid", "int8")],
+)
+def test_a_cache_that_grows_decodes_as_by_the_reference(
+    seeded: torch.Generator, selection: str, kv_dtype: str, mode: str
+) -> None:
     x = torch.randn(3, 1, 6, 1045, 32, generator=seeded)
     query, key, value = x[0], x[1, :, :2], x[2, :, :2]
     budget = Budget(1020, 4, 9, 50)  # pages of 4, where there are any; 1024 tokens are a block of low-bit keys
-    caches = [
-        LayerCache(RocketKVConfig(token_budget=64, selection=selection, budget=budget, mode=mode, backend=backend))
-        for backend in ("cpp", "reference")
-    ]
+    options = {"token_budget": 64, "selection": selection, "budget": budget, "mode": mode, "kv_dtype": kv_dtype}
+    caches = [LayerCache(RocketKVConfig(backend=backend, **options)) for backend in ("cpp", "reference")]
     for cache in caches:
         cache.prefill(query[:, :, :1020], key[:, :, :1020], value[:, :, :1020])
     for i in range(1020, 1045):
@@ -157,6 +201,7 @@ def test_the_kernels_lay_things_out_as_the_reference_does(backend: Backend) -> N
     if backend is cpp:
         for name in ("PAGES_PER_BLOCK", "GROUP", "GROUPS_PER_BLOCK"):
             assert getattr(cpp.library(), name) == getattr(ops, name)
+        assert cpp.library().STEP_CHANNELS == int8.STEP_CHANNELS
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -169,9 +214,10 @@ def test_any_layer(backend: Backend, data: st.DataObject) -> None:
     top_k, head_dim, batch = draw(1, 60), draw(1, 70), draw(1, 3)
     heads = draw(1, 3)
     sinks = draw(0, top_k)
+    is_int8 = "int8" in backend.KV_DTYPES and data.draw(st.booleans())
     layer = make_layer(
         generator,
-        data.draw(st.sampled_from(SCORINGS)),
+        data.draw(st.sampled_from([name for name in SCORINGS if not is_int8 or name != "exact"])),
         [[draw(1, 200) for _ in range(heads)] for _ in range(batch)],
         group=draw(1, 9),
         head_dim=head_dim,
@@ -184,6 +230,7 @@ def test_any_layer(backend: Backend, data: st.DataObject) -> None:
         recents=draw(0, top_k - sinks),
         archived=data.draw(st.booleans()),
         tied=data.draw(st.booleans()),
+        int8=is_int8,
     )
     check_steps(backend, layer, generator, steps=2)
 

@@ -76,10 +76,14 @@ def test_attention_sweeps_and_reports(run: Any) -> None:
 
 def test_attention_compares_selection_methods(run: Any) -> None:
     sizes = ["--geometry", "smollm2-135m", "--seq-len", "900", "--token-budget", "128", "--repeats", "1"]
-    record = result_of(run("attention", *sizes, "--cold-mib", "1", "--selection", "lowbit,hybrid", "--json"))
+    record = result_of(
+        run("attention", *sizes, "--cold-mib", "1", "--selection", "lowbit,hybrid,lowbit:int8", "--json")
+    )
     lowbit, hybrid = rows_named(record, "sparse"), rows_named(record, "sparse:hybrid")
+    (int8,) = rows_named(record, "sparse:lowbit:int8")
     assert len(lowbit) == len(hybrid) == 1
     assert lowbit[0]["bytes"] != hybrid[0]["bytes"]
+    assert 0.97 * lowbit[0]["bytes"] < int8["bytes"] < lowbit[0]["bytes"]
     assert_floor(record, "sparse_floor", "sparse")
     assert_floor(record, "sparse:hybrid_floor", "sparse:hybrid")
     for device, message in (("cuda", "this torch sees no GPU"), ("tpu", "choose from cpu, cuda")):

@@ -69,6 +69,11 @@ def test_budget_explains_the_split(run: Any) -> None:
             ("256.0 x", "3019", "1007 pages of 3", "65 of 128", "512 tokens' worth"),
             {"prompt_tokens": 3019, "page_size": 3, "num_channels": 65, "top_k": 256},
         ),
+        (
+            ("--kv-dtype", "int8"),
+            ("26 of 128", "748", "by these scores, int8", "507 tokens' worth"),
+            {"prompt_tokens": 4226, "top_k": 748},
+        ),
     ):
         result = run(*sizes, *more)
         assert result.exit_code == 0
@@ -115,7 +120,7 @@ def test_info_tells_which_way_decode_steps_go(describe: Any, monkeypatch: pytest
     fast = "native kernels (cpp)"
     for mode in ("single_turn", "multi_turn"):
         assert describe("llama", "--mode", mode) == ([f"3 full-attention, head_dim=16: {fast}"], [fast])
-    assert describe("llama", "--dtype", "bfloat16")[1] == [fast]
+    assert describe("llama", "--dtype", "bfloat16", "--kv-dtype", "int8")[1] == [fast]
     reference = "3 full-attention, head_dim=16: plain torch (backend=reference was chosen)"
     assert describe("llama", "--backend", "reference") == ([reference], [fast])
     assert describe("gemma3")[0] == [

@@ -220,7 +220,7 @@ class LayerCache:
             logits = self.selection.logits(grouped, working, plan.num_channels, scale)
         if logits is None:
             keys, values = working.keys_and_values()
-            self._read_bytes = int(lengths.sum()) * 2 * working.key_bytes
+            self._read_bytes = int(lengths.sum()) * working.token_bytes
             ragged = lengths if working.tokens.is_ragged else None
             if attended is not None:
                 working.mark(attended, _first(lengths, working.max_length))
@@ -233,7 +233,7 @@ class LayerCache:
             sinks=plan.sinks,
             recents=plan.recents,
         )
-        self._read_bytes = self._count_read_bytes(lengths, plan, key)
+        self._read_bytes = self._count_read_bytes(working, plan)
         if attended is not None:
             working.mark(attended, chosen.where(_first(counts.minimum(lengths), chosen.shape[2]) >= 0, -1))
         keys, values, slots = working.locate(chosen)
@@ -321,8 +321,13 @@ class LayerCache:
         if self.working is None:
             return forked
         observed = self._observed if self.just_prefilled else None
+        int8 = config.kv_dtype == "int8"
+        if self.working.int8 and not int8:
+            raise InputError(
+                "a cache with kv_dtype='int8' has rounded what a fork without would need; set kv_dtype='auto' in it."
+            )
         working = forked.working = self.working.fork(
-            archived=config.mode == "multi_turn", on_host=config.archive_on_host
+            archived=config.mode == "multi_turn", on_host=config.archive_on_host, int8=int8
         )
         forked.num_seen = self.num_seen
         if observed is None and working.archive is None:
@@ -337,8 +342,11 @@ class LayerCache:
                 f"window_size={config.window_size} is more than the keep_queries={self.keep_queries} of the cache; "
                 "make it with as many."
             )
-        tokens = self.working.every_token()
         query, num_queries, scale, is_first = observed
+        own = (
+            working if working.archive is not None and not is_first else self.working
+        )  # what a later turn saw is stored
+        tokens = own.every_token()
         mask = forked._evict(query, tokens.fields[0], tokens.lengths, num_queries, scale)
         if mask is not None and working.archive is None and not is_first:
             raise InputError(
@@ -352,7 +360,12 @@ class LayerCache:
 
     def _empty(self, key: Tensor) -> WorkingSet:
         """A working set without tokens yet, for keys like `key`."""
-        return WorkingSet(key, archived=self.config.mode == "multi_turn", on_host=self.config.archive_on_host)
+        return WorkingSet(
+            key,
+            archived=self.config.mode == "multi_turn",
+            on_host=self.config.archive_on_host,
+            int8=self.config.kv_dtype == "int8",
+        )
 
     def _evict(self, query: Tensor, keys: Tensor, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor | None:
         """Stage 1: mark what stays, `[B, Hkv, S]` bool; None if every row may keep all it has."""
@@ -400,12 +413,12 @@ class LayerCache:
 
     def _bind(self, working: WorkingSet, plan: SelectionPlan, num_heads: int, scale: float) -> FusedStep | None:
         """The decode step as one call of a backend; None if it is left to the reference."""
-        keys, values = (working.source or working.tokens).fields[:2]
+        keys, values, *rest = (working.source or working.tokens).fields
         index = working.index if isinstance(working.index, BackedIndex) else None
         scoring = getattr(self.selection, "scoring", None)
         if working.max_length < plan.dense_length and self.config.backend == "auto":
             scoring = "none"  # all is attended, the new token included, whatever the method
-        backend, reasons = find_backend(self.config.backend, keys, scoring)
+        backend, reasons = find_backend(self.config.backend, working.none, scoring, self.config.kv_dtype)
         if backend is None and self.config.backend not in ("auto", "reference"):
             raise UnsupportedError(
                 f"backend={self.config.backend!r} does not take this cache ({'; '.join(reasons)}); set backend='auto'."
@@ -416,6 +429,8 @@ class LayerCache:
             LayerTensors(
                 keys=keys,
                 values=values,
+                exponents=rest[0] if working.int8 else None,
+                dtype=working.none.dtype,
                 positions=working.tokens.fields[-1],
                 lengths=working.lengths,
                 archive_lengths=None if working.source is None else working.source.lengths,
@@ -433,13 +448,14 @@ class LayerCache:
             )
         )
 
-    def _count_read_bytes(self, lengths: Tensor, plan: SelectionPlan, key: Tensor) -> int:
+    def _count_read_bytes(self, working: WorkingSet, plan: SelectionPlan) -> int:
         """Bytes of a selecting step; a row that is attended in full needs no scores."""
+        lengths, none = working.lengths, working.none
         selects = lengths > plan.dense_lengths[:, None]
         scored = self.selection.scored_bytes(
-            lengths, plan.page_size[:, None], plan.num_channels[:, None], key.shape[3], key.element_size()
+            lengths, plan.page_size[:, None], plan.num_channels[:, None], none.shape[3], none.element_size()
         )
-        attended = 2 * plan.top_k[:, None].where(selects, lengths) * key.shape[3] * key.element_size()
+        attended = plan.top_k[:, None].where(selects, lengths) * working.token_bytes
         return int((scored.where(selects, 0) + attended).sum())
 
     def _started(self) -> WorkingSet:

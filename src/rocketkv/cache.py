@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.index import BackedIndex, Index
-from rocketkv.ops import new_storage, take_tokens
+from rocketkv.ops import new_storage, quantize_tokens, restore_tokens, stored_bytes, take_tokens
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
 
@@ -128,24 +128,31 @@ class WorkingSet:
 
     Single-turn: a compact copy of keys, values and positions. Multi-turn: positions only, pointing into the archive;
     or, with the archive on the host, a copy again, from which it takes what was decoded when the next turn begins.
+    Keys and values are stored as they come or, with `int8`, as `ops/int8.py` says: then three fields, not two.
 
     Attributes:
         tokens: the fields `keys, values, positions` or, pointing into the archive, `positions` alone (`[B, Hkv, N]`
             int32).
+        int8: whether keys and values are stored in 8 bits.
+        none: no tokens, `[B, Hkv, 0, D]` in the dtype in which keys and values come.
         is_whole: whether nothing was left out by the last `keep`.
         archive: every token seen, fields `keys, values`, on the host if so asked; None in single-turn.
         num_pending: tokens decoded that an archive on the host does not have yet, the last ones of every row.
         index: what the selection method keeps beside the keys; None where nothing is to be selected.
         seen: `[B]` int64, tokens seen by each row, padding left out.
         head_dim: D.
-        key_bytes: bytes of one key in one KV head.
+        key_bytes: bytes of one key in one KV head, as it comes.
+        token_bytes: bytes of one token's key and value in one KV head, as stored.
     """
 
-    def __init__(self, key: Tensor, *, archived: bool, on_host: bool = False) -> None:
+    def __init__(self, key: Tensor, *, archived: bool, on_host: bool = False, int8: bool = False) -> None:
         """Start empty, in the batch, heads, head_dim and dtype of `key` (`[B, Hkv, T, D]`)."""
+        self.int8 = int8
+        self.none = key[:, :, :0].clone()
+        stored = self._stored(self.none, self.none)
         positions = key.new_empty(*key.shape[:2], 0, dtype=torch.int32)
-        self.tokens = RaggedTokens.empty_like([positions] if archived and not on_host else [key, key, positions])
-        self.archive = RaggedTokens.empty_like([key, key]) if archived else None
+        self.tokens = RaggedTokens.empty_like([positions] if archived and not on_host else [*stored, positions])
+        self.archive = RaggedTokens.empty_like(stored) if archived else None
         if self.archive is not None and on_host:
             self.archive = self.archive.to(torch.device("cpu"))
         self.num_pending = 0
@@ -154,6 +161,7 @@ class WorkingSet:
         self.seen = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
         self.head_dim = key.shape[3]
         self.key_bytes = self.head_dim * key.element_size()
+        self.token_bytes = stored_bytes(self.head_dim) if int8 else 2 * self.key_bytes
 
     @property
     def lengths(self) -> Tensor:
@@ -173,7 +181,7 @@ class WorkingSet:
     @property
     def source(self) -> RaggedTokens | None:
         """The archive, if the tokens to choose from lie there; None if they are stored side by side in `tokens`."""
-        return None if len(self.tokens.fields) == 3 else self.archive
+        return self.archive if len(self.tokens.fields) == 1 else None
 
     @property
     def room(self) -> int:
@@ -202,7 +210,8 @@ class WorkingSet:
             padding: `[B]` int64, padded columns at the left of each row.
 
         Returns:
-            All that the turn may see, fields `keys, values, positions`: the archive, or what is left and what is new.
+            All that the turn may see, fields `keys, values, positions`: the archive, or what is left and what is new. A
+            first prompt sees itself as it comes, later turns see what is stored.
         """
         num_new = key.shape[2]
         counts = None if padding is None else num_new - padding
@@ -210,12 +219,14 @@ class WorkingSet:
         self.seen = self.seen + (num_new if counts is None else counts)
         if self.archive is not None:
             self._archive_decoded()
-            device = self.archive.lengths.device
-            self.archive.append(*(x.to(device) for x in new[:2]), counts=None if counts is None else counts.to(device))
-            return self.every_token()
-        if self.tokens.max_length > 0:
-            self.tokens.append(*new, counts=counts)
-            return self.tokens
+            is_first, device = self.archive.max_length == 0, self.archive.lengths.device
+            stored = (x.to(device) for x in self._stored(*new[:2]))
+            self.archive.append(*stored, counts=None if counts is None else counts.to(device))
+            if not is_first:
+                return self.every_token()
+        elif self.tokens.max_length > 0:
+            self.tokens.append(*self._stored(*new[:2]), new[2], counts=counts)
+            return self._restored(self.tokens)
         tokens = RaggedTokens(new, self.lengths + num_new, num_new, False)  # no copy: most of it is about to go
         if padding is not None:
             tokens.set_lengths(tokens.lengths - padding[:, None])
@@ -225,7 +236,10 @@ class WorkingSet:
         """Let the working set be the `tokens` seen by a turn where `mask` (`[B, Hkv, S]` bool; None: all) is True."""
         if self.source is not None:
             tokens = RaggedTokens(tokens.fields[2:], tokens.lengths, tokens.max_length, tokens.is_ragged)
-        self.tokens = tokens.keep(mask, new_tokens)
+        kept = tokens.keep(mask, new_tokens)
+        if self.source is None:
+            kept.fields = [*self._stored(*kept.fields[:2]), kept.fields[2]]
+        self.tokens = kept
         self.is_whole = mask is None
         self.index = None
 
@@ -236,17 +250,23 @@ class WorkingSet:
         every = torch.arange(self.archive.max_length, dtype=torch.int32, device=self.seen.device)
         fields = [*(x.to(every.device) for x in self.archive.views()), every.expand(*self.lengths.shape, -1)]
         lengths = self.archive.lengths.to(every.device)
-        return RaggedTokens(fields, lengths, self.archive.max_length, self.archive.is_ragged)
+        return self._restored(RaggedTokens(fields, lengths, self.archive.max_length, self.archive.is_ragged))
 
-    def fork(self, *, archived: bool, on_host: bool = False) -> "WorkingSet":
-        """The same past, with a copy of the archive if `archived`, and nothing to choose from until `keep`."""
+    def fork(self, *, archived: bool, on_host: bool = False, int8: bool = False) -> "WorkingSet":
+        """The same past, with a copy of the archive if `archived`, and nothing to choose from until `keep`.
+
+        What is stored in 8 bits stays so: `int8` is True if it is here.
+        """
         assert self.archive is not None
+        assert int8 or not self.int8
         self._archive_decoded()
-        none = self.archive.fields[0][:, :, :0].to(self.seen.device)
-        forked = WorkingSet(none, archived=archived, on_host=on_host)
+        forked = WorkingSet(self.none, archived=archived, on_host=on_host, int8=int8)
         forked.seen = self.seen.clone()
         if forked.archive is not None:
-            forked.archive = self.archive.keep(None).to(forked.archive.lengths.device)
+            copied = self.archive.keep(None)
+            if int8 and not self.int8:
+                copied.fields = forked._stored(*copied.fields)
+            forked.archive = copied.to(forked.archive.lengths.device)
         return forked
 
     def mark(self, mask: Tensor, places: Tensor) -> None:
@@ -263,12 +283,13 @@ class WorkingSet:
         """Add one token per row to working set, index and archive: `key`, `value` `[B, Hkv, 1, D]`."""
         positions = self._next_positions(1, key)
         self.seen = self.seen + 1
+        stored = self._stored(key, value)
         if self.index is not None:
-            self.index.extend(key, self.lengths)
+            self.index.extend(self._keys_and_values(stored)[0], self.lengths)
         if self.source is None:
-            self.tokens.append(key, value, positions)
+            self.tokens.append(*stored, positions)
         else:
-            self.source.append(key, value)
+            self.source.append(*stored)
             self.tokens.append(positions)
         self.num_pending += 1
 
@@ -288,15 +309,14 @@ class WorkingSet:
         self.num_pending += 1
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen from an archive."""
+        """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen or stored in 8 bits."""
         if self.source is None:
-            keys, values, _ = self.tokens.views()
-            return keys, values
-        keys, values = self.source.views()
-        if self.is_whole:
-            return keys, values
-        slots = self.positions.clamp(0, self.source.max_length - 1)  # beyond the lengths anything may stand
-        return take_tokens(keys, slots), take_tokens(values, slots)
+            return self._keys_and_values(self.tokens.views()[:-1])
+        stored = self.source.views()
+        if not self.is_whole:
+            slots = self.positions.clamp(0, self.source.max_length - 1)  # beyond the lengths anything may stand
+            stored = [take_tokens(x, slots) for x in stored]
+        return self._keys_and_values(stored)
 
     def locate(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where the chosen tokens lie.
@@ -305,14 +325,16 @@ class WorkingSet:
             chosen: `[B, Hkv, K]` int64, places in the working set, within the lengths.
 
         Returns:
-            Keys and values as stored, each `[B, Hkv, S, D]`, and the slots `[B, Hkv, K]` of the chosen tokens in them.
+            Keys and values, each `[B, Hkv, S, D]`, as stored or those chosen, restored; and the slots `[B, Hkv, K]` of
+            the chosen tokens in them.
         """
-        if self.source is None:
-            keys, values, _ = self.tokens.views()
-            return keys, values, chosen
-        keys, values = self.source.views()
-        (positions,) = self.tokens.views()
-        return keys, values, take_tokens(positions, chosen).long()
+        slots = chosen if self.source is None else take_tokens(self.tokens.views()[0], chosen).long()
+        stored = self.tokens.views()[:-1] if self.source is None else self.source.views()
+        if self.int8:
+            slots = slots.clamp(0, stored[0].shape[2] - 1)
+            stored = [take_tokens(x, slots) for x in stored]
+            slots = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
+        return *self._keys_and_values(stored), slots
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
@@ -324,11 +346,31 @@ class WorkingSet:
     def _archive_decoded(self) -> None:
         """Let the archive have what was decoded since the last turn, if it does not yet."""
         if self.archive is not None and self.source is None and self.num_pending > 0:
-            keys, values, _ = self.tokens.views()
             last = torch.arange(-self.num_pending, 0, device=self.lengths.device)
             slots = self.lengths[..., None] + last
-            self.archive.append(*(take_tokens(x, slots).to(self.archive.lengths.device) for x in (keys, values)))
+            stored = (take_tokens(x, slots) for x in self.tokens.views()[:-1])
+            self.archive.append(*(x.to(self.archive.lengths.device) for x in stored))
         self.num_pending = 0
+
+    def _stored(self, key: Tensor, value: Tensor) -> list[Tensor]:
+        """The fields that `key` and `value`, `[B, Hkv, T, D]` each, are stored as."""
+        return list(quantize_tokens(key, value)) if self.int8 else [key, value]
+
+    def _keys_and_values(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values, `[B, Hkv, T, D]` each, of the fields that they are stored as."""
+        if self.int8:
+            keys, values, exponents = stored
+            return restore_tokens(keys, values, exponents, self.none.dtype)
+        keys, values = stored
+        return keys, values
+
+    def _restored(self, tokens: RaggedTokens) -> RaggedTokens:
+        """Stored tokens with their positions, as the fields `keys, values, positions`."""
+        if not self.int8:
+            return tokens
+        *stored, positions = tokens.views()
+        fields = [*self._keys_and_values(stored), positions]
+        return RaggedTokens(fields, tokens.lengths, tokens.max_length, tokens.is_ragged)
 
     def _next_positions(self, num_new: int, key: Tensor) -> Tensor:
         """Positions `[B, Hkv, num_new]` int32 of the tokens that come next."""

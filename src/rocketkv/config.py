@@ -11,6 +11,7 @@ from rocketkv.ops.backends import BACKENDS
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
+KV_DTYPES = ("auto", "int8")
 DEFAULT_SELECTION = "lowbit"
 _SELECTION_NAMES = ("held_tokens", "split", "build_index", "logits", "scored_bytes")
 
@@ -26,6 +27,9 @@ class RocketKVConfig:
             at each turn.
         archive_on_host: whether the archive of `multi_turn` lies in the host's memory, so that a GPU holds the working
             set alone; each turn's prefill then moves it there and back, layer by layer.
+        kv_dtype: how keys and values are stored: `auto`, as they come; or `int8`, in half the memory of 16 bits, so
+            that the same traffic attends to nearly twice as many tokens (docs/lowbit.md). A first prompt is still
+            attended exactly.
         eviction: stage 1, a name of `EVICTION_POLICIES` or an object with the method of `EvictionPolicy`.
         selection: stage 2, a name of `SELECTION_METHODS` or an object with the methods of `SelectionMethod`.
         window_size: last prompt tokens that vote in stage 1 and always stay, >= 1.
@@ -50,6 +54,7 @@ class RocketKVConfig:
     token_budget: int
     mode: Literal["single_turn", "multi_turn"] = "single_turn"
     archive_on_host: bool = False
+    kv_dtype: Literal["auto", "int8"] = "auto"
     eviction: str | EvictionPolicy = "snapkv"
     selection: str | SelectionMethod = DEFAULT_SELECTION
     window_size: int = 32
@@ -85,6 +90,9 @@ class RocketKVConfig:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 0)
         _check_choice("mode", self.mode, MODES)
+        _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        if self.kv_dtype == "int8" and getattr(self.selection_method(), "scoring", None) == "exact":
+            raise ConfigError("selection='exact' reads whole keys as they come; set kv_dtype='auto' for the oracle.")
         if self.archive_on_host and self.mode != "multi_turn":
             raise ConfigError("archive_on_host=True needs an archive; set mode='multi_turn' or leave it out.")
         _check_choice("backend", self.backend, ("auto", "reference", *(backend.NAME for backend in BACKENDS)))

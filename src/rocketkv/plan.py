@@ -10,6 +10,7 @@ from torch import Tensor
 from rocketkv.budget import Budget, Split, dense_split, kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError
+from rocketkv.ops import stored_bytes
 from rocketkv.selection import SelectionMethod
 
 ENDLESS = 1 << 30  # tokens of a row that never ends
@@ -84,10 +85,10 @@ def plan_prefilled(
             splits.append(dense_split(config.token_budget, head_dim))
             limits.append(config.token_budget)
         else:
-            splits.append(selection.split(total, config.token_budget, head_dim))
+            splits.append(_split(config, selection, total, head_dim))
             limits.append(int(OUTGROWN * total))
     if config.budget is None:  # a row that fits in the budget now may outgrow it
-        _check(config, selection.split(ENDLESS, config.token_budget, head_dim), head_dim)
+        _check(config, _split(config, selection, ENDLESS, head_dim), head_dim)
     for split in splits:
         _check(config, split, head_dim)
     return _plan(config, splits, limits, held)
@@ -112,7 +113,7 @@ def plan_outgrown(
     splits, limits = list(plan.splits), list(plan.limits)
     for row, num_held in enumerate(held.amax(1).tolist()):
         if num_held >= limits[row]:
-            splits[row] = selection.split(num_held + 1, config.token_budget, head_dim)
+            splits[row] = _split(config, selection, num_held + 1, head_dim)
             limits[row] = int(OUTGROWN * (num_held + 1))
             _check(config, splits[row], head_dim)
     return _plan(config, splits, limits, held)
@@ -121,6 +122,14 @@ def plan_outgrown(
 def select_plan_rows(config: RocketKVConfig, plan: SelectionPlan, rows: Sequence[int], held: Tensor) -> SelectionPlan:
     """The plan of a batch made of the rows `rows`, which hold `held` (`[B', Hkv]` int64) tokens."""
     return _plan(config, [plan.splits[row] for row in rows], [plan.limits[row] for row in rows], held)
+
+
+def _split(config: RocketKVConfig, selection: SelectionMethod, num_tokens: int, head_dim: int) -> Split:
+    """The method's split; tokens stored in 8 bits, not the 16 of a budget's, let the same bytes attend to more."""
+    split = selection.split(num_tokens, config.token_budget, head_dim)
+    if config.kv_dtype == "int8":
+        split = split._replace(top_k=min(split.top_k * 4 * head_dim // stored_bytes(head_dim), sys.maxsize))
+    return split
 
 
 def _check(config: RocketKVConfig, split: Split, head_dim: int) -> None:

@@ -73,7 +73,7 @@ def measure_attention(
     """Measure one point, where a path reads `cold_bytes` before it comes back to the same layer.
 
     Returns:
-        Rows `sparse` (one per budget; `sparse:NAME` of another selection method than the default), `dense`,
+        Rows `sparse` (one per budget; `sparse:NAME` of another of the `selections` than the default), `dense`,
         `sdpa_grouped`, `transformers_default` and, on a GPU that has the package, `flash_attn`; `bytes` are those that
         a step must read. And the bandwidth of the memory in the same rounds, of its median read, in bytes per second.
 
@@ -108,7 +108,8 @@ def _build(
         wanted = -(-cold_bytes // (min(token_budget, seq_len) * token_bytes))
         held = held_bytes(config, seq_len, token_bytes)
         num_layers = max(2, min(wanted, SPARSE_BYTES // (len(kinds) * held), MOST_LAYERS))
-        sparse.append((config, num_layers))
+        name = "sparse" if selection == DEFAULT_SELECTION else f"sparse:{selection}"
+        sparse.append((name, config, num_layers))
         sparse_bytes += num_layers * held
     transient = 2 * layer_bytes  # the tokens to fill in, and what torch.cat makes before the old is freed
     available = available_bytes(device)
@@ -121,9 +122,8 @@ def _build(
     shape = (batch, geometry.num_kv_heads, seq_len, geometry.head_dim)
     keys, values = random_tokens(*shape, dtype, device), random_tokens(*shape, dtype, device)
     paths = []
-    for config, num_layers in sparse:
+    for name, config, num_layers in sparse:
         caches = [adopted_cache(config, keys, values, seq_len) for _ in range(num_layers)]
-        name = "sparse" if config.selection == DEFAULT_SELECTION else f"sparse:{config.selection}"
         paths.append(_ours(name, config.token_budget, caches))
     dense = [adopted_cache(dense_config(max(point.token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
     plain = DynamicCache()

@@ -1,5 +1,7 @@
 """Random caches: the shapes and the memory of a long context, without hours of prefill."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,13 @@ def same_tokens(batch: int, num_heads: int, num_tokens: int, head_dim: int, dtyp
 
 
 def sparse_config(token_budget: int, selection: str = DEFAULT_SELECTION) -> RocketKVConfig:
-    """RocketKV, selecting however short the context: where that begins to pay is among what is measured."""
-    return RocketKVConfig(token_budget=token_budget, selection=selection, dense_below=0)
+    """RocketKV, selecting however short the context: where that begins to pay is among what is measured.
+
+    After a colon, `selection` may have the `kv_dtype`: `lowbit:int8`.
+    """
+    name, _, kv_dtype = selection.partition(":")
+    options: dict[str, Any] = {"selection": name, "kv_dtype": kv_dtype or "auto"}
+    return RocketKVConfig(token_budget=token_budget, dense_below=0, **options)
 
 
 def dense_config(token_budget: int) -> RocketKVConfig:

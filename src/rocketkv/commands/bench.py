@@ -107,7 +107,8 @@ def attention(
     sweep: TimedSweep = TimedSweep(geometry="llama-3.1-8b", time_limit=20.0),
     cold_mib: Annotated[int, typer.Option(min=0, help="MiB read before a layer is met again.")] = 256,
     selection: Annotated[
-        str | None, typer.Option(help="Selection methods, separated by commas, instead of the default.")
+        str | None,
+        typer.Option(help="Selection methods, separated by commas, instead of the default; lowbit:int8 with 8 bits."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU, which is timed by its own events.")] = "cpu",
 ) -> None:
@@ -115,13 +116,14 @@ def attention(
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.attention import measure_attention
     from rocketkv.bench.machine import check_device
-    from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
+    from rocketkv.bench.tensors import sparse_config
+    from rocketkv.config import DEFAULT_SELECTION
 
     names = (selection or DEFAULT_SELECTION).split(",")
     selections = list(dict.fromkeys(name.strip() for name in names))
     check_device(device)
     for name in selections:
-        RocketKVConfig(token_budget=min(todo[0].token_budgets), selection=name)  # or refuse it by name
+        sparse_config(min(todo[0].token_budgets), name)  # or refuse it by name
     rows: list[Row] = []
     bandwidths: list[float] = []
     with _counted("attention", todo) as points:

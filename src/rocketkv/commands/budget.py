@@ -1,12 +1,12 @@
 """`rocketkv budget`."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, Selection, TokenBudget
+from rocketkv.commands.options import AsJson, KvDtype, Selection, TokenBudget
 from rocketkv.commands.terminal import out
 
 
@@ -16,15 +16,18 @@ def budget(
     head_dim: Annotated[int, typer.Option(min=1, help="Channels of a key.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens expected to be generated; 0: unknown.")] = 0,
     selection: Selection = None,
+    kv_dtype: KvDtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show how a token budget is split between the two stages."""
     from torch import tensor
 
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
+    from rocketkv.ops import stored_bytes
     from rocketkv.plan import plan_budget
 
-    config = RocketKVConfig(token_budget=token_budget, new_tokens=new_tokens, selection=selection or DEFAULT_SELECTION)
+    options: dict[str, Any] = {"selection": selection or DEFAULT_SELECTION, "kv_dtype": kv_dtype}
+    config = RocketKVConfig(token_budget=token_budget, new_tokens=new_tokens, **options)
     split = plan_budget(config, seq_len, head_dim)
     split = split._replace(top_k=min(split.top_k, split.prompt_tokens + new_tokens))
     if as_json:
@@ -39,7 +42,9 @@ def budget(
     scored_bytes = config.selection_method().scored_bytes(
         tensor([[held]]), tensor([[split.page_size]]), tensor([[split.num_channels]]), head_dim, 2
     )
-    scoring = int(scored_bytes) / (2 * 2 * head_dim)  # keys and values of 16 bits
+    token_bytes = 2 * 2 * head_dim  # keys and values of 16 bits
+    scoring = int(scored_bytes) / token_bytes
+    attending = split.top_k * (stored_bytes(head_dim) / token_bytes if kv_dtype == "int8" else 1)
     scored = f"{held} tokens" if split.page_size == 1 else f"{pages} pages of {split.page_size} tokens"
     table = Table(title=f"{seq_len} prompt tokens, {new_tokens or 'unknown'} new, token budget {token_budget}")
     table.add_column("what")
@@ -50,9 +55,13 @@ def budget(
     if scoring > 0:
         table.add_row("selection", f"{config.selection}", f"stage 2 scores {scored} ...")
         table.add_row("channels", f"{split.num_channels} of {head_dim}", "... along that many of a key's channels")
-    table.add_row("tokens attended exactly", f"{split.top_k}", "the best by these scores" if scoring > 0 else "all")
     table.add_row(
-        "read per step", f"{scoring + split.top_k:.0f} tokens' worth", f"{scoring:.0f} to score, the rest to attend"
+        "tokens attended exactly",
+        f"{split.top_k}",
+        ("the best by these scores" if scoring > 0 else "all") + (", int8" if kv_dtype == "int8" else ""),
+    )
+    table.add_row(
+        "read per step", f"{scoring + attending:.0f} tokens' worth", f"{scoring:.0f} to score, the rest to attend"
     )
     out.print(table)
     if held <= config.dense_tokens:

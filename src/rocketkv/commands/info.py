@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, Dtype, Selection
+from rocketkv.commands.options import AsJson, Dtype, KvDtype, Selection
 from rocketkv.commands.terminal import out, quieten
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def info(
     mode: Mode = "single_turn",
     selection: Selection = None,
     backend: Backend = "auto",
+    kv_dtype: KvDtype = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -58,7 +59,8 @@ def info(
     }
     if model or geometry:
         chosen = selection or DEFAULT_SELECTION
-        config = RocketKVConfig(token_budget=256, mode=mode, selection=chosen, backend=backend)
+        options: dict[str, Any] = {"selection": chosen, "backend": backend, "kv_dtype": kv_dtype}
+        config = RocketKVConfig(token_budget=256, mode=mode, **options)
         facts |= _decoding(_sketch(model, geometry, dtype), config)
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -123,7 +125,8 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
     )
 
     def way(name: str, head_dim: int) -> str:
-        backend, reasons = find_backend(name, torch.empty(1, 1, 1, head_dim, dtype=model.dtype), scoring)
+        none = torch.empty(1, 1, 0, head_dim, dtype=model.dtype)
+        backend, reasons = find_backend(name, none, scoring, config.kv_dtype)
         if backend is not None:
             return f"native kernels ({backend.NAME})"
         if name not in ("auto", "reference"):
@@ -141,7 +144,7 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
     }
     return {
         "decode of": f"{type(model).__name__}, {str(model.dtype).removeprefix('torch.')}, {config.mode}, "
-        f"selection={config.selection}, backend={config.backend}",
+        f"selection={config.selection}, kv_dtype={config.kv_dtype}, backend={config.backend}",
         "layers": ways,
         **refusals,
     }

@@ -19,6 +19,7 @@ Weights = Annotated[
 Selection = Annotated[
     str | None, typer.Option(help="Stage 2: lowbit, hybrid, dense or another method. Default: what the library uses.")
 ]
+KvDtype = Annotated[str, typer.Option(help="auto, or int8: hold keys and values so, and attend to twice as many.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 

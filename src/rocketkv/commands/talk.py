@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, Dtype, Model, TokenBudget, Weights
+from rocketkv.commands.options import AsJson, Dtype, KvDtype, Model, TokenBudget, Weights
 from rocketkv.commands.terminal import load_model, out, passing_bar, print_error, read_text
 from rocketkv.errors import InputError
 
 if TYPE_CHECKING:
+    from rocketkv.config import RocketKVConfig
     from rocketkv.session import Answer, Session
 
 WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
@@ -35,8 +36,16 @@ class Setup:
     max_new_tokens: MaxNewTokens = 128
     window_size: WindowSize = 32
     dtype: Dtype = "auto"
+    kv_dtype: KvDtype = "auto"
     weights: Weights = None
     fast: Fast = False
+
+    def config(self, mode: str = "single_turn") -> "RocketKVConfig":
+        """How the cache compresses."""
+        from rocketkv.config import RocketKVConfig
+
+        options: dict[str, Any] = {"window_size": self.window_size, "kv_dtype": self.kv_dtype, "mode": mode}
+        return RocketKVConfig(token_budget=self.token_budget, **options)
 
 
 def generate(
@@ -47,9 +56,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about a long text with a compressed cache."""
-    from rocketkv.config import RocketKVConfig
-
-    config = RocketKVConfig(token_budget=setup.token_budget, window_size=setup.window_size)
+    config = setup.config()
     text = read_text(prompt_file)
     loaded = load_model(setup.model, setup.dtype, setup.weights, fast=setup.fast)
     from rocketkv.session import Session
@@ -72,9 +79,7 @@ def chat(
     setup: Setup = Setup(),
 ) -> None:
     """Talk about a document over several turns (multi-turn cache). /stats, /reset and /quit do what they say."""
-    from rocketkv.config import RocketKVConfig
-
-    config = RocketKVConfig(token_budget=setup.token_budget, window_size=setup.window_size, mode="multi_turn")
+    config = setup.config("multi_turn")
     text = read_text(file)
     loaded = load_model(setup.model, setup.dtype, setup.weights, fast=setup.fast)
     from rocketkv.session import Session

@@ -2,6 +2,7 @@
 
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens
+from rocketkv.ops.int8 import quantize_tokens, restore_tokens, stored_bytes
 from rocketkv.ops.linear import linear
 from rocketkv.ops.lowbit import (
     GROUP,
@@ -36,7 +37,10 @@ __all__ = [
     "new_storage",
     "prefill_densely",
     "quantize_groups",
+    "quantize_tokens",
+    "restore_tokens",
     "score_tokens",
     "score_window",
+    "stored_bytes",
     "take_tokens",
 ]

@@ -6,12 +6,12 @@ from torch import Tensor
 from rocketkv.ops.backends import cpp
 
 
-def new_storage(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Allocate `shape` in the dtype and on the device of `like`, undefined, to be written to and read at random.
+def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Allocate `shape` in `dtype`, or that of `like`, on its device, undefined, to be written to and read at random.
 
     It may be written to under `torch.inference_mode` and outside of it alike.
     """
     with torch.inference_mode(False):
-        storage = like.new_empty(shape)
+        storage = like.new_empty(shape, dtype=dtype)
     cpp.use_huge_pages(storage)
     return storage

@@ -28,13 +28,16 @@ def fastest(operation: Operation, tokens: Tensor) -> Operation:
     return operation
 
 
-def find_backend(name: str, tokens: Tensor, scoring: str | None) -> tuple[Backend | None, list[str]]:
+def find_backend(
+    name: str, tokens: Tensor, scoring: str | None, kv_dtype: str = "auto"
+) -> tuple[Backend | None, list[str]]:
     """Find who decodes these tokens, `[B, H, S, D]`.
 
     Args:
         name: of a backend; `auto`: any; `reference`: none.
         tokens: of the dtype, device and head_dim in question.
         scoring: of the selection method; None: its own business.
+        kv_dtype: how keys and values are stored, as in `RocketKVConfig`.
 
     Returns:
         The backend, None for the reference; and why each one asked before it declined.
@@ -43,6 +46,8 @@ def find_backend(name: str, tokens: Tensor, scoring: str | None) -> tuple[Backen
     for backend in BACKENDS:
         if name == backend.NAME or (name == "auto" and tokens.device.type in backend.DEVICES):
             reason = backend.decline(tokens)
+            if reason is None and kv_dtype not in backend.KV_DTYPES:
+                reason = f"it has no kernels for kv_dtype={kv_dtype!r}"
             if reason is None and scoring not in backend.scorings():
                 reason = f"the selection method's scoring={scoring!r} is none of {', '.join(backend.scorings())}"
             if reason is None:

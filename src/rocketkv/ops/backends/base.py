@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """All of a decode step that stays the same while no buffer grows; it writes to the first six and `index` in place.
+    """All of a decode step that stays the same while no buffer grows; it writes to what is stored, `index` included.
 
     Attributes:
-        keys: `[B, Hkv, capacity, D]` float; what lies beyond the lengths is undefined.
+        keys: `[B, Hkv, capacity, D]` in `dtype`, or codes (`ops/int8.py`); what lies beyond the lengths is undefined.
         values: like `keys`.
+        exponents: `[B, Hkv, capacity, 2 * num_steps(D)]` int8 if keys and values are codes, None if not.
+        dtype: of queries, new keys and values, and outputs.
         positions: `[B, Hkv, position_capacity]` int32, each token's position in its row.
         lengths: `[B, Hkv]` int64, tokens to choose from.
         archive_lengths: `[B, Hkv]` int64, tokens in `keys` if these are an archive, in which the tokens to choose from
@@ -34,6 +37,8 @@ class LayerTensors:
 
     keys: Tensor
     values: Tensor
+    exponents: Tensor | None
+    dtype: torch.dtype
     positions: Tensor
     lengths: Tensor
     archive_lengths: Tensor | None
@@ -59,7 +64,7 @@ class FusedStep(Protocol):
         """Take in one token per row and attend.
 
         Args:
-            query: `[B, Hq, 1, D]` in the dtype of the keys.
+            query: `[B, Hq, 1, D]` in the layer's dtype.
             key: `[B, Hkv, 1, D]`, likewise.
             value: like `key`.
             chosen: `[B, Hkv, position_capacity]` int32, filled with the places chosen, ascending, -1 after the last.
@@ -72,7 +77,7 @@ class FusedStep(Protocol):
         normalises by the sum of the rounded ones.
 
         Reads, for each row and KV head that holds more than its `dense_lengths`, what its scoring reads and
-        `2 * top_k * D` elements; for others, `2 * D` for each token.
+        `2 * top_k * D` elements; for others, `2 * D` for each token; of codes and exponents, if these are stored.
         """
         ...
 
@@ -82,6 +87,7 @@ class Backend(Protocol):
 
     NAME: str
     DEVICES: tuple[str, ...]  # kinds of device on which `auto` picks it
+    KV_DTYPES: tuple[str, ...]  # of `RocketKVConfig.kv_dtype`, those it takes
 
     def decline(self, tokens: Tensor) -> str | None:
         """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""

@@ -12,6 +12,7 @@ from rocketkv.ops.backends.base import LayerTensors
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
+KV_DTYPES: tuple[str, ...] = ("auto", "int8")
 MAX_HEAD_DIM = 256
 OUTPUTS = 8  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,12 +115,12 @@ class CppStep:
         self._layer = layer  # keeps the buffers alive
         tensors = [x for x in (*vars(layer).values(), *layer.index) if isinstance(x, Tensor)]
         assert all(x.is_contiguous() for x in tensors)
-        self._outputs = _spare_outputs((layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3]), layer.keys.dtype)
+        self._outputs = _spare_outputs((layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3]), layer.dtype)
         buffers = [x.data_ptr() for x in layer.index]
         codes, ranges, open_keys = buffers if layer.scoring == "lowbit" and buffers else (0, 0, 0)
         bounds = layer.index[0] if layer.scoring != "lowbit" and buffers else None
         self._native = library().Layer(
-            dtype=_dtype(layer.keys.dtype),
+            dtype=_dtype(layer.dtype),
             batch=layer.keys.shape[0],
             num_kv_heads=layer.keys.shape[1],
             num_heads=layer.num_heads,
@@ -127,6 +128,7 @@ class CppStep:
             scale=layer.scale,
             keys=layer.keys.data_ptr(),
             values=layer.values.data_ptr(),
+            exponents=0 if layer.exponents is None else layer.exponents.data_ptr(),
             token_capacity=layer.keys.shape[2],
             positions=layer.positions.data_ptr(),
             position_capacity=layer.positions.shape[2],

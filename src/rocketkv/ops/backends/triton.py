@@ -20,6 +20,7 @@ from rocketkv.ops.lowbit import GROUP, LowBitKeys
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
+KV_DTYPES: tuple[str, ...] = ("auto",)
 MAX_HEAD_DIM = 256
 TILE_BYTES = 1 << 14  # of what a program reads at once, so that registers hold it
 PART = 64  # units scored by a program, at most

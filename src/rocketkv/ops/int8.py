@@ -1,0 +1,71 @@
+"""Keys and values in 8 bits, as OCP's MXINT8 has it (Microscaling Formats v1.0, 2023).
+
+STEP_CHANNELS consecutive channels of a row share a step, a power of two; a number is its code, -127 to 127, times the
+step. So what is stored is restored without another rounding, in any dtype, and storing that again changes nothing.
+
+- Codes are `[B, Hkv, S, D]` int8.
+- Exponents of the steps are `[B, Hkv, S, 2 * num_steps(D)]` int8, those of the key, then those of the value; that of a
+  block with a number that is not finite is NOT_FINITE, and all of the block is restored as NaN.
+"""
+
+import torch
+from torch import Tensor
+
+from rocketkv.ops.memory import new_storage
+
+STEP_CHANNELS = 32  # channels; csrc/kernels.h has the same number
+NOT_FINITE = -128
+_MOST = 127
+_LEAST_EXPONENT = {torch.float16: -24}  # smaller steps could not be restored exactly; other dtypes: -126
+_TOKENS_AT_ONCE = 4096  # quantized, so that what lies between takes little memory
+
+
+def num_steps(head_dim: int) -> int:
+    """Steps of a row of `head_dim` channels."""
+    return -(-head_dim // STEP_CHANNELS)
+
+
+def stored_bytes(head_dim: int) -> int:
+    """Bytes of one token's key and value in one KV head."""
+    return 2 * (head_dim + num_steps(head_dim))
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize rows, `[..., D]` float; returns codes `[..., D]` and exponents `[..., num_steps(D)]`, both int8."""
+    head_dim, steps = rows.shape[-1], num_steps(rows.shape[-1])
+    blocks = torch.nn.functional.pad(rows.float(), (0, steps * STEP_CHANNELS - head_dim))
+    blocks = blocks.reshape(*rows.shape[:-1], steps, STEP_CHANNELS)
+    raised = blocks.abs().amax(-1).view(torch.int32) >> 23 & 255  # 2**(raised - 127) is the largest but for a fraction
+    exponents = (raised - (127 + 6)).clamp(min=_LEAST_EXPONENT.get(rows.dtype, -126))
+    exponents = exponents.where(raised < 255, NOT_FINITE)
+    codes = (blocks / _steps(exponents)[..., None]).nan_to_num(0.0).round().clamp(-_MOST, _MOST)
+    return codes.to(torch.int8).flatten(-2)[..., :head_dim], exponents.to(torch.int8)
+
+
+def restore_rows(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantize_rows` has stored, `[..., D]` in `dtype`."""
+    steps = _steps(exponents).repeat_interleave(STEP_CHANNELS, -1)[..., : codes.shape[-1]]
+    return (codes.float() * steps).to(dtype)
+
+
+def quantize_tokens(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize keys and values, each `[B, Hkv, S, D]` float; returns the codes of both and the exponents, see above."""
+    shape, steps = keys.shape, num_steps(keys.shape[3])
+    codes = [new_storage(keys, shape, torch.int8) for _ in range(2)]
+    exponents = new_storage(keys, (*shape[:3], 2 * steps), torch.int8)
+    for start in range(0, shape[2], _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        for rows, stored, own in zip((keys, values), codes, exponents.chunk(2, 3), strict=True):
+            stored[:, :, part], own[:, :, part] = quantize_rows(rows[:, :, part])
+    return codes[0], codes[1], exponents
+
+
+def restore_tokens(keys: Tensor, values: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values, each `[B, Hkv, S, D]` in `dtype`, of what `quantize_tokens` returns."""
+    of_keys, of_values = exponents.chunk(2, 3)
+    return restore_rows(keys, of_keys, dtype), restore_rows(values, of_values, dtype)
+
+
+def _steps(exponents: Tensor) -> Tensor:
+    """Powers of two, float32; minus infinity for NOT_FINITE, which makes NaN of the code zero."""
+    return (exponents.int() + 127 << 23).view(torch.float32)
