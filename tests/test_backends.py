@@ -77,8 +77,6 @@ def test_odd_sizes(
 def test_keys_and_values_in_8_bits(
     backend: Backend, seeded: torch.Generator, dtype: torch.dtype, scoring: str, size: int, group: int, head_dim: int
 ) -> None:
-    if "int8" not in backend.KV_DTYPES:
-        pytest.skip(f"{backend.NAME} does not take them")
     options = {
         "group": group,
         "head_dim": head_dim,
@@ -214,7 +212,7 @@ def test_any_layer(backend: Backend, data: st.DataObject) -> None:
     top_k, head_dim, batch = draw(1, 60), draw(1, 70), draw(1, 3)
     heads = draw(1, 3)
     sinks = draw(0, top_k)
-    is_int8 = "int8" in backend.KV_DTYPES and data.draw(st.booleans())
+    is_int8 = data.draw(st.booleans())
     layer = make_layer(
         generator,
         data.draw(st.sampled_from([name for name in SCORINGS if not is_int8 or name != "exact"])),

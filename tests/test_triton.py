@@ -50,6 +50,39 @@ def test_odd_sizes(
     check_steps(triton, layer, seeded, steps=1)
 
 
+@pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "dtype"),
+    [(4, 96, torch.float16), (8, 128, torch.bfloat16), (5, 80, torch.float16), (17, 7, torch.bfloat16)],
+)
+def test_keys_and_values_in_8_bits(
+    seeded: torch.Generator, scoring: str, group: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    options = {
+        "group": group,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "num_channels": max(1, head_dim // 3),
+        "int8": True,
+    }
+    archived = dtype == torch.bfloat16
+    check_steps(triton, make_layer(seeded, scoring, [[150, 63], [1, 20]], archived=archived, **options), seeded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_in_8_bits_at_the_ends_of_their_range(seeded: torch.Generator, dtype: torch.dtype) -> None:
+    layer = make_layer(seeded, "none", [[4, 4]], dtype=dtype, int8=True)
+    ends = [0.0, 1.0, -1.0, 127.6, -127.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 3e-7, torch.nan, torch.inf]
+    key = torch.tensor(ends, dtype=dtype)[torch.randint(0, len(ends), (10, 1, 2, 1, 64), generator=seeded)]
+    key[0], key[1, ..., :32], key[2, ..., 8] = 0.0, key[1, ..., :1], torch.nan
+    step = triton.bind(layer)
+    for i, new in enumerate(key):
+        step(torch.zeros(1, 6, 1, 64, dtype=dtype), new, -new)
+        stored = (layer.keys, layer.values, layer.exponents)
+        for mine, expected in zip(stored, ops.quantize_tokens(new, -new), strict=True):
+            assert torch.equal(mine[:, :, 4 + i : 5 + i], expected)
+
+
 @pytest.mark.parametrize("scoring", ["hybrid", "bound"])
 def test_pages_of_one_token_stored_once(seeded: torch.Generator, scoring: str) -> None:
     layer = make_layer(seeded, scoring, [[90, 90]], group=5, head_dim=7, page_size=1, num_channels=3, top_k=20)
@@ -261,6 +294,8 @@ def test_the_interpreter_is_used_only_when_asked_for() -> None:
 def test_it_declines_with_a_reason() -> None:
     assert "head_dim=257" in str(triton.decline(torch.zeros(1, 1, 1, 257)))
     assert "float64" in str(triton.decline(torch.zeros(1, 1, 1, 64, dtype=torch.float64)))
+    assert triton.decline(torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), "int8") is None
+    assert "16-bit dtypes only" in str(triton.decline(torch.zeros(1, 1, 1, 64), "int8"))
     assert "not on meta" in str(triton.decline(torch.zeros(1, 1, 1, 64, device="meta")))
     backend, reasons = find_backend("triton", torch.zeros(1, 1, 1, 64), "magic")
     assert backend is None

@@ -30,6 +30,7 @@ NAMES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.int8: "i8",
 }
 TARGETS = {  # and the shared memory of a program there, in KiB
     "sm_80": (GPUTarget("cuda", 80, 32), 163),
@@ -55,16 +56,19 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("scoring", "dtype", "head_dim", "archived"),
+    ("scoring", "dtype", "head_dim", "archived", "int8"),
     [
-        *((scoring, torch.bfloat16, 128, False) for scoring in triton.scorings()),
-        *((scoring, torch.float32, 256, True) for scoring in ("hybrid", "lowbit")),  # the widest
+        *((scoring, torch.bfloat16, 128, False, False) for scoring in triton.scorings()),
+        *((scoring, torch.float32, 256, True, False) for scoring in ("hybrid", "lowbit")),  # the widest
+        ("lowbit", torch.bfloat16, 128, False, True),
+        ("lowbit", torch.bfloat16, 256, True, True),
     ],
 )
 def test_kernels_compile_fit_and_do_not_spill(
-    seeded: torch.Generator, scoring: str, dtype: torch.dtype, head_dim: int, archived: bool, target: str
+    seeded: torch.Generator, scoring: str, dtype: torch.dtype, head_dim: int, archived: bool, int8: bool, target: str
 ) -> None:
-    small = make_layer(seeded, scoring, [[8, 8]], group=4, head_dim=head_dim, dtype=dtype, archived=archived)
+    options = {"group": 4, "head_dim": head_dim, "dtype": dtype, "archived": archived, "int8": int8}
+    small = make_layer(seeded, scoring, [[8, 8]], **options)
     step = triton.bind(replace(small, top_k=torch.tensor([256])))
     x = torch.empty(0, dtype=dtype)
     token = {"query": x, "key": x, "value": x, "output": x, "report": None}

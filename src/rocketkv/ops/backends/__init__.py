@@ -45,9 +45,7 @@ def find_backend(
     reasons: list[str] = []
     for backend in BACKENDS:
         if name == backend.NAME or (name == "auto" and tokens.device.type in backend.DEVICES):
-            reason = backend.decline(tokens)
-            if reason is None and kv_dtype not in backend.KV_DTYPES:
-                reason = f"it has no kernels for kv_dtype={kv_dtype!r}"
+            reason = backend.decline(tokens, kv_dtype)
             if reason is None and scoring not in backend.scorings():
                 reason = f"the selection method's scoring={scoring!r} is none of {', '.join(backend.scorings())}"
             if reason is None:

@@ -87,10 +87,9 @@ class Backend(Protocol):
 
     NAME: str
     DEVICES: tuple[str, ...]  # kinds of device on which `auto` picks it
-    KV_DTYPES: tuple[str, ...]  # of `RocketKVConfig.kv_dtype`, those it takes
 
-    def decline(self, tokens: Tensor) -> str | None:
-        """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""
+    def decline(self, tokens: Tensor, kv_dtype: str = "auto") -> str | None:
+        """Why tokens like these, `[B, H, S, D]`, stored as `kv_dtype` says, are not for it; None: they are."""
         ...
 
     def scorings(self) -> Sequence[str]:

@@ -12,7 +12,6 @@ from rocketkv.ops.backends.base import LayerTensors
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
-KV_DTYPES: tuple[str, ...] = ("auto", "int8")
 MAX_HEAD_DIM = 256
 OUTPUTS = 8  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,8 +29,8 @@ def thread_runtime() -> str:
     return "" if isinstance(library, str) else str(library.thread_runtime())
 
 
-def decline(tokens: Tensor) -> str | None:
-    """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""
+def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
+    """Why tokens like these, `[B, H, S, D]`, are not for this backend; None: they are, however they are stored."""
     library = _load()
     if isinstance(library, str):
         return library

@@ -20,7 +20,6 @@ from rocketkv.ops.lowbit import GROUP, LowBitKeys
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
-KV_DTYPES: tuple[str, ...] = ("auto",)
 MAX_HEAD_DIM = 256
 TILE_BYTES = 1 << 14  # of what a program reads at once, so that registers hold it
 PART = 64  # units scored by a program, at most
@@ -35,8 +34,8 @@ PREFILL_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def decline(tokens: Tensor) -> str | None:
-    """Why these tokens, `[B, H, S, D]`, are not for this backend; None: they are."""
+def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
+    """Why tokens like these, `[B, H, S, D]`, stored as `kv_dtype` says, are not for this backend; None: they are."""
     kernels = _load()
     if isinstance(kernels, str):
         return kernels
@@ -48,6 +47,10 @@ def decline(tokens: Tensor) -> str | None:
         return f"it has no kernels for {tokens.dtype}"
     if tokens.shape[3] > MAX_HEAD_DIM:
         return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
+    if kv_dtype == "int8" and tokens.dtype == torch.float32:
+        return (
+            "it takes keys and values in 8 bits for 16-bit dtypes only"  # with float32 they would not fit in registers
+        )
     return None
 
 
@@ -99,10 +102,8 @@ class TritonStep:
         bounds = layer.index[0] if scoring in ("hybrid", "bound") else None
         codes, ranges, open_keys = layer.index if scoring == "lowbit" else (None, None, None)
         head_dim_padded = max(LEAST_DOT, _power_of_two(head_dim))
-        rows = TILE_BYTES // (head_dim_padded * layer.keys.element_size())
-        width = min(
-            head_dim_padded, TILE_BYTES // (2 * GROUP * layer.keys.element_size())
-        )  # half a tile of low-bit keys
+        rows = TILE_BYTES // (head_dim_padded * layer.dtype.itemsize)
+        width = min(head_dim_padded, TILE_BYTES // (2 * GROUP * layer.dtype.itemsize))  # half a tile of low-bit keys
         part, tile = GROUP if scoring == "lowbit" else min(PART, rows), min(TILE, rows)
         num_units = 0 if scoring == "none" else position_capacity  # pages are as many at most
         num_parts = -(-num_units // part)
@@ -118,6 +119,7 @@ class TritonStep:
         storage = {
             "keys": layer.keys,
             "values": layer.values,
+            "exponents": layer.exponents,
             "positions": layer.positions,
             "archive_lengths": layer.archive_lengths,
             "seen": layer.seen,

@@ -19,6 +19,8 @@ PAGES_PER_BLOCK = tl.constexpr(32)  # see ops/pages.py
 GROUP = tl.constexpr(64)  # this and the next two: see ops/lowbit.py
 GROUPS_PER_BLOCK = tl.constexpr(16)
 LEVELS = tl.constexpr(15)
+STEP_CHANNELS = tl.constexpr(32)  # this and the next: see ops/int8.py
+NOT_FINITE = tl.constexpr(-128)
 CHANNELS = tl.constexpr(32)  # looked at together, so that registers hold them
 HALF = tl.constexpr(GROUP.value // 2)  # tokens whose codes are the low halves of bytes
 SIZES = ("token_capacity", "position_capacity", "num_blocks", "num_units", "num_parts", "num_pieces", "most_chosen")
@@ -46,6 +48,43 @@ def _rounded(numbers, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         numbers = tl.where(numbers == numbers, nearest.to(tl.float32, bitcast=True), numbers)
     return numbers.to(dtype)
+
+
+@triton.jit
+def _step(exponents):
+    """Two to the power of these exponents, float32; minus infinity for NOT_FINITE."""
+    return ((exponents.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_in_8_bits(codes, exponents, row, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Store a row, `[D]`, zero beyond D; returns it as it will be restored. See `quantize_rows` in ops/int8.py."""
+    WIDTH: tl.constexpr = min(D_PAD, STEP_CHANNELS)
+    least: tl.constexpr = -24 if row.dtype == tl.float16 else -126
+    blocks = row.to(tl.float32).reshape(D_PAD // WIDTH, WIDTH)
+    raised = (tl.max(_order(blocks), 1) >> 23).to(tl.int32)
+    exponent = tl.where(raised == 255, NOT_FINITE, tl.maximum(raised - (127 + 6), least))
+    step = tl.broadcast_to(_step(exponent)[:, None], blocks.shape)
+    code = tl.minimum(tl.maximum(tl.div_rn(blocks, step), -127.0), 127.0)
+    code = tl.where((raised == 255)[:, None], 0.0, (code + 12582912.0) - 12582912.0)  # 1.5 * 2**23: rounds
+    channel, block = tl.arange(0, D_PAD), tl.arange(0, D_PAD // WIDTH)
+    tl.store(codes + channel, code.to(tl.int8).reshape(D_PAD), mask=channel < D)
+    tl.store(exponents + block, exponent.to(tl.int8), mask=block * WIDTH < D)
+    return (code * step).to(row.dtype).reshape(D_PAD)
+
+
+@triton.jit
+def _load_rows(
+    rows, where, exponents, slots, is_token, first, D: tl.constexpr, D_PAD: tl.constexpr, dtype: tl.constexpr
+):
+    """Keys or values of `slots`, at `where`, `[TILE, D]` in `dtype`; exponents, if any, from a token's `first` on."""
+    mask = is_token[:, None] & (tl.arange(0, D_PAD) < D)[None, :]
+    tile = tl.load(rows + where, mask=mask, other=0)
+    if exponents is not None:
+        STEPS: tl.constexpr = (D + STEP_CHANNELS - 1) // STEP_CHANNELS
+        at = exponents + (slots * (2 * STEPS) + first)[:, None] + (tl.arange(0, D_PAD) // STEP_CHANNELS)[None, :]
+        tile = (tile.to(tl.float32) * _step(tl.load(at, mask=mask, other=0))).to(dtype)
+    return tile
 
 
 @triton.jit
@@ -173,6 +212,7 @@ def append_and_score(
     value,
     keys,
     values,
+    exponents,
     positions,
     lengths,
     archive_lengths,
@@ -214,12 +254,16 @@ def append_and_score(
     channel, group = tl.arange(0, D_PAD), tl.arange(0, G_PAD)
     is_channel = channel < D
     if part == (0 if SCORING == "none" else own // PART):
-        new_key = tl.load(key + head * D + channel, mask=is_channel)
-        new_value = tl.load(value + head * D + channel, mask=is_channel)
-        slot = tl.load(archive_lengths + head) if archive_lengths is not None else place
-        at = (head * token_capacity + slot) * D + channel
-        tl.store(keys + at, new_key, mask=is_channel)
-        tl.store(values + at, new_value, mask=is_channel)
+        new_key = tl.load(key + head * D + channel, mask=is_channel, other=0.0)
+        new_value = tl.load(value + head * D + channel, mask=is_channel, other=0.0)
+        slot = head * token_capacity + (tl.load(archive_lengths + head) if archive_lengths is not None else place)
+        if exponents is not None:
+            STEPS: tl.constexpr = (D + STEP_CHANNELS - 1) // STEP_CHANNELS
+            new_key = _store_in_8_bits(keys + slot * D, exponents + slot * (2 * STEPS), new_key, D, D_PAD)
+            _store_in_8_bits(values + slot * D, exponents + slot * (2 * STEPS) + STEPS, new_value, D, D_PAD)
+        else:
+            tl.store(keys + slot * D + channel, new_key, mask=is_channel)
+            tl.store(values + slot * D + channel, new_value, mask=is_channel)
         tl.store(positions + head * position_capacity + place, tl.load(seen + row).to(tl.int32))
         if bounds is not None:
             first = (head * num_blocks + own // PAGES_PER_BLOCK) * NUM_ROWS * PAGES_PER_BLOCK
@@ -436,6 +480,7 @@ def attend(
     report,
     keys,
     values,
+    exponents,
     positions,
     lengths,
     archive_lengths,
@@ -465,7 +510,7 @@ def attend(
 ):
     """Attend to the chosen tokens of a head, or to all, in pieces that the last program merges. Grid: heads, pieces.
 
-    Reads `2 * D` elements for each token attended to.
+    Reads `2 * D` elements for each token attended to, or their codes and exponents.
     """
     head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = head // HKV
@@ -484,6 +529,7 @@ def attend(
     best = tl.full([G_PAD], -float("inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     sums = tl.zeros([G_PAD, D_PAD], tl.float32)
+    STEPS: tl.constexpr = (D + STEP_CHANNELS - 1) // STEP_CHANNELS
     begin = piece * piece_size
     for start in range(begin, tl.minimum(begin + piece_size, count), TILE):
         at = start + lane
@@ -497,10 +543,10 @@ def attend(
             slot = tl.load(positions + head * position_capacity + place, mask=is_token, other=0).to(tl.int64)
         if report is not None:
             tl.store(report + head * position_capacity + at, place.to(tl.int32), mask=is_token)
-        where = ((head * token_capacity + slot) * D)[:, None] + channel[None, :]
-        mask = is_token[:, None] & is_channel[None, :]
-        k = tl.load(keys + where, mask=mask, other=0.0)
-        v = tl.load(values + where, mask=mask, other=0.0)
+        slot += head * token_capacity
+        where = (slot * D)[:, None] + channel[None, :]
+        k = _load_rows(keys, where, exponents, slot, is_token, 0, D, D_PAD, q.dtype)
+        v = _load_rows(values, where, exponents, slot, is_token, STEPS, D, D_PAD, q.dtype)
         logits = tl.where(is_token[None, :], product(q, tl.trans(k)) * scale, -float("inf"))
         higher = tl.maximum(best, tl.max(logits, 1))
         weights = _rounded(tl.exp(logits - higher[:, None]), v.dtype)
@@ -540,9 +586,10 @@ def attend(
     tl.store(output + (head * G + group[:, None]) * D + channel[None, :], mean, mask=is_out)
 
     size = tl.load(page_size + row) if page_size is not None else 1
-    BYTES: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+    BYTES: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
+    TOKEN_BYTES: tl.constexpr = 2 * D * BYTES if exponents is None else 2 * (D + STEPS)
     scored = _scored_bytes(length, size, tl.load(num_channels + row), NUM_ROWS, D, SCORING, BYTES)
-    tl.store(read_bytes + head, 2 * count * D * BYTES + tl.where(selects, scored, 0))
+    tl.store(read_bytes + head, count * TOKEN_BYTES + tl.where(selects, scored, 0))
     if report is not None:
         tl.store(report + head * position_capacity + count, -1, mask=count < position_capacity)
     tl.store(pieces_done + head, 0)
