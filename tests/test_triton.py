@@ -10,9 +10,9 @@ import torch
 from inputs import make_inputs
 from layers import DTYPES, check_steps, make_layer
 from rocketkv import Budget, LayerCache, RocketKVConfig, cache, ops
-from rocketkv.index import LowBitIndex
+from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import lowbit
-from rocketkv.ops.backends import fastest, find_backend, triton
+from rocketkv.ops.backends import cpp, fastest, find_backend, triton
 
 if (reason := triton.decline(torch.zeros(1, 1, 1, 64))) is not None:
     pytest.skip(f"{reason}; `make test-triton` runs these in the interpreter", allow_module_level=True)
@@ -207,6 +207,25 @@ def test_low_bit_keys_are_built_as_by_the_reference(seeded: torch.Generator, dty
             assert torch.equal(mine, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pages", "head_dim"), [((1, 1), 7), ((3, 9), 48), ((1, 2), 80)])
+def test_pages_are_built_as_by_the_reference(
+    seeded: torch.Generator, pages: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> None:
+    keys = torch.full((2, 3, 300, head_dim), torch.nan, dtype=dtype)[:, :, :250]
+    lengths, page_size = torch.tensor([[250, 64, 63], [128, 1, 200]]), torch.tensor([pages] * 2).T[:, 0]  # a view
+    for row in range(2):
+        for head in range(3):
+            some = torch.randn(lengths[row, head], head_dim, generator=seeded)
+            keys[row, head, : lengths[row, head]] = some.to(dtype)
+    keys[0, 0, 3, 3], keys[1, 2, 70, 5], keys[0, 0, 249, 0] = torch.nan, torch.inf, -torch.inf
+    own, expected = (PageIndex(keys[:, :, :1], torch.ones_like(lengths) * 0, page_size) for _ in range(2))
+    for index, build in ((own, triton.build_pages), (expected, ops.build_pages)):
+        index.reserve(300)
+        build(index.bounds, keys, lengths=lengths, page_size=page_size)
+    torch.testing.assert_close(own.bounds, expected.bounds, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("group", "window", "head_dim", "dtype"),
     [(1, 1, 64, torch.float32), (3, 8, 20, torch.bfloat16), (4, 32, 128, torch.float16), (5, 16, 80, torch.float32)],
@@ -234,6 +253,8 @@ def test_a_backend_takes_the_place_of_an_operation_on_its_device(monkeypatch: py
     monkeypatch.setattr(triton, "DEVICES", ("cpu",))
     assert fastest(ops.score_window, tokens) is triton.score_window
     assert fastest(ops.build_lowbit, tokens) is triton.build_lowbit
+    monkeypatch.setattr(cpp, "DEVICES", ())
+    assert fastest(ops.build_pages, tokens) is triton.build_pages
     assert fastest(ops.build_lowbit, tokens.double()) is ops.build_lowbit
     assert fastest(ops.score_tokens, tokens) is ops.score_tokens
 

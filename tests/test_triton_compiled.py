@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from layers import make_layer
-from rocketkv.index import LowBitIndex
+from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops.backends import triton
 
 kernels = triton._load()
@@ -38,6 +38,9 @@ TARGETS = {  # and the shared memory of a program there, in KiB
     "sm_100": (GPUTarget("cuda", 100, 32), 227),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
+
+
+KERNELS = ("build_lowbit", "build_pages", "sum_window", "score_window")  # of a prefill
 
 
 def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
@@ -97,11 +100,14 @@ def test_kernels_of_a_prefill_compile_too(
 
             return start
 
-    all_kernels = {name: getattr(prefill, name) for name in ("build_lowbit", "sum_window", "score_window")}
+    all_kernels = {name: getattr(prefill, name) for name in KERNELS}
     for name, kernel in all_kernels.items():
         monkeypatch.setattr(prefill, name, Noted(kernel))
     keys, lengths = torch.zeros(1, 2, 100, head_dim, dtype=dtype), torch.full((1, 2), 100)
     triton.build_lowbit(LowBitIndex(keys, lengths).stored, keys, lengths)
+    page_size = torch.tensor([3])
+    bounds = PageIndex(keys, lengths, page_size).bounds
+    triton.build_pages(bounds, keys, lengths=lengths, page_size=page_size)
     query, num_queries = torch.zeros(1, 8, 32, head_dim, dtype=dtype), torch.tensor([32])
     triton.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=0.1)
     assert launched.keys() == all_kernels.keys()

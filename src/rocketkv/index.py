@@ -77,7 +77,7 @@ class PageIndex(BackedIndex):
         channels = keys.shape[3] if int(page_size.max()) == 1 else 2 * keys.shape[3]
         self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
         self.reserve(keys.shape[2])
-        build_pages(self.bounds, keys, lengths=lengths, page_size=page_size)
+        fastest(build_pages, keys)(self.bounds, keys, lengths=lengths, page_size=page_size)
 
     @property
     def capacity(self) -> int:

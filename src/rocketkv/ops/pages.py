@@ -8,7 +8,6 @@ themselves and stored once: `[B, Hkv, blocks, D, PAGES_PER_BLOCK]`.
 import torch
 from torch import Tensor
 
-from rocketkv.ops.backends import cpp
 from rocketkv.ops.channels import largest_channels
 
 PAGES_PER_BLOCK = 32  # one cache line of a channel in 16 bits; csrc/kernels.h has the same number
@@ -25,9 +24,6 @@ def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Ten
 
     Reads `B * Hkv * S * D` elements.
     """
-    if cpp.decline(keys) is None:
-        cpp.build_pages(bounds, keys, lengths, page_size)
-        return
     slots = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
     fold_into_pages(bounds, keys, slots=slots, page_size=page_size, lengths=lengths)
 

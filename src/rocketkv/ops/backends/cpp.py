@@ -43,7 +43,7 @@ def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
     return None
 
 
-def build_pages(bounds: Tensor, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
+def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
     """See `ops.build_pages`."""
     keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
     lengths, page_size = lengths.contiguous(), page_size.contiguous()

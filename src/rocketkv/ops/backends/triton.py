@@ -1,6 +1,6 @@
 """The GPU backend: kernels in Triton, compiled for the device when they are first used.
 
-A decode step (triton_kernels.py), and what a prefill leaves to it (triton_prefill.py): stage 1's scores, low-bit keys.
+A decode step (triton_kernels.py), and what a prefill leaves to it (triton_prefill.py): stage 1's scores, the indices.
 
 With TRITON_INTERPRET=1 the kernels run on the CPU, slowly: that is how they are tested where there is no GPU.
 """
@@ -221,6 +221,27 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
             index.codes.shape[2],
             *keys.stride()[:2],
             HKV=num_kv_heads,
+            D=head_dim,
+            D_PAD=max(LEAST_DOT, _power_of_two(head_dim)),
+            **PREFILL_OPTIONS,
+        )
+
+
+def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
+    """See `build_pages` in ops/pages.py: one launch."""
+    kernels = import_module("rocketkv.ops.backends.triton_prefill")
+    batch, num_kv_heads, _, head_dim = keys.shape
+    keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
+    with _current(keys.device):
+        kernels.build_pages[(batch * num_kv_heads, bounds.shape[2])](
+            bounds,
+            keys,
+            lengths.contiguous(),
+            page_size.contiguous(),
+            bounds.shape[2],
+            *keys.stride()[:2],
+            HKV=num_kv_heads,
+            NUM_ROWS=bounds.shape[3],
             D=head_dim,
             D_PAD=max(LEAST_DOT, _power_of_two(head_dim)),
             **PREFILL_OPTIONS,

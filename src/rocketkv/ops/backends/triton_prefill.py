@@ -1,4 +1,4 @@
-"""The kernels behind `triton.py` that run once per prefill: the window's scores of stage 1, and low-bit keys.
+"""The kernels behind `triton.py` that run once per prefill: the window's scores of stage 1, and both indices.
 
 Keys are `[B, Hkv, S, D]` with strides of their own over rows and heads. The scratch of the window: `partials`
 `[B, Hkv, parts, 2, G * W]` float32, each query's largest logit in a part and the sum of exponentials relative to it.
@@ -7,7 +7,7 @@ Keys are `[B, Hkv, S, D]` with strides of their own over rows and heads. The scr
 import triton
 import triton.language as tl
 
-from rocketkv.ops.backends.triton_kernels import CHANNELS, GROUP, close_group, group_start, product
+from rocketkv.ops.backends.triton_kernels import CHANNELS, GROUP, PAGES_PER_BLOCK, close_group, group_start, product
 
 
 @triton.jit(do_not_specialize=["num_blocks", "batch_stride", "head_stride"])
@@ -39,10 +39,49 @@ def build_lowbit(
             tl.store(open_keys + (head * D + channel[:, None]) * GROUP + token[None, :], open_key, mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_blocks", "batch_stride", "head_stride"])
+def build_pages(
+    bounds,
+    keys,
+    lengths,
+    page_size,
+    num_blocks,
+    batch_stride,
+    head_stride,
+    HKV: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Bounds of a head's block of pages; see `build_pages` in ops/pages.py. Grid: heads, blocks."""
+    head, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    length, size = tl.load(lengths + head), tl.load(page_size + head // HKV)
+    page = block * PAGES_PER_BLOCK + tl.arange(0, PAGES_PER_BLOCK)
+    if block * PAGES_PER_BLOCK * size >= length:
+        return
+    keys += head // HKV * batch_stride + head % HKV * head_stride
+    for start in range(0, D_PAD, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        is_channel = (channel < D)[:, None]
+        low = tl.full([CHANNELS, PAGES_PER_BLOCK], float("inf"), tl.float32)
+        high = tl.full([CHANNELS, PAGES_PER_BLOCK], -float("inf"), tl.float32)
+        for i in range(size):
+            token = page * size + i
+            mask = is_channel & (token < length)[None, :]
+            key = tl.load(keys + token[None, :] * D + channel[:, None], mask=mask, other=0.0).to(tl.float32)
+            low = tl.where(mask & ((key < low) | (key != key)), key, low)  # what is no number stays
+            high = tl.where(mask & ((key > high) | (key != key)), key, high)
+        at = bounds + ((head * num_blocks + block) * NUM_ROWS + channel[:, None]) * PAGES_PER_BLOCK
+        at += tl.arange(0, PAGES_PER_BLOCK)[None, :]
+        if NUM_ROWS > D:
+            tl.store(at, low, mask=is_channel)
+        tl.store(at + (NUM_ROWS - D) * PAGES_PER_BLOCK, high, mask=is_channel)
+
+
 @triton.jit
 def _window_logits(
     query, keys, head, length, num_queries, first_row, start, scale, ROWS: tl.constexpr, W: tl.constexpr,
-    D: tl.constexpr, G: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
+    D: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Logits, `[R_PAD, TILE]`, of some of the queries of a window for the tokens from `start` on; -inf if not seen."""
     row, channel, token = first_row + tl.arange(0, R_PAD), tl.arange(0, D_PAD), start + tl.arange(0, TILE)
@@ -82,7 +121,7 @@ def sum_window(
     begin = part * part_size
     for start in range(begin, tl.minimum(begin + part_size, length), TILE):
         logits = _window_logits(
-            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, G, R_PAD, D_PAD, TILE
+            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, R_PAD, D_PAD, TILE
         )
         higher = tl.maximum(best, tl.max(logits, 1))
         safe = tl.where(higher > -float("inf"), higher, 0.0)  # rows that see nothing yet
@@ -126,7 +165,7 @@ def score_window(
     end = tl.minimum(begin + part_size, num_tokens)
     for start in range(begin, end, TILE):
         logits = _window_logits(
-            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, G, R_PAD, D_PAD, TILE
+            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, R_PAD, D_PAD, TILE
         )
         mass = tl.where(share[:, None] > 0, tl.exp(logits - safe[:, None]) * share[:, None], 0.0)
         token = start + tl.arange(0, TILE)
