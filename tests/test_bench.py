@@ -88,7 +88,8 @@ def test_attention_compares_selection_methods(run: Any) -> None:
     assert_floor(record, "sparse:hybrid_floor", "sparse:hybrid")
     for device, message in (("cuda", "this torch sees no GPU"), ("tpu", "choose from cpu, cuda")):
         if device == "tpu" or not torch.cuda.is_available():
-            assert message in run("attention", *sizes, "--device", device).stderr
+            for command in ("attention", "decode", "prefill"):
+                assert message in run(command, *sizes, "--device", device).stderr
     refused = run("attention", *sizes, "--selection", "lowbits")
     assert refused.exit_code != 0
     assert "selection='lowbits' does not exist; did you mean lowbit?" in refused.output
@@ -129,8 +130,8 @@ def test_decode_of_a_real_model_one_after_the_other(run: Any, tmp_path: Path, mo
     from tiny import save_tiny
 
     save_tiny(tmp_path)
-    monkeypatch.setattr("rocketkv.bench.decode.available_bytes", lambda: 1000)
-    monkeypatch.setattr("rocketkv.bench.decode.check_memory", lambda what, needed_bytes: None)
+    monkeypatch.setattr("rocketkv.bench.decode.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("rocketkv.bench.decode.check_memory", lambda what, needed_bytes, device: None)
     result = run(
         "decode", "--model", str(tmp_path), "--seq-len", "300", "-t", "64", "--repeats", "1", "--paths", "eager"
     )

@@ -60,8 +60,10 @@ def test_steps_are_the_references(scoring: str, dtype: torch.dtype) -> None:
     lengths = [[5000, 300], [61, 4095]]
     generator = torch.Generator().manual_seed(0)
     for group, head_dim in ((4, 128), (3, 64), (5, 80), (8, 96), (1, 256)):
-        layer = make_layer(generator, scoring, lengths, group=group, head_dim=head_dim, dtype=dtype, recents=3)
-        check_steps(OnGpu, layer, generator, steps=5)
+        options = {"group": group, "head_dim": head_dim, "dtype": dtype, "recents": 3}
+        check_steps(OnGpu, make_layer(generator, scoring, lengths, **options), generator, steps=5)
+        if scoring != "exact" and dtype != torch.float32:
+            check_steps(OnGpu, make_layer(generator, scoring, lengths, int8=True, **options), generator, steps=5)
 
 
 @pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
@@ -106,4 +108,12 @@ def test_a_step_is_timed_beside_torchs() -> None:
     result = CliRunner().invoke(app, ["bench", "attention", *sizes, "--device", "cuda"])
     assert result.exit_code == 0, result.output
     assert "sdpa_grouped" in result.output
+    print(result.output)
+
+
+@pytest.mark.parametrize("command", [("decode", "--paths", "eager"), ("prefill",)])
+def test_models_and_prefills_are_timed_too(command: tuple[str, ...]) -> None:
+    sizes = ["--geometry", "llama-3.2-1b", "--seq-len", "8192", "--token-budget", "256", "--repeats", "3"]
+    result = CliRunner().invoke(app, ["bench", *command, *sizes, "--device", "cuda"])
+    assert result.exit_code == 0, result.output
     print(result.output)

@@ -47,6 +47,11 @@ class Setting:
     sizes: Sizes
     point: Point
 
+    @property
+    def device(self) -> str:
+        """Where the model is: `cpu` or `cuda`."""
+        return str(self.model.device.type)
+
 
 class NoAttention(LayerCache):
     """A layer that attends to nothing and answers zeros: a model's step with it is the rest of the step."""
@@ -86,12 +91,12 @@ def measure_decode(
     contenders = _contenders(setting)
     largest = max(contender.needed_bytes for contender in contenders)
     together = sum(contender.needed_bytes for contender in contenders)
-    available = available_bytes()
-    check_memory(f"decoding after {point.seq_len} tokens x batch {point.batch}", largest)
+    available = available_bytes(setting.device)
+    check_memory(f"decoding after {point.seq_len} tokens x batch {point.batch}", largest, setting.device)
     is_interleaved = available is None or together <= available
     groups = [contenders] if is_interleaved else [[contender] for contender in contenders]
 
-    bandwidth = measure_bandwidth()
+    bandwidth = measure_bandwidth(setting.device)
     rows: list[Row] = []
     comparisons: list[dict[str, object]] = []
     for name in paths:
@@ -104,17 +109,18 @@ def measure_decode(
             row.details.update(path=name, interleaved=is_interleaved)
         rows += measured
         comparisons += _compare(name, measured)
-    return rows, comparisons, max(bandwidth, measure_bandwidth())
+    return rows, comparisons, max(bandwidth, measure_bandwidth(setting.device))
 
 
 def _contenders(setting: Setting) -> list[Contender]:
     model, sizes, point = setting.model, setting.sizes, setting.point
     seq_len, batch, token_budgets = point.seq_len, point.batch, point.token_budgets
     token_bytes = 2 * batch * sizes.num_kv_heads * sizes.head_dim * model.dtype.itemsize
+    device = setting.device
 
     def tokens(count: int) -> tuple[Tensor, Tensor]:
         shape = (batch, sizes.num_kv_heads, count, sizes.head_dim)
-        return random_tokens(*shape, model.dtype), random_tokens(*shape, model.dtype)
+        return random_tokens(*shape, model.dtype, device), random_tokens(*shape, model.dtype, device)
 
     def ours(name: str, token_budget: int | None) -> Contender:
         config = dense_config(max(token_budgets)) if token_budget is None else sparse_config(token_budget)
@@ -161,24 +167,24 @@ def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: 
 
 def _step(setting: Setting, cache: Any) -> Call:
     """One step of the whole model."""
-    input_ids = torch.ones(setting.point.batch, 1, dtype=torch.int64)
-    return lambda: timed(lambda: decode_step(setting.model, cache, input_ids))
+    input_ids = torch.ones(setting.point.batch, 1, dtype=torch.int64, device=setting.device)
+    return lambda: timed(lambda: decode_step(setting.model, cache, input_ids), setting.device)
 
 
 def _attention(setting: Setting, cache: RocketKVCache) -> Call:
     """The attention of one step alone: every layer's own, after a matrix product, the times of the layers added up."""
-    sizes, dtype = setting.sizes, setting.model.dtype
-    query = torch.randn(setting.point.batch, sizes.num_heads, 1, sizes.head_dim, dtype=dtype)
-    key = torch.randn(setting.point.batch, sizes.num_kv_heads, 1, sizes.head_dim, dtype=dtype)
+    sizes, options = setting.sizes, {"dtype": setting.model.dtype, "device": setting.device}
+    query = torch.randn(setting.point.batch, sizes.num_heads, 1, sizes.head_dim, **options)
+    key = torch.randn(setting.point.batch, sizes.num_kv_heads, 1, sizes.head_dim, **options)
     hidden = query.flatten(1)
-    weight = torch.randn(hidden.shape[1], hidden.shape[1], dtype=dtype)
+    weight = torch.randn(hidden.shape[1], hidden.shape[1], **options)
 
     def call() -> float:
         total = 0.0
         with torch.inference_mode():
             for layer in cache.compressed_layers:
                 torch.mm(hidden, weight)
-                total += timed(lambda cache=layer.cache: cache.decode(query, key, key))  # type: ignore[misc]
+                total += timed(lambda cache=layer.cache: cache.decode(query, key, key), setting.device)  # type: ignore[misc]
         return total
 
     return call

@@ -43,9 +43,9 @@ def check_device(device: str) -> None:
         raise InputError("device='cuda' is not there: this torch sees no GPU; leave --device out to measure the CPU.")
 
 
-def measure_bandwidth(reads: int = 5) -> float:
-    """Bytes per second at which memory can be read: the best of a few reads."""
-    read = MemoryRead()
+def measure_bandwidth(device: str = "cpu", reads: int = 5) -> float:
+    """Bytes per second at which a device's memory can be read: the best of a few reads."""
+    read = MemoryRead(device)
     return max(1000 * read.num_bytes / read() for _ in range(reads))
 
 

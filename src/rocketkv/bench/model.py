@@ -35,7 +35,7 @@ class Sizes:
     weight_bytes: int
 
 
-def build_model(geometry: Geometry, dtype: torch.dtype) -> PreTrainedModel:
+def build_model(geometry: Geometry, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """A model of this geometry in evaluation mode; its random weights repeat, as only their traffic counts."""
     config = _CONFIGS[geometry.model_type](
         vocab_size=geometry.vocab_size,
@@ -48,10 +48,10 @@ def build_model(geometry: Geometry, dtype: torch.dtype) -> PreTrainedModel:
         tie_word_embeddings=geometry.is_tied,
         max_position_embeddings=2**20,
     )
-    with no_init_weights():
+    with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     model.tie_weights()
-    block = torch.empty(2**20, dtype=dtype).normal_(0.0, 0.02)
+    block = torch.empty(2**20, dtype=dtype, device=device).normal_(0.0, 0.02)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1:

@@ -17,7 +17,9 @@ Prefill = Callable[[int | None, tuple[Tensor, ...]], None]
 _LAYERS = 2  # with inputs of their own, taken in turn
 
 
-def measure_prefill(geometry: Geometry, dtype: torch.dtype, point: Point, on_round: OnRound | None = None) -> list[Row]:
+def measure_prefill(
+    geometry: Geometry, dtype: torch.dtype, point: Point, on_round: OnRound | None = None, *, device: str = "cpu"
+) -> list[Row]:
     """Measure the prefill of one layer's attention; a model's is `num_layers` of them, and its matrix products.
 
     Returns:
@@ -30,9 +32,10 @@ def measure_prefill(geometry: Geometry, dtype: torch.dtype, point: Point, on_rou
     seq_len, batch = point.seq_len, point.batch
     shapes = [(geometry.num_heads, geometry.head_dim), *[(geometry.num_kv_heads, geometry.head_dim)] * 2]
     input_bytes = sum(batch * seq_len * heads * width for heads, width in shapes) * dtype.itemsize
-    check_memory(f"the prefill of {seq_len} tokens x batch {batch}", (_LAYERS + 2) * input_bytes)
+    check_memory(f"the prefill of {seq_len} tokens x batch {batch}", (_LAYERS + 2) * input_bytes, device)
     inputs = [
-        tuple(random_tokens(batch, heads, seq_len, width, dtype) for heads, width in shapes) for _ in range(_LAYERS)
+        tuple(random_tokens(batch, heads, seq_len, width, dtype, device) for heads, width in shapes)
+        for _ in range(_LAYERS)
     ]
     held: dict[int | None, int] = {None: inputs[0][1].nbytes + inputs[0][2].nbytes}
 
@@ -67,6 +70,7 @@ def _call(prefill: Prefill, token_budget: int | None, inputs: list[tuple[Tensor,
     def call() -> float:
         nonlocal count
         count += 1
-        return timed(lambda: prefill(token_budget, inputs[count % len(inputs)]))
+        tensors = inputs[count % len(inputs)]
+        return timed(lambda: prefill(token_budget, tensors), tensors[0].device.type)
 
     return call

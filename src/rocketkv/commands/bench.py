@@ -31,6 +31,7 @@ Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16, or the model's own.")]
 Repeats = Annotated[int, typer.Option(min=0, help="Rounds; 0: until the medians are stable.")]
 TimeLimit = Annotated[float, typer.Option(min=0, help="Seconds that a row may take, unless --repeats is given.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU, which is timed by its own events.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result into this file, .png or .svg.")]
 
 
@@ -95,10 +96,14 @@ class TimedSweep(Sweep):
 
     repeats: Repeats = 0
     time_limit: TimeLimit = 30.0
+    device: Device = "cpu"
 
     def points(self) -> list[Point]:
         """Every length with every batch."""
+        from rocketkv.bench.machine import check_device
+
         lengths, batches, budgets = self.axes()
+        check_device(self.device)
         pace = Pace(self.repeats, self.time_limit)
         return [Point(length, batch, budgets, pace) for length, batch in product(lengths, batches)]
 
@@ -110,18 +115,15 @@ def attention(
         str | None,
         typer.Option(help="Selection methods, separated by commas, instead of the default; lowbit:int8 with 8 bits."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU, which is timed by its own events.")] = "cpu",
 ) -> None:
     """Time one layer's decode step: ours, torch's, transformers', and the floor that memory sets."""
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.attention import measure_attention
-    from rocketkv.bench.machine import check_device
     from rocketkv.bench.tensors import sparse_config
     from rocketkv.config import DEFAULT_SELECTION
 
     names = (selection or DEFAULT_SELECTION).split(",")
     selections = list(dict.fromkeys(name.strip() for name in names))
-    check_device(device)
     for name in selections:
         sparse_config(min(todo[0].token_budgets), name)  # or refuse it by name
     rows: list[Row] = []
@@ -129,12 +131,12 @@ def attention(
     with _counted("attention", todo) as points:
         for point, on_round in points:
             measured, reached = measure_attention(
-                geometry, dtype, point, cold_mib * 2**20, on_round, selections=selections, device=device
+                geometry, dtype, point, cold_mib * 2**20, on_round, selections=selections, device=sweep.device
             )
             rows += [*measured, *floor_rows(measured, reached)]
             bandwidths.append(reached)
     records = [row.record() for row in rows]
-    sweep.report("attention", records, device=device, bandwidth_gb_per_s=median(bandwidths) / 1e9)
+    sweep.report("attention", records, device=sweep.device, bandwidth_gb_per_s=median(bandwidths) / 1e9)
 
 
 def decode(
@@ -155,7 +157,7 @@ def decode(
     for name in chosen:
         if name not in PATHS:
             raise InputError(f"--paths {name!r} does not exist; choose from {', '.join(PATHS)}.")
-    built = _build(sweep, weights) if model is None else load_model(model, sweep.dtype, weights).model
+    built = _build(sweep, weights) if model is None else load_model(model, sweep.dtype, weights).model.to(sweep.device)
     rows: list[Row] = []
     comparisons: list[dict[str, object]] = []
     bandwidths: list[float] = []
@@ -171,6 +173,7 @@ def decode(
         [row.record() for row in rows],
         model=name if weights is None else f"{name} in {weights}",
         dtype=str(built.dtype).removeprefix("torch."),
+        device=sweep.device,
         comparisons=comparisons,
         bandwidth_gb_per_s=median(bandwidths) / 1e9,
     )
@@ -184,8 +187,8 @@ def prefill(sweep: TimedSweep = TimedSweep(seq_len="4096", time_limit=60.0)) -> 
     rows: list[Row] = []
     with _counted("prefill", todo) as points:
         for point, on_round in points:
-            rows += measure_prefill(geometry, dtype, point, on_round)
-    sweep.report("prefill", [row.record() for row in rows])
+            rows += measure_prefill(geometry, dtype, point, on_round, device=sweep.device)
+    sweep.report("prefill", [row.record() for row in rows], device=sweep.device)
 
 
 def memory(
@@ -211,16 +214,17 @@ def memory(
     sweep.report("memory", rows)
 
 
-def _build(sweep: Sweep, weights: str | None) -> "PreTrainedModel":
+def _build(sweep: TimedSweep, weights: str | None) -> "PreTrainedModel":
     """A model of the geometry, behind a spinner."""
     geometry, dtype = find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.machine import check_memory
     from rocketkv.bench.model import build_model
     from rocketkv.weights import quantize
 
-    check_memory(f"a model of {geometry.name} in {sweep.dtype}", geometry.num_parameters * dtype.itemsize)
+    what = f"a model of {geometry.name} in {sweep.dtype}"
+    check_memory(what, geometry.num_parameters * dtype.itemsize, sweep.device)
     with err.status(f"building {geometry.name}"):
-        model = build_model(geometry, dtype)
+        model = build_model(geometry, dtype, sweep.device)
         return model if weights is None else quantize(model, weights)
 
 
