@@ -515,30 +515,27 @@ class Step {
       state[0] = -kInfinity;
     }
     const Factor<T>* query = query_factors(head);
-    const T *keys = stored(layer_.keys, head, 0), *values = stored(layer_.values, head, 0);
-    int64_t rows[2 * kTile];  // where those of a tile and of the next begin
+    const bool is_int8 = layer_.exponents;
+    const T *keys = is_int8 ? tile_memory() : stored(layer_.keys, head, 0);
+    const T* values = is_int8 ? keys + kTile * layer_.head_dim : stored(layer_.values, head, 0);
+    int64_t rows[2 * kTile];  // where those of a tile and of the next begin; of 8 bits, their slots
     auto locate = [&](int64_t from, int64_t* out) {
       for (int i = 0; i < kTile; ++i) {
         int64_t place = std::min(from + i, end - 1);
-        out[i] = slot_at(head, head.selects ? head.chosen[place] : place) * layer_.head_dim;
+        out[i] = slot_at(head, head.selects ? head.chosen[place] : place) * (is_int8 ? 1 : layer_.head_dim);
       }
     };
     locate(begin, rows + kTile);
-    T* restored = layer_.exponents ? tile_memory() : nullptr;
-    if (restored) fetch_codes(codes_of(head), rows + kTile, kTokensAhead);
-    for (int i = kTile; !restored && i < kTile + kRowsAhead; ++i) fetch(keys + rows[i], layer_.head_dim);
+    for (int i = kTile; is_int8 && i < kTile + kTokensAhead; ++i) codes_of(head).fetch(rows[i]);
+    for (int i = kTile; !is_int8 && i < kTile + kRowsAhead; ++i) fetch(keys + rows[i], layer_.head_dim);
     for (int64_t start = begin; start < end; start += kTile) {
       int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
       std::copy_n(rows + kTile, kTile, rows);
       locate(start + kTile, rows + kTile);
-      if (restored) {
-        restore_tile(codes_of(head), rows, n, restored);
-        for (int i = 0; i < kTile; ++i) rows[i] = static_cast<int64_t>(i) * layer_.head_dim;
-        keys = restored, values = restored + kTile * layer_.head_dim;
-      }
+      if (is_int8) restore_tile(codes_of(head), rows, n);
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
-          attend_tile<heads>(keys, values, rows, n, query + h * padded_, piece + h * (2 + padded_), h == 0 && !restored);
+          attend_tile<heads>(keys, values, rows, n, query + h * padded_, piece + h * (2 + padded_), h == 0 && !is_int8);
         });
     }
     bytes_read_ += (end - begin) * token_bytes();
@@ -552,6 +549,9 @@ class Step {
     int8_t* value(int64_t slot) const { return values + slot * dim; }
     int8_t* key_exponents(int64_t slot) const { return exponents + slot * 2 * steps; }
     int8_t* value_exponents(int64_t slot) const { return key_exponents(slot) + steps; }
+    ROCKETKV_INLINE void fetch(int64_t slot) const {
+      prefetch(key(slot), dim), prefetch(value(slot), dim), prefetch(key_exponents(slot));
+    }
   };
   Codes codes_of(const Head& head) const {
     const int dim = layer_.head_dim, steps = num_steps(dim);
@@ -564,22 +564,18 @@ class Step {
     return Scratch<T>::mine().restored.data();
   }
 
-  // Keys, then values, of a tile's tokens, whose rows begin at `rows`. Those kTokensAhead further on are fetched.
-  void restore_tile(const Codes& codes, const int64_t* rows, int n, T* out) const {
+  // Restore the keys, then the values, of a tile's tokens into its memory, and let `rows` say where they are there. The
+  // codes of the tokens kTokensAhead further on are fetched.
+  void restore_tile(const Codes& codes, int64_t* rows, int n) const {
+    T *keys = tile_memory(), *values = keys + kTile * codes.dim;
     for (int i = 0; i < n; ++i) {
-      const int64_t slot = rows[i] / codes.dim;
-      fetch_codes(codes, rows + (i + kTokensAhead < n ? i : i + kTile - n) + kTokensAhead, 1);
-      restore_row(codes.key(slot), codes.key_exponents(slot), codes.dim, out + i * codes.dim);
-      restore_row(codes.value(slot), codes.value_exponents(slot), codes.dim, out + (kTile + i) * codes.dim);
+      const int64_t slot = rows[i], ahead = i + kTokensAhead;
+      codes.fetch(rows[ahead < n ? ahead : ahead + kTile - n]);
+      rows[i] = static_cast<int64_t>(i) * codes.dim;
+      restore_row(codes.key(slot), codes.key_exponents(slot), codes.dim, keys + rows[i]);
+      restore_row(codes.value(slot), codes.value_exponents(slot), codes.dim, values + rows[i]);
     }
-  }
-  static void fetch_codes(const Codes& codes, const int64_t* rows, int count) {
-    for (int i = 0; i < count; ++i) {
-      const int64_t slot = rows[i] / codes.dim;
-      prefetch(codes.key(slot), codes.dim);
-      prefetch(codes.value(slot), codes.dim);
-      prefetch(codes.key_exponents(slot));
-    }
+    for (int i = n; i < kTile; ++i) rows[i] = rows[n - 1];
   }
 
   static ROCKETKV_INLINE void fetch(const T* row, int count) { prefetch(row, count * static_cast<int>(sizeof(T))); }

@@ -17,7 +17,7 @@ import oracle
 from inputs import Inputs, make_inputs
 from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError, ops, split_budget
 from rocketkv.eviction import EVICTION_POLICIES, KeepAll
-from rocketkv.selection import SELECTION_METHODS, Exact, Hybrid
+from rocketkv.selection import SELECTION_METHODS, Exact, Hybrid, LowBit
 
 pytestmark = pytest.mark.usefixtures("decoded_by")
 ALL_METHODS = [(e, s) for e in EVICTION_POLICIES for s in SELECTION_METHODS]
@@ -656,13 +656,17 @@ def test_8_bits_hold_and_read_what_they_say(seeded: torch.Generator) -> None:
     for cache in caches.values():
         cache.decode(*x.part(2000, 2001))
     plain, int8 = caches.values()
-    top_k = [cache.plan.splits[0].top_k for cache in (plain, int8)]
-    assert top_k[1] == top_k[0] * 4 * 64 // (2 * (64 + 2))
-    assert int8.read_bytes == plain.read_bytes + 2 * (132 * top_k[1] - 256 * top_k[0])
-    assert abs(int8.read_bytes - plain.read_bytes) <= 2 * 132
-    saved = 2 * plain.working.tokens.fields[0].nbytes - 2 * int8.working.tokens.fields[0].nbytes
-    assert plain.kv_bytes - int8.kv_bytes == saved - int8.working.tokens.fields[2].nbytes
-    assert int8.kv_bytes < 0.65 * plain.kv_bytes
+    held = [int(cache.num_stored[0, 0]) for cache in (plain, int8)]
+    assert held[1] - 1 == 2 * split_budget(2000, 128, 64).prompt_tokens  # one was decoded
+    split = LowBit("int8").split(held[1] - 1, 128, 64)
+    top_k = split.top_k * 256 // (2 * (64 + 2))  # a token takes 256 bytes in bfloat16
+    assert int8.plan.splits[0] == split._replace(top_k=top_k)
+    scored = split.num_channels * (held[1] // 64 * 36 + held[1] % 64 * 2)
+    assert int8.read_bytes == 2 * (scored + top_k * 132) <= 2 * 128 * 256
+    codes, _, exponents, _ = int8.working.tokens.fields
+    assert codes.dtype == torch.int8
+    assert exponents.nbytes == codes.nbytes // 16
+    assert int8.kv_bytes / held[1] < 0.65 * plain.kv_bytes / held[0]
 
 
 def test_what_8_bits_cannot_do_is_refused(seeded: torch.Generator) -> None:
@@ -672,8 +676,8 @@ def test_what_8_bits_cannot_do_is_refused(seeded: torch.Generator) -> None:
     cache.prefill(*x.part(0, 380))
     with pytest.raises(InputError, match="has rounded what a fork without would need; set kv_dtype='auto' in it"):
         cache.fork(strict(token_budget=48))
-    alone = LayerCache(multi_turn)
-    alone.prefill(*x.part(0, 380))
+    alone = LayerCache(multi_turn)  # of what is stored
+    alone.prefill(x.query[:, :, :380], *ops.restore_tokens(*cache.working.archive.views(), x.key.dtype))
     assert torch.equal(decode_all(cache.fork(multi_turn), x, 380, 400), decode_all(alone, x, 380, 400))
     for selection in ("exact", Exact()):
         with pytest.raises(ConfigError, match="selection='exact' reads whole keys as they come; set kv_dtype='auto'"):

@@ -71,8 +71,8 @@ def test_budget_explains_the_split(run: Any) -> None:
         ),
         (
             ("--kv-dtype", "int8"),
-            ("26 of 128", "748", "by these scores, int8", "507 tokens' worth"),
-            {"prompt_tokens": 4226, "top_k": 748},
+            ("25 of 128", "661", "by these scores, int8", "508 tokens' worth"),
+            {"prompt_tokens": 6038, "top_k": 661},
         ),
     ):
         result = run(*sizes, *more)

@@ -8,7 +8,7 @@ from rocketkv.budget import Budget
 from rocketkv.errors import ConfigError, UnknownOptionError
 from rocketkv.eviction import EVICTION_POLICIES, EvictionPolicy
 from rocketkv.ops.backends import BACKENDS
-from rocketkv.selection import SELECTION_METHODS, SelectionMethod
+from rocketkv.selection import SELECTION_METHODS, LowBit, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
 KV_DTYPES = ("auto", "int8")
@@ -155,7 +155,10 @@ class RocketKVConfig:
 
     def selection_method(self) -> SelectionMethod:
         """The object that does stage 2."""
-        return SELECTION_METHODS[self.selection]() if isinstance(self.selection, str) else self.selection
+        if not isinstance(self.selection, str):
+            return self.selection
+        method = SELECTION_METHODS[self.selection]
+        return method(self.kv_dtype) if method is LowBit else method()
 
 
 def _check_count(name: str, value: object, least: int) -> None:

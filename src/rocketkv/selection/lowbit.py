@@ -8,7 +8,6 @@ from rocketkv.index import LowBitIndex
 from rocketkv.ops import GROUP, lowbit_logits
 from rocketkv.selection.base import SelectionMethod
 
-MORE_HELD = 1.4  # times the paper's formula, which suits page bounds: those get poorer the more tokens they cover
 CHANNEL_SHARE = 0.5 / 2 + 2 / GROUP  # of a 16-bit element: what one channel of one token takes, its range included
 
 
@@ -17,25 +16,38 @@ class LowBit(SelectionMethod):
 
     The idea stands between SparQ (arXiv:2312.04985: few channels of full keys), KIVI (arXiv:2402.02750: low-bit keys
     per channel) and Double Sparsity (arXiv:2408.07092: low-bit copies of channels fixed in advance).
+
+    Args:
+        kv_dtype: as in `RocketKVConfig`. Tokens in 8 bits take half the memory and traffic, so more of them are worth
+            holding, and scoring may take more.
+
+    Attributes:
+        more_held: tokens that stage 1 leaves, times the paper's formula, which suits page bounds: those get poorer the
+            more tokens they cover.
+        share: of the budget, what scores.
     """
 
     scoring = "lowbit"
 
+    def __init__(self, kv_dtype: str = "auto") -> None:
+        self.more_held, self.share = (2.0, 1 / 3) if kv_dtype == "int8" else (1.4, 1 / 4)
+
     def held_tokens(self, seq_len: int, token_budget: int) -> int:
         """More than the paper's formula says: what stage 1 evicts no index can find (docs/lowbit.md)."""
-        return min(seq_len, int(MORE_HELD * super().held_tokens(seq_len, token_budget)))
+        return min(seq_len, int(self.more_held * super().held_tokens(seq_len, token_budget)))
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
-        """A quarter of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md).
+        """A share of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md).
 
         One channel is read at least, so that a step over more than `1.8 * token_budget * head_dim` tokens reads more
         than the budget.
         """
         num_open = min(num_tokens, GROUP - 1)  # at most
         scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in keys of 16 bits
-        num_channels = min(max(1, int(token_budget * head_dim / (2 * scored))), head_dim)
+        num_channels = min(max(1, int(2 * self.share * token_budget * head_dim / scored)), head_dim)
         scoring = scored * num_channels / (2 * head_dim)  # in tokens of keys and values
-        return Split(1, num_channels, max(1, 3 * token_budget // 4, int(token_budget - scoring)))
+        attended = max(int((1 - self.share) * token_budget), int(token_budget - scoring))
+        return Split(1, num_channels, max(1, attended))
 
     def build_index(self, working: WorkingSet, page_size: Tensor) -> LowBitIndex:
         """Low-bit copies of all keys; see `SelectionMethod`."""
