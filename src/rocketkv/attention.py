@@ -309,8 +309,8 @@ class LayerCache:
 
         Right after a prefill whose last queries were kept (`keep_queries`), the fork has run stage 1 with them and is
         ready to decode: it is, to the bit, a cache that took in all of the past itself, the last prefill as one of its
-        own. Without them it starts from its next prefill on, as the next turn of what it has seen. If this cache stores 8
-        bits, the past is what it has stored.
+        own. Without them it starts from its next prefill on, as the next turn of what it has seen. If this cache stores
+        8 bits, the past is what it has stored.
 
         Raises:
             InputError: this cache is not `multi_turn`, so that there is no archive; too few queries were kept for
