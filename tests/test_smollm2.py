@@ -1,6 +1,6 @@
 """The main job on the real small model and real prose, in a small form; `make eval` measures the full grid."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -59,9 +59,13 @@ def test_padded_rows_give_the_tokens_they_give_alone(smollm2: LoadedModel, mode:
         assert alone == [tokens]
 
 
-def test_the_kernels_answer_as_the_reference_does(smollm2: LoadedModel) -> None:
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_the_kernels_answer_as_the_reference_does(smollm2: LoadedModel, kv_dtype: Literal["auto", "int8"]) -> None:
     enable(smollm2.model)
-    configs = [RocketKVConfig(dense_below=0, token_budget=128, backend=backend) for backend in ("reference", "auto")]
+    configs = [
+        RocketKVConfig(dense_below=0, token_budget=128, kv_dtype=kv_dtype, backend=backend)
+        for backend in ("reference", "auto")
+    ]
     reference, kernels = (
         generate(smollm2, TEXTS, past_key_values=RocketKVCache(smollm2.model.config, config)) for config in configs
     )
@@ -86,10 +90,10 @@ def find(loaded: LoadedModel, methods: list[str], task: str, length: int, depths
 
 
 def test_needles_are_found_where_the_full_cache_finds_them(smollm2: LoadedModel) -> None:
-    scores = find(smollm2, ["full", "rocketkv"], "passkey_tokens", 2000, slice(0, None, 3))
-    full, ours = torch.tensor(scores)[:, 0].T
+    methods = ["full", "rocketkv", "rocketkv:kv_dtype=int8"]
+    full, *ours = torch.tensor(find(smollm2, methods, "passkey_tokens", 2000, slice(0, None, 3)))[:, 0].T
     assert full.sum() >= 3
-    assert (full * ours).sum() >= full.sum() - 1
+    assert all((full * found).sum() >= full.sum() - 1 for found in ours)
 
 
 def test_multi_turn_finds_the_needles_of_later_turns(smollm2: LoadedModel, report: Report) -> None:
