@@ -20,6 +20,7 @@ from rocketkv.eval.tables import difference
 HERE = Path(__file__).parent / "accuracy"
 FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
 TURNS = ("niah-turns", "squad-turns")
+BEYOND = ("lines", "kv")  # what this model cannot do
 ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
 MIN_SAMPLES = 30  # of a cell that counts for the average
@@ -48,6 +49,9 @@ def main() -> None:
         by_budget(
             turns, BUDGETS, lambda arm, cell=cell: f"{score(turns, arm, cell)} {against_oracle(turns, arm, cell)}"
         )
+    print("## Lines and keys, which are beyond this model\n")
+    beyond = read(*BEYOND)
+    by_budget(beyond, BUDGETS, lambda arm: " / ".join(score(beyond, arm, cell) for cell in beyond.cells))
     print("## Fidelity: KL, top-1 agreement, MiB read per step, MiB held, relative error of the output\n")
     by_budget(fidelity, (64, *BUDGETS), lambda arm: faithful(fidelity, arm))
     for names in ABLATIONS:
