@@ -40,28 +40,55 @@ inline void quantize_row(const T* row, int dim, int8_t* codes, int8_t* exponents
   }
 }
 
-// kWidth numbers that T holds exactly.
-inline void store_exact(float* p, Vec v) { store(p, v); }
-inline void store_exact(Bfloat16* p, Vec v) {
-  using Upper = uint16_t __attribute__((vector_size(2 * kWidth)));
-  store(p, __builtin_convertvector(load<VecBits>(&v) >> 16, Upper));
-}
-inline void store_exact(Float16* p, Vec v) {
+// kWidth codes as numbers.
+inline Vec load_int8(const int8_t* p) {
 #if defined(__AVX512F__)
-  store(p, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  store(p, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 #else
-  for (int i = 0; i < kWidth; ++i) p[i] = from_float<Float16>(v[i]);
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+// Numbers, in ascending order, that T holds exactly.
+inline void store_exact(float* p, Pair pair) { store(p, pair.a), store(p + kWidth, pair.b); }
+inline void store_exact(Bfloat16* p, Pair pair) {
+#if defined(__AVX512F__)
+  constexpr auto upper = [](int i) { return static_cast<int16_t>(2 * i + 1); };  // halves of a, then of b
+  const __m512i halves = _mm512_set_epi16(
+      upper(31), upper(30), upper(29), upper(28), upper(27), upper(26), upper(25), upper(24), upper(23), upper(22), upper(21),
+      upper(20), upper(19), upper(18), upper(17), upper(16), upper(15), upper(14), upper(13), upper(12), upper(11), upper(10),
+      upper(9), upper(8), upper(7), upper(6), upper(5), upper(4), upper(3), upper(2), upper(1), upper(0));
+  store(p, _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(pair.a), halves, reinterpret_cast<__m512i>(pair.b)));
+#elif defined(__AVX2__)
+  __m256i a = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.a), 16), b = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.b), 16);
+  store(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8));
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = from_float<Bfloat16>(pair.a[i]), p[kWidth + i] = from_float<Bfloat16>(pair.b[i]);
+#endif
+}
+inline void store_exact(Float16* p, Pair pair) {
+#if defined(__AVX512F__)
+  store(p, _mm512_cvtps_ph(reinterpret_cast<__m512>(pair.a), _MM_FROUND_TO_NEAREST_INT));
+  store(p + kWidth, _mm512_cvtps_ph(reinterpret_cast<__m512>(pair.b), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store(p, _mm256_cvtps_ph(reinterpret_cast<__m256>(pair.a), _MM_FROUND_TO_NEAREST_INT));
+  store(p + kWidth, _mm256_cvtps_ph(reinterpret_cast<__m256>(pair.b), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = from_float<Float16>(pair.a[i]), p[kWidth + i] = from_float<Float16>(pair.b[i]);
 #endif
 }
 
 template <class T>
 ROCKETKV_INLINE void restore_row(const int8_t* codes, const int8_t* exponents, int dim, T* row) {
-  using Codes = int8_t __attribute__((vector_size(kWidth)));
   int c = 0;
-  for (; c + kWidth <= dim; c += kWidth)
-    store_exact(row + c, __builtin_convertvector(load<Codes>(codes + c), Vec) * step_of(exponents[c / kStepChannels]));
+  for (; c + kPair <= dim; c += kPair) {
+    const Vec step = broadcast(step_of(exponents[c / kStepChannels]));
+    store_exact(row + c, {load_int8(codes + c) * step, load_int8(codes + c + kWidth) * step});
+  }
   for (; c < dim; ++c) row[c] = from_float<T>(static_cast<float>(codes[c]) * step_of(exponents[c / kStepChannels]));
 }
 
