@@ -134,6 +134,8 @@ bench: setup
 	    --plot $(R)/layer-by-budget.svg > $(R)/layer-by-budget.json
 	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8 \
 	    --plot $(R)/layer-by-batch.svg > $(R)/layer-by-batch.json
+	$(LAYER) --seq-len 65536 --token-budget 72,160,256,512 --batch 1,4 \
+	    --selection lowbit,hybrid,lowbit:int8 > $(R)/layer-int8.json
 	$(LAYER) --seq-len 384,512,768,1024,1536,2048,4096 --token-budget 256,512,1024 > $(R)/layer-short.json
 	$(MODEL) --seq-len 98304 --token-budget 256 > $(R)/model-long.json
 	$(MODEL) --seq-len 98304 --token-budget 256 --batch 4 > $(R)/model-long-batch-4.json

@@ -45,7 +45,8 @@ inline Vec load_int8(const int8_t* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p))));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
 #else
   Vec v;
   for (int i = 0; i < kWidth; ++i) v[i] = static_cast<float>(p[i]);
@@ -57,14 +58,13 @@ inline Vec load_int8(const int8_t* p) {
 inline void store_exact(float* p, Pair pair) { store(p, pair.a), store(p + kWidth, pair.b); }
 inline void store_exact(Bfloat16* p, Pair pair) {
 #if defined(__AVX512F__)
-  constexpr auto upper = [](int i) { return static_cast<int16_t>(2 * i + 1); };  // halves of a, then of b
-  const __m512i halves = _mm512_set_epi16(
-      upper(31), upper(30), upper(29), upper(28), upper(27), upper(26), upper(25), upper(24), upper(23), upper(22), upper(21),
-      upper(20), upper(19), upper(18), upper(17), upper(16), upper(15), upper(14), upper(13), upper(12), upper(11), upper(10),
-      upper(9), upper(8), upper(7), upper(6), upper(5), upper(4), upper(3), upper(2), upper(1), upper(0));
+  // The upper halves of a's numbers, then of b's.
+  const __m512i halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
+                                          21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   store(p, _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(pair.a), halves, reinterpret_cast<__m512i>(pair.b)));
 #elif defined(__AVX2__)
-  __m256i a = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.a), 16), b = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.b), 16);
+  __m256i a = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.a), 16);
+  __m256i b = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.b), 16);
   store(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8));
 #else
   for (int i = 0; i < kWidth; ++i) p[i] = from_float<Bfloat16>(pair.a[i]), p[kWidth + i] = from_float<Bfloat16>(pair.b[i]);
