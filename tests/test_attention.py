@@ -700,6 +700,19 @@ def test_a_fork_of_chosen_rows_is_a_batch_of_those_rows(seeded: torch.Generator)
     assert torch.equal(decode_all(fork, chosen, 400, 420), decode_all(alone, chosen, 400, 420))
 
 
+def test_a_fork_of_chosen_rows_takes_in_their_next_turn(seeded: torch.Generator) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 460, 64)
+    config = strict(token_budget=48, mode="multi_turn")
+    shared = LayerCache(config)
+    shared.prefill(*x.part(0, 400))
+    shared.select_rows(torch.tensor([1, 1, 0]))
+    chosen = Inputs(*(a[[1, 1, 0]] for a in x))
+    fork, alone = shared.fork(config), LayerCache(config)
+    alone.prefill(*chosen.part(0, 400))
+    assert torch.equal(fork.prefill(*chosen.part(400, 450)), alone.prefill(*chosen.part(400, 450)))
+    assert torch.equal(decode_all(fork, chosen, 450, 460), decode_all(alone, chosen, 450, 460))
+
+
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_a_copy_goes_its_own_way(seeded: torch.Generator, mode: str) -> None:
     x = make_inputs(seeded, 1, 4, 2, 420, 64)

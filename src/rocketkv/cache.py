@@ -338,7 +338,7 @@ class WorkingSet:
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
-        self.seen = self.seen.index_select(0, rows)
+        self.seen, self.none = (x.index_select(0, rows) for x in (self.seen, self.none))
         for part in (self.tokens, self.archive, self.index):
             if part is not None:
                 part.select_rows(rows)
