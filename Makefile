@@ -29,7 +29,7 @@ test-triton: setup
 # What runs models of transformers, on the oldest version that the project supports, in an environment of its own.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
-	.venv-oldest/bin/pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,hf fast weights models session eval_generation)
+	.venv-oldest/bin/pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,hf fast models session eval_generation)
 
 .venv-oldest/.oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)

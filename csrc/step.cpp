@@ -514,6 +514,7 @@ class Step {
       std::fill(state, state + 2 + padded_, 0.0f);
       state[0] = -kInfinity;
     }
+    if (begin == end) return;  // fewer tokens than pieces
     const Factor<T>* query = query_factors(head);
     const bool is_int8 = layer_.exponents;
     const T *keys = is_int8 ? tile_memory() : stored(layer_.keys, head, 0);

@@ -815,6 +815,20 @@ def test_tensors_that_do_not_fit_are_refused(
         call(LayerCache(strict(token_budget=48)), make_inputs(seeded, 1, 4, 2, 50, 64))
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_another_dtype_than_the_cache_holds_is_refused(seeded: torch.Generator, kv_dtype: str) -> None:
+    x = make_inputs(seeded, 1, 4, 2, 300, 64)
+    cache = LayerCache(strict(token_budget=48, mode="multi_turn", kv_dtype=kv_dtype))
+    cache.prefill(*x.part(0, 290))
+    cache.decode(*x.part(290, 291))
+    other = Inputs(*(a.bfloat16() for a in x.part(291, 292)))
+    for take_in in (cache.decode, cache.prefill):
+        with pytest.raises(
+            InputError, match=r"key is torch\.bfloat16, but the cache holds torch\.float32; continue in"
+        ):
+            take_in(*other)
+
+
 def test_gradients_are_refused(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 50, 64)
     with pytest.raises(UnsupportedError, match="has no gradients"):

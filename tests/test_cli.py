@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from rocketkv import LayerCache, RocketKVConfig, disable
 from rocketkv.cli import app
+from rocketkv.commands.info import _sketch
 from rocketkv.models import LoadedModel
 from rocketkv.ops.backends import cpp
 from rocketkv.selection import SELECTION_METHODS, Hybrid
@@ -80,12 +81,12 @@ def test_budget_explains_the_split(run: Any) -> None:
         for part in parts:
             assert part in result.stdout
         assert json.loads(run(*sizes, *more, "--json").stdout).items() >= record.items()
-    assert "nothing is compressed" in run("budget", "--seq-len", "100").stdout
+    assert "nothing is evicted" in run("budget", "--seq-len", "100").stdout
     assert "all are attended, by default (dense_below=512)" in run("budget", "--seq-len", "400").stdout
     dense = json.loads(run(*sizes, "--selection", "dense", "--json").stdout)
     assert dense["top_k"] == dense["prompt_tokens"]
     assert "all" in run(*sizes, "--selection", "dense").stdout
-    assert "did you mean hybrid?" in run(*sizes, "--selection", "hybird").stderr
+    assert "did you mean hybrid?" in run(*sizes, "--selection", "hybird", "--kv-dtype", "int8").stderr
 
 
 def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
@@ -176,6 +177,7 @@ def test_info_tells_what_the_kernels_take(run: Any) -> None:
     assert facts["kernel selection"] == ", ".join(SELECTION_METHODS)
     result = run("info", "--geometry", "llama-3.1-8b")
     assert "32 full-attention, head_dim=128: native kernels (cpp)" in result.stdout
+    assert _sketch(None, "smollm2-135m", "auto").device.type == "meta"  # no memory for the weights
 
 
 @pytest.mark.parametrize(

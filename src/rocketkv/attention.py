@@ -489,6 +489,11 @@ class LayerCache:
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise UnsupportedError("a compressed cache has no gradients; run under torch.inference_mode().")
         if self.working is not None:
+            if key.dtype != self.working.none.dtype:
+                raise InputError(
+                    f"key is {key.dtype}, but the cache holds {self.working.none.dtype}; "
+                    "continue in that dtype or call reset()."
+                )
             expected = tuple(self.working.lengths.shape)
             if expected != key.shape[:2]:
                 raise InputError(

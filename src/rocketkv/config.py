@@ -28,8 +28,8 @@ class RocketKVConfig:
         archive_on_host: whether the archive of `multi_turn` lies in the host's memory, so that a GPU holds the working
             set alone; each turn's prefill then moves it there and back, layer by layer.
         kv_dtype: how keys and values are stored: `auto`, as they come; or `int8`, in half the memory of 16 bits, so
-            that the same traffic attends to nearly twice as many tokens (docs/lowbit.md). A first prompt is still
-            attended exactly.
+            that a method that selects attends to nearly twice as many tokens for the same traffic (docs/lowbit.md). A
+            first prompt is still attended exactly.
         eviction: stage 1, a name of `EVICTION_POLICIES` or an object with the method of `EvictionPolicy`.
         selection: stage 2, a name of `SELECTION_METHODS` or an object with the methods of `SelectionMethod`.
         window_size: last prompt tokens that vote in stage 1 and always stay, >= 1.
@@ -91,8 +91,6 @@ class RocketKVConfig:
                 _check_count(name, getattr(self, name), 0)
         _check_choice("mode", self.mode, MODES)
         _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
-        if self.kv_dtype == "int8" and getattr(self.selection_method(), "scoring", None) == "exact":
-            raise ConfigError("selection='exact' reads whole keys as they come; set kv_dtype='auto' for the oracle.")
         if self.archive_on_host and self.mode != "multi_turn":
             raise ConfigError("archive_on_host=True needs an archive; set mode='multi_turn' or leave it out.")
         _check_choice("backend", self.backend, ("auto", "reference", *(backend.NAME for backend in BACKENDS)))
@@ -110,6 +108,8 @@ class RocketKVConfig:
                 f"selection={self.selection!r} lacks {', '.join(missing)}; give a name "
                 f"({', '.join(SELECTION_METHODS)}) or derive from rocketkv.selection.SelectionMethod."
             )
+        if self.kv_dtype == "int8" and getattr(self.selection_method(), "scoring", None) == "exact":
+            raise ConfigError("selection='exact' reads whole keys as they come; set kv_dtype='auto' for the oracle.")
         if self.kernel_size % 2 == 0:
             raise ConfigError(
                 f"kernel_size={self.kernel_size} is even; a pooling window has a centre, so give an odd one."
@@ -127,7 +127,9 @@ class RocketKVConfig:
             for name, value in zip(Budget._fields, self.budget, strict=True):
                 _check_count(f"budget.{name}", value, 1)
         pinned = self.sink_tokens + (self.recent_tokens or 0)
-        most = self.budget.top_k if self.budget is not None else self.token_budget
+        most = (
+            self.budget.top_k if self.budget is not None else self.token_budget * (2 if self.kv_dtype == "int8" else 1)
+        )
         if pinned > most:  # the plan checks them against the method's own top_k
             raise ConfigError(
                 f"sink_tokens + recent_tokens = {pinned} is more than the {most} tokens that a step may attend to; "

@@ -65,4 +65,4 @@ def held_bytes(config: RocketKVConfig, seq_len: int, token_bytes: int) -> int:
     kept = kept_tokens(config, seq_len)
     if config.eviction == "keep_all":
         return (kept + SPARE_TOKENS) * token_bytes
-    return int(1.75 * (kept + 32) * token_bytes)
+    return int((1.0 if config.kv_dtype == "int8" else 1.75) * (kept + 32) * token_bytes)

@@ -151,6 +151,8 @@ def decode(
 ) -> None:
     """Time whole decode steps of a transformers model, and say how much of Amdahl's limit is reached."""
     todo = sweep.points()
+    if weights is not None and sweep.device != "cpu":
+        raise InputError(f"--weights {weights} works on the CPU, not on {sweep.device}; leave it out.")
     from rocketkv.bench.decode import PATHS, measure_decode
 
     chosen = [name.strip() for name in paths.split(",")]

@@ -35,7 +35,7 @@ def budget(
         return
     total = seq_len + new_tokens
     if total <= token_budget:
-        out.print(f"{total} tokens fit in the budget of {token_budget}: nothing is compressed, attention is exact.")
+        out.print(f"{total} tokens fit in the budget of {token_budget}: nothing is evicted, all is attended.")
         return
     held = split.prompt_tokens + new_tokens
     pages = -(-held // split.page_size)

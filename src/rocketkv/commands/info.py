@@ -106,8 +106,7 @@ def _sketch(model: str | None, geometry: str | None, dtype: str) -> "PreTrainedM
     from rocketkv.bench.model import build_model
     from rocketkv.models import find_dtype
 
-    with torch.device("meta"):
-        return build_model(find_geometry(geometry), find_dtype(dtype, torch.bfloat16))
+    return build_model(find_geometry(geometry), find_dtype(dtype, torch.bfloat16), "meta")
 
 
 def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, Any]:

@@ -17,7 +17,7 @@ STEP_CHANNELS = 32  # channels; csrc/kernels.h has the same number
 NOT_FINITE = -128
 _MOST = 127
 _LEAST_EXPONENT = {torch.float16: -24}  # smaller steps could not be restored exactly; other dtypes: -126
-_TOKENS_AT_ONCE = 4096  # quantized, so that what lies between takes little memory
+_TOKENS_AT_ONCE = 4096  # quantized or restored, so that what lies between takes little memory
 
 
 def num_steps(head_dim: int) -> int:
@@ -62,8 +62,12 @@ def quantize_tokens(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def restore_tokens(keys: Tensor, values: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values, each `[B, Hkv, S, D]` in `dtype`, of what `quantize_tokens` returns."""
-    of_keys, of_values = exponents.chunk(2, 3)
-    return restore_rows(keys, of_keys, dtype), restore_rows(values, of_values, dtype)
+    restored = [new_storage(keys, keys.shape, dtype) for _ in range(2)]
+    for start in range(0, keys.shape[2], _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        for rows, codes, own in zip(restored, (keys, values), exponents.chunk(2, 3), strict=True):
+            rows[:, :, part] = restore_rows(codes[:, :, part], own[:, :, part], dtype)
+    return restored[0], restored[1]
 
 
 def _steps(exponents: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ class LowBit(SelectionMethod):
     per channel) and Double Sparsity (arXiv:2408.07092: low-bit copies of channels fixed in advance).
 
     Args:
-        kv_dtype: as in `RocketKVConfig`. Tokens in 8 bits take half the memory and traffic, so more of them are worth
-            holding, and scoring may take more.
+        kv_dtype: as in `RocketKVConfig`, which gives it to `selection="lowbit"` but not to an object. Tokens in 8 bits
+            take half the memory and traffic, so more of them are worth holding, and scoring may take more.
 
     Attributes:
         more_held: tokens that stage 1 leaves, times the paper's formula, which suits page bounds: those get poorer the
@@ -39,8 +39,8 @@ class LowBit(SelectionMethod):
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """A share of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md).
 
-        One channel is read at least, so that a step over more than `1.8 * token_budget * head_dim` tokens reads more
-        than the budget.
+        One channel is read at least, so that a step over more than `7 * share * token_budget * head_dim` tokens reads
+        more than the budget.
         """
         num_open = min(num_tokens, GROUP - 1)  # at most
         scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in keys of 16 bits
