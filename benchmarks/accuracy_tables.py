@@ -23,6 +23,7 @@ TURNS = ("niah-turns", "squad-turns")
 BEYOND = ("lines", "kv")  # what this model cannot do
 ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
+IN_8_BITS = "rocketkv:kv_dtype=int8"
 MIN_SAMPLES = 30  # of a cell that counts for the average
 
 
@@ -32,6 +33,9 @@ def main() -> None:
     can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
     print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
     by_budget(single, BUDGETS, lambda arm: kept(single, arm, can_do))
+    done = [c for c in can_do if len(single.values(Arm(IN_8_BITS, BUDGETS[0]), c)) >= MIN_SAMPLES]
+    print(f"## On average over the {len(done)} of these that {IN_8_BITS} was run on: {', '.join(map(str, done))}\n")
+    by_budget(single, BUDGETS, lambda arm: kept(single, arm, done))
     for one in ("rocketkv", "rocketkv:selection=hybrid"):
         print(f"## {one} less the others, on the same samples\n")
         by_budget(single, BUDGETS, lambda arm, one=one: less(single, one, arm, can_do))
@@ -54,6 +58,8 @@ def main() -> None:
     by_budget(beyond, BUDGETS, lambda arm: " / ".join(score(beyond, arm, cell) for cell in beyond.cells))
     print("## Fidelity: KL, top-1 agreement, MiB read per step, MiB held, relative error of the output\n")
     by_budget(fidelity, (64, *BUDGETS), lambda arm: faithful(fidelity, arm))
+    print("## Of the published method: error above the oracle, mean and worst text; bytes held, in all and by text\n")
+    by_budget(fidelity, (64, *BUDGETS), lambda arm: beside_published(fidelity, arm))
     for names in ABLATIONS:
         print(f"## {', '.join(names)}: needles, KL, relative error of the output\n")
         ablation = read(*names)
@@ -119,6 +125,28 @@ def faithful(results: Results, arm: Arm) -> str:
     figures += [f"{mean_of(records, name) / 2**20:.1f}" for name in ("read_bytes", "kv_bytes")]
     error = layer_means(records, "output_error")
     return ", ".join([*figures, f"{100 * error.mean():.1f}%"] if error.size else figures)
+
+
+def beside_published(results: Results, arm: Arm) -> str:
+    """A method's error above the oracle's and its bytes, as parts of the published method's, over the passages."""
+    if arm == FULL_CACHE:
+        return ""
+    errors, held, published_held = [], [], []
+    for cell in results.cells:
+        found = [
+            results.at(Arm(name, arm.token_budget), [cell]) for name in (arm.method, "exact_topk", "rocketkv_paper")
+        ]
+        if not all(found):
+            return "-"
+        ours, oracle, published = (layer_means(records, "output_error").mean() for records in found)
+        errors.append((ours - oracle) / (published - oracle))
+        held.append(mean_of(found[0], "kv_bytes"))
+        published_held.append(mean_of(found[2], "kv_bytes"))
+    parts = np.divide(held, published_held)
+    return (
+        f"{np.mean(errors):.2f}, {max(errors):.2f}; "
+        f"{sum(held) / sum(published_held):.2f}, {parts.min():.2f} to {parts.max():.2f}"
+    )
 
 
 def ablated(results: Results, arm: Arm) -> str:

@@ -344,10 +344,8 @@ class LayerCache:
                 "make it with as many."
             )
         query, num_queries, scale, is_first = observed
-        own = (
-            working if working.archive is not None and not is_first else self.working
-        )  # what a later turn saw is stored
-        tokens = own.every_token()
+        sees_stored = working.archive is not None and not is_first  # as a later turn of its own would
+        tokens = (working if sees_stored else self.working).every_token()
         mask = forked._evict(query, tokens.fields[0], tokens.lengths, num_queries, scale)
         if mask is not None and working.archive is None and not is_first:
             raise InputError(
