@@ -527,8 +527,12 @@ class Step {
       }
     };
     locate(begin, rows + kTile);
-    for (int i = kTile; is_int8 && i < kTile + kTokensAhead; ++i) codes_of(head).fetch(rows[i]);
-    for (int i = kTile; !is_int8 && i < kTile + kRowsAhead; ++i) fetch(keys + rows[i], layer_.head_dim);
+    if (is_int8) {
+      const Codes codes = codes_of(head);
+      for (int i = kTile; i < kTile + kTokensAhead; ++i) codes.fetch(rows[i]);
+    } else {
+      for (int i = kTile; i < kTile + kRowsAhead; ++i) fetch(keys + rows[i], layer_.head_dim);
+    }
     for (int64_t start = begin; start < end; start += kTile) {
       int n = static_cast<int>(std::min<int64_t>(kTile, end - start));
       std::copy_n(rows + kTile, kTile, rows);

@@ -215,3 +215,18 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
         assert output.dtype == layer.dtype
         assert (output.double() - exact).abs().max() <= allowed
+
+
+def check_8_bits_of_extremes(backend: Backend, dtype: torch.dtype, generator: torch.Generator, steps: int) -> None:
+    """Append numbers at the ends of the range, zeros and what is no number; hold what is stored to the reference."""
+    layer = make_layer(generator, "none", [[4, 4]], dtype=dtype, int8=True)
+    assert layer.exponents is not None
+    ends = [0.0, 1.0, -1.0, 127.6, -127.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 3e-7, torch.nan, torch.inf]
+    key = torch.tensor(ends, dtype=dtype)[torch.randint(0, len(ends), (steps, 1, 2, 1, 64), generator=generator)]
+    key[0], key[1, ..., :32], key[2, ..., 8] = 0.0, key[1, ..., :1], torch.nan
+    step = backend.bind(layer)
+    for i, new in enumerate(key):
+        step(torch.zeros(1, 6, 1, 64, dtype=dtype), new, -new)
+        stored = (layer.keys, layer.values, layer.exponents)
+        for mine, expected in zip(stored, ops.quantize_tokens(new, -new), strict=True):
+            assert torch.equal(mine[:, :, 4 + i : 5 + i], expected)

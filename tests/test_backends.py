@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layers import DTYPES, SCORINGS, check_steps, make_layer
+from layers import DTYPES, SCORINGS, check_8_bits_of_extremes, check_steps, make_layer
 from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, ops
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import int8
@@ -92,17 +92,7 @@ def test_keys_and_values_in_8_bits(
 def test_numbers_in_8_bits_at_the_ends_of_their_range(
     backend: Backend, seeded: torch.Generator, dtype: torch.dtype
 ) -> None:
-    layer = make_layer(seeded, "none", [[4, 4]], dtype=dtype, int8=True)
-    ends = [0.0, 1.0, -1.0, 127.6, -127.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 3e-7, torch.nan, torch.inf]
-    key = torch.tensor(ends, dtype=dtype)[torch.randint(0, len(ends), (40, 1, 2, 1, 64), generator=seeded)]
-    key[0], key[1, ..., :32], key[2, ..., 8] = 0.0, key[1, ..., :1], torch.nan
-    step = backend.bind(layer)
-    for i, new in enumerate(key):
-        step(torch.zeros(1, 6, 1, 64, dtype=dtype), new, -new)
-        for stored, expected in zip(
-            (layer.keys, layer.values, layer.exponents), int8.quantize_tokens(new, -new), strict=True
-        ):
-            assert torch.equal(stored[:, :, 4 + i : 5 + i], expected)
+    check_8_bits_of_extremes(backend, dtype, seeded, steps=40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inputs import make_inputs
-from layers import DTYPES, check_steps, make_layer
+from layers import DTYPES, check_8_bits_of_extremes, check_steps, make_layer
 from rocketkv import Budget, LayerCache, RocketKVConfig, cache, ops
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import lowbit
@@ -71,16 +71,7 @@ def test_keys_and_values_in_8_bits(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_in_8_bits_at_the_ends_of_their_range(seeded: torch.Generator, dtype: torch.dtype) -> None:
-    layer = make_layer(seeded, "none", [[4, 4]], dtype=dtype, int8=True)
-    ends = [0.0, 1.0, -1.0, 127.6, -127.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 3e-7, torch.nan, torch.inf]
-    key = torch.tensor(ends, dtype=dtype)[torch.randint(0, len(ends), (10, 1, 2, 1, 64), generator=seeded)]
-    key[0], key[1, ..., :32], key[2, ..., 8] = 0.0, key[1, ..., :1], torch.nan
-    step = triton.bind(layer)
-    for i, new in enumerate(key):
-        step(torch.zeros(1, 6, 1, 64, dtype=dtype), new, -new)
-        stored = (layer.keys, layer.values, layer.exponents)
-        for mine, expected in zip(stored, ops.quantize_tokens(new, -new), strict=True):
-            assert torch.equal(mine[:, :, 4 + i : 5 + i], expected)
+    check_8_bits_of_extremes(triton, dtype, seeded, steps=10)
 
 
 @pytest.mark.parametrize("scoring", ["hybrid", "bound"])
