@@ -18,6 +18,19 @@ inline float step_of(int8_t exponent) {
   return load<float>(&bits);
 }
 
+// Where codes and exponents of some tokens lie, by slot.
+struct Codes {
+  int8_t *keys, *values, *exponents;
+  int dim, steps;
+  int8_t* key(int64_t slot) const { return keys + slot * dim; }
+  int8_t* value(int64_t slot) const { return values + slot * dim; }
+  int8_t* key_exponents(int64_t slot) const { return exponents + slot * 2 * steps; }
+  int8_t* value_exponents(int64_t slot) const { return key_exponents(slot) + steps; }
+  ROCKETKV_INLINE void fetch(int64_t slot) const {
+    prefetch(key(slot), dim), prefetch(value(slot), dim), prefetch(key_exponents(slot));
+  }
+};
+
 // See quantize_rows in ops/int8.py.
 template <class T>
 inline void quantize_row(const T* row, int dim, int8_t* codes, int8_t* exponents) {

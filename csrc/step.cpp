@@ -546,18 +546,7 @@ class Step {
     bytes_read_ += (end - begin) * token_bytes();
   }
 
-  // Where the codes of a head lie, by slot.
-  struct Codes {
-    int8_t *keys, *values, *exponents;
-    int dim, steps;
-    int8_t* key(int64_t slot) const { return keys + slot * dim; }
-    int8_t* value(int64_t slot) const { return values + slot * dim; }
-    int8_t* key_exponents(int64_t slot) const { return exponents + slot * 2 * steps; }
-    int8_t* value_exponents(int64_t slot) const { return key_exponents(slot) + steps; }
-    ROCKETKV_INLINE void fetch(int64_t slot) const {
-      prefetch(key(slot), dim), prefetch(value(slot), dim), prefetch(key_exponents(slot));
-    }
-  };
+  // The codes of a head, by slot.
   Codes codes_of(const Head& head) const {
     const int dim = layer_.head_dim, steps = num_steps(dim);
     const int64_t slots = head.index * layer_.token_capacity;
