@@ -314,7 +314,8 @@ class LayerCache:
 
         Raises:
             InputError: this cache is not `multi_turn`, so that there is no archive; too few queries were kept for
-                `config`; or a `single_turn` fork has none, or would have evicted at an earlier prefill.
+                `config`; a `single_turn` fork has none, or would have evicted at an earlier prefill; or this cache
+                stores 8 bits and `config` does not.
         """
         if self.config.mode != "multi_turn":
             raise InputError("a single_turn cache has evicted what a fork would need; set mode='multi_turn' in it.")
