@@ -50,12 +50,10 @@ struct Channels {
     }
     auto num_above = [&](uint32_t bound) { return count_above(sizes, head_dim, bound); };
     const uint32_t cut = find_cut(wanted, num_above);
-    int64_t at_cut = wanted - num_above(cut);  // so many of those equal to the cut are taken
+    places.resize(wanted + kWidth);  // what write_places may write
+    write_places(cut, wanted - num_above(cut), sizes, 0, head_dim, places.data());
     places.resize(wanted);
-    int r = 0;
-    for_each_from(cut, sizes, 0, head_dim, [&](int64_t c) {
-      if (order_bits(sizes[c]) > cut || at_cut-- > 0) places[r++] = static_cast<int>(c);
-    });
+    const int r = count();
     weights.resize(group * stride());
     for (int g = 0; g < group; ++g) {
       Factor<T>* weight = weights.data() + g * stride();

@@ -12,14 +12,17 @@ using Lanes = int32_t __attribute__((vector_size(4 * kWidth)));
 
 // How many of numbers[0 .. n) are above `bound`. Reads to the end of the last Vec.
 inline int64_t count_above(const float* numbers, int64_t n, uint32_t bound) {
-  Lanes bounds = static_cast<int32_t>(bound) - Lanes{}, count = {}, lane = {};
+  const Lanes bounds = static_cast<int32_t>(bound) - Lanes{};
+  constexpr int kCounts = 4;  // that do not wait for each other
+  Lanes counts[kCounts] = {};
+  auto count = [&](int64_t i, Lanes& sum) { sum = load<Lanes>(numbers + i) > bounds ? sum + 1 : sum; };
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) count -= load<Lanes>(numbers + i) > bounds;
-  if (i < n) {
-    for (int j = 0; j < kWidth; ++j) lane[j] = j;
-    count -= (load<Lanes>(numbers + i) > bounds) & (lane < static_cast<int32_t>(n - i));
-  }
-  return sum_lane(count);
+  for (; i + kCounts * kWidth <= n; i += kCounts * kWidth)
+    for (int j = 0; j < kCounts; ++j) count(i + j * kWidth, counts[j]);
+  for (; i + kWidth <= n; i += kWidth) count(i, counts[0]);
+  int64_t above = sum_lane((counts[0] + counts[1]) + (counts[2] + counts[3]));
+  if (i < n) above += __builtin_popcount(lanes_that_hold(load<Lanes>(numbers + i) > bounds) & ((1u << (n - i)) - 1));
+  return above;
 }
 
 // A number such that those from it on are `wanted`, or else the largest such that they are more; num_above(b) counts the
@@ -33,6 +36,32 @@ inline uint32_t find_cut(int64_t wanted, NumAbove num_above) {
     if (above == wanted) break;
   }
   return cut;
+}
+
+// Write start + i for each bit i of `lanes`.
+inline int32_t* write_lanes(int32_t start, uint32_t lanes, int32_t* out) {
+#if defined(__AVX512F__)
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  store(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_add_epi32(lane, _mm512_set1_epi32(start))));
+  return out + __builtin_popcount(lanes);
+#else
+  for (; lanes != 0; lanes &= lanes - 1) *out++ = start + __builtin_ctz(lanes);
+  return out;
+#endif
+}
+
+// Write the places, from `begin` to `end`, of the numbers above the cut and of the first `at_cut` that equal it, in order;
+// returns where the next would go. Reads to the end of the last Vec, and writes as far beyond what it returns.
+inline int32_t* write_places(uint32_t cut, int64_t at_cut, const float* numbers, int64_t begin, int64_t end, int32_t* out) {
+  const Lanes cuts = static_cast<int32_t>(cut) - Lanes{};
+  for (int64_t start = begin; start < end; start += kWidth) {
+    const Lanes bits = load<Lanes>(numbers + start);
+    const uint32_t inside = end - start < kWidth ? (1u << (end - start)) - 1 : ~0u;
+    uint32_t equal = lanes_that_hold(bits == cuts) & inside, lanes = lanes_that_hold(bits > cuts) & inside;
+    for (; equal != 0 && at_cut > 0; equal &= equal - 1, --at_cut) lanes |= equal & -equal;
+    out = write_lanes(static_cast<int32_t>(start), lanes, out);
+  }
+  return out;
 }
 
 // Call f(i) for each i of [begin, end) whose number is not below the cut, in order. Reads to the end of the last Vec.

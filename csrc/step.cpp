@@ -23,7 +23,7 @@
 namespace rocketkv {
 namespace {
 
-constexpr int kTile = 64;           // tokens attended between two updates of the running softmax
+constexpr int kTile = 32;           // tokens attended between two updates of the running softmax
 constexpr int kRowsAhead = 32;      // of keys or values, between a prefetch and its use
 constexpr int kRowsMeanwhile = 12;  // of the index, fetched in each pass over a head's scores
 constexpr int kGroupsAhead = 4;     // of low-bit keys, between a prefetch and its use
@@ -115,7 +115,7 @@ class Step {
 
     unit_stride_ = round_up(static_cast<int>(most_units), kGroup);
     num_floats_ = group_ * unit_stride_ + num_pieces_ * group_ * (2 + padded_);
-    num_places_ = most_units > 0 ? most_chosen : 0;
+    num_places_ = most_units > 0 ? most_chosen + kWidth : 0;  // what write_places may write
     if (!is_shared_) return;
     Scratch<T>& mine = Scratch<T>::mine();  // of this thread, for all of them
     mine.floats.resize(num_heads_ * num_floats_);
@@ -459,14 +459,18 @@ class Step {
         return num_above(bound);
       });
       int64_t at_cut = wanted - num_above(cut);  // so many tokens of the units equal to the cut are taken
-      for_each_from(cut, scores, begin, end, [&](int64_t unit) {
-        int64_t count = num_open(unit), first = std::max(unit * size, sinks);
-        if (order_bits(scores[unit]) == cut) {
-          count = std::min(count, at_cut);
-          at_cut -= count;
-        }
-        for (int64_t i = 0; i < count; ++i) *out++ = static_cast<int32_t>(first + i);
-      });
+      if (size == 1) {
+        out = write_places(cut, at_cut, scores, begin, end, out);
+      } else {
+        for_each_from(cut, scores, begin, end, [&](int64_t unit) {
+          int64_t count = num_open(unit), first = std::max(unit * size, sinks);
+          if (order_bits(scores[unit]) == cut) {
+            count = std::min(count, at_cut);
+            at_cut -= count;
+          }
+          for (int64_t i = 0; i < count; ++i) *out++ = static_cast<int32_t>(first + i);
+        });
+      }
     }
     for (int64_t place = open_end; place < head.length; ++place) *out++ = static_cast<int32_t>(place);
   }
