@@ -67,7 +67,7 @@ demo: setup
 	    --max-new-tokens $(DEMO_TOKENS)
 
 # Accuracy of every method, on the real small model. Killed runs go on where they stopped. DATA holds the files named in
-# docs/evaluation.md. `eval-core` is the table of the core tasks (an hour), `eval` the full grid (a night), `eval-ablation`
+# docs/evaluation.md. `eval-core` is the table of the core tasks (73 minutes), `eval` the full grid (a night), `eval-ablation`
 # what the defaults were chosen from, `eval-smoke` for CI. `eval-report` is of whatever has been run.
 DATA ?= ../shared/data
 EVAL ?= build/eval
