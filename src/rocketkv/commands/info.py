@@ -76,18 +76,19 @@ def _taken() -> dict[str, str]:
     import torch
 
     from rocketkv.ops.backends import cpp, find_backend
+    from rocketkv.ops.backends.base import MAX_HEAD_DIM
     from rocketkv.selection import SELECTION_METHODS
 
     def takes(dtype: torch.dtype, selection: str) -> bool:
         scoring = SELECTION_METHODS[selection]().scoring
-        return find_backend(cpp.NAME, torch.empty(1, 1, 1, cpp.MAX_HEAD_DIM, dtype=dtype), scoring)[0] is not None
+        return find_backend(cpp.NAME, torch.empty(1, 1, 1, MAX_HEAD_DIM, dtype=dtype), scoring)[0] is not None
 
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in floats if takes(dtype, "dense")]
     methods = [name for name in SELECTION_METHODS if takes(torch.float32, name)]
     return {
         "kernel dtypes": ", ".join(dtypes) or "none",
-        "kernel head_dim": f"up to {cpp.MAX_HEAD_DIM}" if dtypes else "none",
+        "kernel head_dim": f"up to {MAX_HEAD_DIM}" if dtypes else "none",
         "kernel selection": ", ".join(methods) or "none",
     }
 

@@ -1,4 +1,4 @@
-"""What a backend is given: one layer's storage and plan, as tensors."""
+"""What backends have in common: what they are given, one layer's storage and plan as tensors, and what all decline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,18 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def decline_numbers(tokens: Tensor) -> str | None:
+    """Why no backend has kernels for the dtype or the head_dim of tokens, `[B, H, S, D]`; None: they do."""
+    if tokens.dtype not in FLOATS:
+        return f"it has no kernels for {tokens.dtype}"
+    if tokens.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
+    return None
 
 
 @dataclass(frozen=True)

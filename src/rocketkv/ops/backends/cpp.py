@@ -8,13 +8,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rocketkv.ops.backends.base import LayerTensors
+from rocketkv.ops.backends.base import FLOATS, LayerTensors, decline_numbers
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
-MAX_HEAD_DIM = 256
 OUTPUTS = 8  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def instruction_set() -> str:
@@ -36,11 +34,7 @@ def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
         return library
     if tokens.device.type != "cpu":
         return f"it runs on the CPU, not on {tokens.device.type}"
-    if tokens.dtype not in _FLOATS:
-        return f"it has no kernels for {tokens.dtype}"
-    if tokens.shape[3] > MAX_HEAD_DIM:
-        return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
-    return None
+    return decline_numbers(tokens)
 
 
 def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
@@ -72,7 +66,7 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes these tensors."""
     return (
         x.device.type == "cpu"
-        and x.dtype in _FLOATS
+        and x.dtype in FLOATS
         and weight.dtype == x.dtype
         and weight.is_contiguous()
         and not isinstance(_load(), str)
@@ -215,4 +209,4 @@ def _dtype(dtype: torch.dtype) -> object:
 
 @cache
 def _native_dtypes() -> dict[torch.dtype, object]:
-    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in _FLOATS}
+    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in FLOATS}

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocketkv.ops.backends.base import LayerTensors
+from rocketkv.ops.backends.base import LayerTensors, decline_numbers
 from rocketkv.ops.lowbit import GROUP, LowBitKeys
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
-MAX_HEAD_DIM = 256
 TILE_BYTES = 1 << 14  # of what a program reads at once, so that registers hold it
 PART = 64  # units scored by a program, at most
 TILE = 32  # tokens attended to at once, at most
@@ -31,7 +30,6 @@ LEAST_WINDOW_PART = 1024  # tokens that a program scores for stage 1, about
 PROGRAMS_PER_CORE = 2  # of attention, aimed at where there are fewer heads than that
 CORES_OF_CPU = 4  # of the interpreter, which runs one program after the other: few pieces, but several
 PREFILL_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
@@ -43,15 +41,11 @@ def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
     if tokens.device.type != wanted:
         hint = " under TRITON_INTERPRET=1" if kernels.INTERPRETED else ""
         return f"it runs on {wanted}{hint}, not on {tokens.device.type}"
-    if tokens.dtype not in _FLOATS:
-        return f"it has no kernels for {tokens.dtype}"
-    if tokens.shape[3] > MAX_HEAD_DIM:
-        return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
     if kv_dtype == "int8" and tokens.dtype == torch.float32:
         return (
             "it takes keys and values in 8 bits for 16-bit dtypes only"  # with float32 they would not fit in registers
         )
-    return None
+    return decline_numbers(tokens)
 
 
 def scorings() -> tuple[str, ...]:
