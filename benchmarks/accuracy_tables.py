@@ -23,7 +23,6 @@ TURNS = ("niah-turns", "squad-turns")
 BEYOND = ("lines", "kv")  # what this model cannot do
 ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
-IN_8_BITS = "rocketkv:kv_dtype=int8"
 MIN_SAMPLES = 30  # of a cell that counts for the average
 
 
@@ -33,10 +32,7 @@ def main() -> None:
     can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
     print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
     by_budget(single, BUDGETS, lambda arm: kept(single, arm, can_do))
-    done = [c for c in can_do if len(single.values(Arm(IN_8_BITS, BUDGETS[0]), c)) >= MIN_SAMPLES]
-    print(f"## On average over the {len(done)} of these that {IN_8_BITS} was run on: {', '.join(map(str, done))}\n")
-    by_budget(single, BUDGETS, lambda arm: kept(single, arm, done))
-    for one in ("rocketkv", "rocketkv:selection=hybrid"):
+    for one in ("rocketkv", "rocketkv:selection=hybrid", "rocketkv:kv_dtype=int8"):
         print(f"## {one} less the others, on the same samples\n")
         by_budget(single, BUDGETS, lambda arm, one=one: less(single, one, arm, can_do))
     for budget in BUDGETS:
