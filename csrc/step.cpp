@@ -307,7 +307,8 @@ class Step {
     for (int64_t start = begin; start < begin + count; start += kTile) {
       const T* rows[kTile + 2 * kAhead];
       int n = static_cast<int>(std::min<int64_t>(kTile, begin + count - start));
-      for (int i = 0; i < n + 2 * kAhead; ++i) rows[i] = stored(layer_.keys, head, slot_at(head, start + std::min(i, n - 1)));
+      for (int i = 0; i < n + 2 * kAhead; ++i)
+        rows[i] = stored(layer_.keys, head, slot_at(head, std::min(start + i, begin + count - 1)));
       for (int h = 0; h < group_; h += kMaxHeads)
         with_heads(group_ - h, [&](auto heads) {
           for (int i = 0; i < n; i += rows_at_once(heads)) {
@@ -687,6 +688,7 @@ class Step {
     } else {
       for (; i < n; i += 2) {
         Part<T> a(values + rows[i], count), b(values + rows[i + 1], i + 1 < n ? count : 0);
+        for (int j = i; j < std::min(i + 2, n); ++j) fetcher.fetch_for(j);
         add({a.numbers, b.numbers}, i, 0);
       }
     }
