@@ -41,11 +41,13 @@ def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
     if tokens.device.type != wanted:
         hint = " under TRITON_INTERPRET=1" if kernels.INTERPRETED else ""
         return f"it runs on {wanted}{hint}, not on {tokens.device.type}"
+    if reason := decline_numbers(tokens):
+        return reason
     if kv_dtype == "int8" and tokens.dtype == torch.float32:
         return (
             "it takes keys and values in 8 bits for 16-bit dtypes only"  # with float32 they would not fit in registers
         )
-    return decline_numbers(tokens)
+    return None
 
 
 def scorings() -> tuple[str, ...]:
