@@ -53,16 +53,15 @@ struct Channels {
     places.resize(wanted + kWidth);  // what write_places may write
     write_places(cut, wanted - num_above(cut), sizes, 0, head_dim, places.data());
     places.resize(wanted);
-    const int r = count();
     weights.resize(group * stride());
     for (int g = 0; g < group; ++g) {
       Factor<T>* weight = weights.data() + g * stride();
       float chosen = 0.0f;
-      for (int i = 0; i < r; ++i) {
+      for (int i = 0; i < count(); ++i) {
         chosen += std::fabs(queries[g * padded + places[i]]);
         weight[i] = to_factor(query[g * head_dim + places[i]]);
       }
-      if (r < stride()) weight[r] = Factor<T>{};
+      if (count() < stride()) weight[count()] = Factor<T>{};
       float share = chosen / std::max(scales[g], 1e-30f);  // SparQ's temperature
       scales[g] = layer.scale / std::max(std::sqrt(share), 1e-15f);
     }
