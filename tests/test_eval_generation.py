@@ -12,6 +12,7 @@ from rocketkv.eval.generation import SharedPrefill, decode_greedily, forward, st
 from rocketkv.eval.methods import METHODS, Arm, make_arms, method_config, sort_methods
 from rocketkv.models import LoadedModel
 from rocketkv.stack import row_stats, stack
+from rocketkv.versions import pass_cache
 from tiny import prompts, tiny_model
 
 BUDGET = 40  # of 200 tokens
@@ -146,7 +147,7 @@ def test_what_cannot_be_stacked_is_refused() -> None:
     with pytest.raises(InputError, match=r"caches that have seen \[0, 50\] columns cannot be stacked"):
         stack(caches[:2])
     forward(model, caches[1], ids)
-    model(input_ids=ids[1:], attention_mask=mask[1:], past_key_values=caches[2])
+    model(input_ids=ids[1:], attention_mask=mask[1:], **pass_cache(caches[2]))
     for cache in caches[1:3]:
         with pytest.raises(InputError, match="several rows or with padding cannot be stacked"):
             stack([caches[0], cache])
@@ -169,7 +170,7 @@ def test_a_stack_is_a_cache_for_generate() -> None:
     rows = torch.cat([ids, torch.tensor([expected[0][:1]])], dim=1).expand(len(caches), -1)
     stacked = stack(caches)
     output = model.generate(
-        rows, attention_mask=torch.ones_like(rows), past_key_values=stacked, max_new_tokens=7, do_sample=False,
+        rows, attention_mask=torch.ones_like(rows), **pass_cache(stacked), max_new_tokens=7, do_sample=False,
         eos_token_id=None,
     )  # fmt: skip
     assert output[:, 200:].tolist() == expected
@@ -244,7 +245,7 @@ def test_real_rows_give_the_tokens_they_give_alone(smollm2: LoadedModel) -> None
             cache = RocketKVCache(model.config, arm.config())
             ids = torch.tensor([piece])
             output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), **pass_cache(cache), max_new_tokens=12, do_sample=False
             )
             assert output[0, 300:].tolist() == answer.token_ids
         assert answers[0].token_ids != answers[3].token_ids

@@ -14,6 +14,7 @@ from rocketkv.models import LoadedModel
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from rocketkv.eval import harness
+from rocketkv.versions import pass_cache
 
 PROSE = default_text()
 TASKS = {
@@ -90,7 +91,7 @@ def test_a_likelihood_is_of_tokens_decoded_from_a_compressed_cache(smollm2: Load
         cache, total, ids = RocketKVCache(smollm2.model.config, method_config("snapkv", 64)), 0.0, context
         for token in continuation:
             with torch.inference_mode():
-                logits = smollm2.model(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0, -1]
+                logits = smollm2.model(input_ids=torch.tensor([ids]), **pass_cache(cache)).logits[0, -1]
             total, ids = total + float(logits.log_softmax(-1)[token]), [token]
         assert answer[0] == pytest.approx(total, rel=1e-4)
         assert max(layer.cache.num_stored.max() for layer in cache.compressed_layers) == 64 + len(continuation) - 1

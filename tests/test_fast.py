@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, disable, enable, fast
 from rocketkv.fast import accelerate, decelerate
+from rocketkv.versions import pass_cache
 from tiny import prompts, tiny_model
 
 SMALL = RocketKVConfig(dense_below=0, token_budget=26, window_size=8, kernel_size=5)
@@ -45,7 +46,7 @@ def decode(model: PreTrainedModel, cache: Any, steps: int, *lengths: int, seed: 
     mask = torch.cat([mask.new_ones(len(lengths), first), mask], 1)
     for _ in range(steps):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **pass_cache(cache)).logits[:, -1]
         all_logits.append(logits)
         ids = logits.argmax(1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(len(lengths), 1)], 1)
@@ -111,7 +112,7 @@ def test_every_linear_layer_is_our_operation(name: str, monkeypatch: pytest.Monk
 def generate(model: PreTrainedModel, cache: DynamicCache, new: int = 12, **options: Any) -> Any:
     ids, mask = prompts(50, 31)
     return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, eos_token_id=None, **options
+        ids, attention_mask=mask, **pass_cache(cache), max_new_tokens=new, eos_token_id=None, **options
     )
 
 
@@ -134,18 +135,18 @@ def test_what_does_not_fit_runs_uncompiled() -> None:
     model = accelerate(tiny_model("llama"))
     with torch.inference_mode():
         cache, ids = RocketKVCache(model.config, SMALL), prompts(30)[0]
-        model(ids, past_key_values=cache)
+        model(ids, **pass_cache(cache))
         token = ids[:, :1]
-        assert len(model(token, past_key_values=cache, output_hidden_states=True).hidden_states) == 4
-        assert isinstance(model(input_ids=token, past_key_values=cache, return_dict=False), tuple)
-        assert model(input_ids=token, past_key_values=cache, labels=token).loss is not None
-        model(inputs_embeds=model.get_input_embeddings()(token), past_key_values=cache)
-        model(input_ids=token, past_key_values=RocketKVCache(model.config, SMALL))  # a prompt of one token
+        assert len(model(token, **pass_cache(cache), output_hidden_states=True).hidden_states) == 4
+        assert isinstance(model(input_ids=token, **pass_cache(cache), return_dict=False), tuple)
+        assert model(input_ids=token, **pass_cache(cache), labels=token).loss is not None
+        model(inputs_embeds=model.get_input_embeddings()(token), **pass_cache(cache))
+        model(input_ids=token, **pass_cache(RocketKVCache(model.config, SMALL)))  # a prompt of one token
         with pytest.raises(UnsupportedError, match="output_attentions"):
-            model(input_ids=token, past_key_values=cache, output_attentions=True)
+            model(input_ids=token, **pass_cache(cache), output_attentions=True)
         seen: list[str] = []
         handle = model.register_forward_hook(lambda *_: seen.append("called"))
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **pass_cache(cache))
         handle.remove()
         assert seen == ["called"]
     generate(model, DynamicCache(config=model.config))
@@ -153,9 +154,9 @@ def test_what_does_not_fit_runs_uncompiled() -> None:
     generate(windowed, RocketKVCache(windowed.config, SMALL))
     cache = RocketKVCache(model.config, SMALL)
     with torch.no_grad():
-        model(prompts(30)[0], past_key_values=cache)
+        model(prompts(30)[0], **pass_cache(cache))
     with pytest.raises(UnsupportedError, match="gradients"):
-        model(input_ids=prompts(1)[0], past_key_values=cache)
+        model(input_ids=prompts(1)[0], **pass_cache(cache))
     assert num_graphs() == 0
 
 
@@ -167,8 +168,8 @@ def test_positions_need_not_be_given() -> None:
     with torch.inference_mode():
         for _ in range(2):
             cache = RocketKVCache(model.config, SMALL)
-            model(ids, past_key_values=cache)
-            outputs.append(model(input_ids=ids[:, :1], past_key_values=cache).logits)
+            model(ids, **pass_cache(cache))
+            outputs.append(model(input_ids=ids[:, :1], **pass_cache(cache)).logits)
             accelerate(model)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     assert num_graphs() == 1

@@ -14,6 +14,7 @@ from rocketkv import RocketKVCache, RocketKVConfig, enable
 from rocketkv.cli import app
 from rocketkv.ops.backends import LayerTensors, triton
 from rocketkv.ops.backends.base import FusedStep
+from rocketkv.versions import pass_cache
 from tiny import tiny_model
 
 pytestmark = [
@@ -95,7 +96,7 @@ def test_a_model_generates_what_it_does_on_the_cpu(mode: str) -> None:
         tokens = model.generate(
             ids.to(device),
             attention_mask=torch.ones_like(ids, device=device),
-            past_key_values=cache,
+            **pass_cache(cache),
             max_new_tokens=12,
             do_sample=False,
         )

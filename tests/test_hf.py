@@ -37,6 +37,7 @@ from rocketkv import (
 from rocketkv.cache import RaggedTokens
 from rocketkv.eviction import KeepAll, SnapKV
 from rocketkv.index import LowBitIndex
+from rocketkv.versions import pass_cache
 from tiny import CONFIGS, GROUPED, prompts, tiny_model
 
 SMALL = {"window_size": 8, "kernel_size": 5}
@@ -61,7 +62,7 @@ def test_a_budget_for_everything_gives_plain_generates_tokens(name: str) -> None
     enable(model)
     for (ids, mask), plain in zip([one, batch], expected, strict=True):
         cache = RocketKVCache(model.config, EVERYTHING)
-        assert torch.equal(generate(model, ids, mask, past_key_values=cache), plain)
+        assert torch.equal(generate(model, ids, mask, **pass_cache(cache)), plain)
         assert cache.get_seq_length() == 150 + 11
 
 
@@ -70,10 +71,10 @@ def test_a_budget_for_everything_gives_plain_generates_tokens(name: str) -> None
 def test_compressed_padded_rows_give_the_tokens_they_give_alone(name: str, config: RocketKVConfig) -> None:
     model = enable(tiny_model(name))
     ids, mask = prompts(150, 90, 17)
-    together = generate(model, ids, mask, past_key_values=RocketKVCache(model.config, config))
+    together = generate(model, ids, mask, **pass_cache(RocketKVCache(model.config, config)))
     for row, length in enumerate((150, 90, 17)):
         cache = RocketKVCache(model.config, config)
-        alone = generate(model, ids[row : row + 1, 150 - length :], past_key_values=cache)
+        alone = generate(model, ids[row : row + 1, 150 - length :], **pass_cache(cache))
         assert together[row, 150:].tolist() == alone[0, length:].tolist()
 
 
@@ -85,7 +86,7 @@ def test_an_enabled_model_is_its_old_self_without_our_cache(name: str) -> None:
     implementation = model.config._attn_implementation
     enable(model)
     assert torch.equal(generate(model, ids, mask), plain)
-    assert torch.equal(generate(model, ids, mask, past_key_values=DynamicCache(config=model.config)), plain)
+    assert torch.equal(generate(model, ids, mask, **pass_cache(DynamicCache(config=model.config))), plain)
     assert torch.equal(generate(model, ids, mask, use_cache=False), plain)
     disable(model)
     assert model.config._attn_implementation == implementation
@@ -102,10 +103,10 @@ def test_memory_goes_and_stats_tell(name: str) -> None:
     ids, mask = prompts(600, 600)
     cache = RocketKVCache(model.config, COMPRESSED)
     assert cache.stats().total.kv_bytes == 0
-    generate(model, ids, mask, past_key_values=cache)
+    generate(model, ids, mask, **pass_cache(cache))
     stats = cache.stats()
     full = DynamicCache(config=model.config)
-    generate(model, ids, mask, past_key_values=full)
+    generate(model, ids, mask, **pass_cache(full))
     for layer, layer_stats, full_layer in zip(cache.layers, stats.layers, full.layers, strict=True):
         full_bytes = full_layer.keys.nbytes + full_layer.values.nbytes
         assert layer_stats.full_kv_bytes == layer_stats.full_read_bytes == full_bytes
@@ -140,7 +141,7 @@ def test_ways_of_generating(config: RocketKVConfig, options: dict[str, Any]) -> 
     outputs = []
     for _ in range(2):
         torch.manual_seed(1)
-        outputs.append(generate(model, ids, mask, past_key_values=RocketKVCache(model.config, config), **options))
+        outputs.append(generate(model, ids, mask, **pass_cache(RocketKVCache(model.config, config)), **options))
     assert torch.equal(*outputs)
     if config is EVERYTHING:
         torch.manual_seed(1)
@@ -153,10 +154,10 @@ def test_beams_of_padded_rows_are_what_they_are_alone(config: RocketKVConfig) ->
     lengths = (120, 77, 20)
     ids, mask = prompts(*lengths)
     options = {"num_beams": 3, "new": 20}
-    together = generate(model, ids, mask, past_key_values=RocketKVCache(model.config, config), **options)
+    together = generate(model, ids, mask, **pass_cache(RocketKVCache(model.config, config)), **options)
     for row, length in enumerate(lengths):
         cache = RocketKVCache(model.config, config)
-        alone = generate(model, ids[row : row + 1, 120 - length :], past_key_values=cache, **options)
+        alone = generate(model, ids[row : row + 1, 120 - length :], **pass_cache(cache), **options)
         assert together[row, 120:].tolist() == alone[0, length:].tolist()
 
 
@@ -170,7 +171,7 @@ def test_beam_search_reorders_the_cache() -> None:
             seen.append(beam_idx.tolist())
             super().reorder_cache(beam_idx)
 
-    generate(model, ids, mask, past_key_values=Watched(model.config, COMPRESSED), num_beams=3, new=20)
+    generate(model, ids, mask, **pass_cache(Watched(model.config, COMPRESSED)), num_beams=3, new=20)
     assert any(order != sorted(order) or len(set(order)) < 3 for order in seen)
 
 
@@ -179,14 +180,14 @@ def test_batch_repeat_and_select() -> None:
     ids, _ = prompts(100, 100)
     cache = RocketKVCache(model.config, COMPRESSED)
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **pass_cache(cache))
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([0, 3]))
         token = torch.tensor([[5], [7]])
-        output = model(input_ids=token, past_key_values=cache).logits
+        output = model(input_ids=token, **pass_cache(cache)).logits
         expected = RocketKVCache(model.config, COMPRESSED)
-        model(input_ids=ids, past_key_values=expected)
-        torch.testing.assert_close(output, model(input_ids=token, past_key_values=expected).logits)
+        model(input_ids=ids, **pass_cache(expected))
+        torch.testing.assert_close(output, model(input_ids=token, **pass_cache(expected)).logits)
 
 
 def test_streaming() -> None:
@@ -198,13 +199,11 @@ def test_streaming() -> None:
     ids, _ = prompts(100)
     streamer = TextIteratorStreamer(Tokenizer(), skip_prompt=True)
     cache = RocketKVCache(model.config, COMPRESSED)
-    thread = threading.Thread(
-        target=generate, args=(model, ids), kwargs={"past_key_values": cache, "streamer": streamer}
-    )
+    thread = threading.Thread(target=generate, args=(model, ids), kwargs={**pass_cache(cache), "streamer": streamer})
     thread.start()
     text = "".join(streamer)
     thread.join()
-    expected = generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED))[0, 100:]
+    expected = generate(model, ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)))[0, 100:]
     assert text == Tokenizer().decode(expected)
 
 
@@ -216,13 +215,13 @@ def test_a_second_generate_is_the_next_turn(name: str) -> None:
     enable(model)
     answers = []
     for cache in (DynamicCache(config=model.config), RocketKVCache(model.config, EVERYTHING)):
-        ids = generate(model, first, past_key_values=cache)
-        answers.append(generate(model, torch.cat([ids, more], 1), past_key_values=cache))
+        ids = generate(model, first, **pass_cache(cache))
+        answers.append(generate(model, torch.cat([ids, more], 1), **pass_cache(cache)))
     assert torch.equal(*answers)
     for config in (COMPRESSED, COMPRESSED_MT):
         cache = RocketKVCache(model.config, config)
-        ids = generate(model, first, past_key_values=cache)
-        generate(model, torch.cat([ids, more], 1), past_key_values=cache)
+        ids = generate(model, first, **pass_cache(cache))
+        generate(model, torch.cat([ids, more], 1), **pass_cache(cache))
         assert cache.get_seq_length() == 90 + 12 + 25 + 11
         layer = cache.compressed_layers[-1].cache
         assert layer.num_seen == 138
@@ -239,9 +238,9 @@ def test_a_second_turn_of_a_padded_batch() -> None:
     enable(model)
     outputs = []
     for cache in (DynamicCache(config=model.config), RocketKVCache(model.config, EVERYTHING)):
-        first = generate(model, ids, mask, past_key_values=cache)
+        first = generate(model, ids, mask, **pass_cache(cache))
         whole_mask = torch.cat([mask, torch.ones(2, 12, dtype=torch.int64), more_mask], 1)
-        outputs.append(generate(model, torch.cat([first, more], 1), whole_mask, past_key_values=cache))
+        outputs.append(generate(model, torch.cat([first, more], 1), whole_mask, **pass_cache(cache)))
     assert torch.equal(*outputs)
 
 
@@ -249,11 +248,11 @@ def test_reset_and_reuse() -> None:
     model = enable(tiny_model("gemma3"))
     ids, mask = prompts(150, 60)
     cache = RocketKVCache(model.config, COMPRESSED)
-    first = generate(model, ids, mask, past_key_values=cache)
+    first = generate(model, ids, mask, **pass_cache(cache))
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.stats().total.kv_bytes == 0
-    assert torch.equal(generate(model, ids, mask, past_key_values=cache), first)
+    assert torch.equal(generate(model, ids, mask, **pass_cache(cache)), first)
 
 
 def test_two_models_two_caches_two_threads() -> None:
@@ -263,13 +262,13 @@ def test_two_models_two_caches_two_threads() -> None:
         for model in models
         for i, config in enumerate((COMPRESSED, EVERYTHING))
     ]
-    expected = [generate(m, ids, past_key_values=RocketKVCache(m.config, c)) for m, c, ids in jobs]
+    expected = [generate(m, ids, **pass_cache(RocketKVCache(m.config, c))) for m, c, ids in jobs]
     results: dict[int, Tensor] = {}
 
     def work(index: int) -> None:
         model, config, ids = jobs[index]
         for _ in range(3):
-            results[index] = generate(model, ids, past_key_values=RocketKVCache(model.config, config))
+            results[index] = generate(model, ids, **pass_cache(RocketKVCache(model.config, config)))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(jobs))]
     for thread in threads:
@@ -295,13 +294,13 @@ def test_importing_changes_nothing() -> None:
 def test_a_prompt_in_chunks_is_exact_in_multi_turn_and_warned_of_in_single_turn() -> None:
     model = enable(tiny_model("llama"))
     ids, _ = prompts(120)
-    whole = generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED_MT))
+    whole = generate(model, ids, **pass_cache(RocketKVCache(model.config, COMPRESSED_MT)))
     chunked = RocketKVCache(model.config, COMPRESSED_MT)
-    assert torch.equal(generate(model, ids, past_key_values=chunked, prefill_chunk_size=50), whole)
+    assert torch.equal(generate(model, ids, **pass_cache(chunked), prefill_chunk_size=50), whole)
     for config, size in ((COMPRESSED, 50), (COMPRESSED_MT, 117)):  # a last chunk of 3 does not fill the window of 8
         cache = RocketKVCache(model.config, config)
         with pytest.warns(UserWarning, match="a second prompt before any token was decoded"):
-            generate(model, ids, past_key_values=cache, prefill_chunk_size=size)
+            generate(model, ids, **pass_cache(cache), prefill_chunk_size=size)
 
 
 def test_a_window_as_long_as_the_context_is_full_attention_until_it_is_outgrown() -> None:
@@ -309,7 +308,7 @@ def test_a_window_as_long_as_the_context_is_full_attention_until_it_is_outgrown(
     cache = RocketKVCache(model.config, COMPRESSED)
     ids, _ = prompts(2040)
     with pytest.raises(UnsupportedError, match="2049 tokens are more than this model's sliding window of 2048"):
-        generate(model, ids, past_key_values=cache, new=12)
+        generate(model, ids, **pass_cache(cache), new=12)
 
 
 def test_a_fork_of_a_shared_prefill_gives_the_same_tokens() -> None:
@@ -320,10 +319,10 @@ def test_a_fork_of_a_shared_prefill_gives_the_same_tokens() -> None:
         RocketKVConfig(dense_below=0, token_budget=1, mode="multi_turn", eviction="keep_all", selection="dense"),
     )
     with torch.inference_mode():
-        model(input_ids=ids[:, :-8], past_key_values=shared)
-    alone = generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED_MT))
+        model(input_ids=ids[:, :-8], **pass_cache(shared))
+    alone = generate(model, ids, **pass_cache(RocketKVCache(model.config, COMPRESSED_MT)))
     for _ in range(2):
-        assert torch.equal(generate(model, ids, past_key_values=shared.fork(COMPRESSED_MT)), alone)
+        assert torch.equal(generate(model, ids, **pass_cache(shared.fork(COMPRESSED_MT))), alone)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -335,13 +334,13 @@ def test_a_fork_with_kept_queries_decodes_at_once(name: str) -> None:
     )
     shared = RocketKVCache(model.config, dense, keep_queries=8)
     with torch.inference_mode():
-        first = model(input_ids=ids, past_key_values=shared).logits[:, -1].argmax(-1)
+        first = model(input_ids=ids, **pass_cache(shared)).logits[:, -1].argmax(-1)
         for config in (COMPRESSED, COMPRESSED_MT):
             alone = RocketKVCache(model.config, config)
-            assert torch.equal(model(input_ids=ids, past_key_values=alone).logits[:, -1].argmax(-1), first)
+            assert torch.equal(model(input_ids=ids, **pass_cache(alone)).logits[:, -1].argmax(-1), first)
             fork, token = shared.fork(config), first[:, None]
             for _ in range(10):
-                logits = [model(input_ids=token, past_key_values=cache).logits for cache in (fork, alone)]
+                logits = [model(input_ids=token, **pass_cache(cache)).logits for cache in (fork, alone)]
                 assert torch.equal(*logits)
                 token = logits[0].argmax(-1)
 
@@ -351,14 +350,14 @@ def test_a_copy_of_a_cache_goes_its_own_way() -> None:
     ids, _ = prompts(200)
     for config in (COMPRESSED, COMPRESSED_MT):
         cache = RocketKVCache(model.config, config)
-        generate(model, ids, past_key_values=cache, new=3)
+        generate(model, ids, **pass_cache(cache), new=3)
         following, _ = prompts(220, seed=1)
         following[:, :200] = ids
         copies = [cache.copy(), cache.copy()]
-        answers = [generate(model, following, past_key_values=c) for c in copies]
+        answers = [generate(model, following, **pass_cache(c)) for c in copies]
         assert torch.equal(*answers)
         assert cache.get_seq_length() == 202
-        assert torch.equal(generate(model, following, past_key_values=cache), answers[0])
+        assert torch.equal(generate(model, following, **pass_cache(cache)), answers[0])
 
 
 def test_a_turn_that_ended_may_be_followed_by_another() -> None:
@@ -366,11 +365,11 @@ def test_a_turn_that_ended_may_be_followed_by_another() -> None:
     ids, _ = prompts(200)
     cache = RocketKVCache(model.config, COMPRESSED)
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **pass_cache(cache))
         cache.end_turn()
-        model(input_ids=ids[:, :5], past_key_values=cache)  # no warning of chunks, which would be an error here
+        model(input_ids=ids[:, :5], **pass_cache(cache))  # no warning of chunks, which would be an error here
         with pytest.warns(UserWarning, match="a second prompt before any token was decoded"):
-            model(input_ids=ids[:, :5], past_key_values=cache)
+            model(input_ids=ids[:, :5], **pass_cache(cache))
 
 
 # Memory
@@ -412,7 +411,7 @@ def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest(monkeypatch: p
     ids, _ = prompts(num_tokens)
     before = live_token_bytes()
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **pass_cache(cache))
     gc.collect()
     full_layer = 2 * 2 * num_tokens * 16 * 4
     compressed = [layer.cache.kv_bytes for layer in cache.compressed_layers]
@@ -438,7 +437,7 @@ def test_no_quadratic_mask_when_nothing_is_padded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("rocketkv.hf.sdpa_mask", lambda *_, **__: pytest.fail("a mask was made"))
     ids, _ = prompts(1800)
     cache = RocketKVCache(model.config, COMPRESSED)
-    generate(model, ids, past_key_values=cache, new=2)
+    generate(model, ids, **pass_cache(cache), new=2)
     assert largest <= 8 * 2 * 1800  # the window's own mask, per KV head
 
 
@@ -489,38 +488,31 @@ def test_architectures_that_do_not_fit_are_refused_by_name() -> None:
     assert "GptOssForCausalLM was loaded with attn_implementation='eager'" in refused(sinks)
 
 
-def test_a_model_that_is_not_enabled_is_refused() -> None:
-    model = tiny_model("llama")
-    ids, _ = prompts(50)
-    with pytest.raises(UnsupportedError, match=r"not enabled; call rocketkv.enable\(model\) first"):
-        generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED))
-
-
 def test_assisted_decoding_is_refused() -> None:
     model = enable(tiny_model("llama"))
     ids, _ = prompts(50)
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model("llama")}):
         with pytest.raises(UnsupportedError, match="cannot be rolled back, so assisted decoding does not work"):
-            generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), **options)
+            generate(model, ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)), **options)
 
 
 def test_static_caches_are_refused() -> None:
     model = enable(tiny_model("llama"))
     ids, _ = prompts(50)
     with pytest.raises(ValueError, match="cache_implementation"):
-        generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), cache_implementation="static")
+        generate(model, ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)), cache_implementation="static")
     assert not RocketKVCache(model.config, COMPRESSED).is_compileable
     # a static cache of transformers' own goes on working, as on any model
     plain = generate(model, ids)
-    assert torch.equal(generate(model, ids, past_key_values=StaticCache(config=model.config, max_cache_len=80)), plain)
+    assert torch.equal(generate(model, ids, **pass_cache(StaticCache(config=model.config, max_cache_len=80))), plain)
 
 
 def test_a_compiled_forward_gives_the_same_tokens() -> None:
     model = enable(tiny_model("llama"))
     ids, _ = prompts(100)
-    plain = generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), new=5)
+    plain = generate(model, ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)), new=5)
     model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(generate(model, ids, past_key_values=RocketKVCache(model.config, COMPRESSED), new=5), plain)
+    assert torch.equal(generate(model, ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)), new=5), plain)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +531,7 @@ def test_masks_other_than_left_padding_are_refused(change: Any, error: type[Exce
     model = enable(tiny_model("llama"))
     ids, mask = prompts(50, 40)
     with torch.inference_mode(), pytest.raises(error, match=message):
-        model(input_ids=ids, attention_mask=change(mask), past_key_values=RocketKVCache(model.config, COMPRESSED))
+        model(input_ids=ids, attention_mask=change(mask), **pass_cache(RocketKVCache(model.config, COMPRESSED)))
 
 
 def test_a_mask_that_hides_what_was_taken_in_is_refused() -> None:
@@ -547,11 +539,11 @@ def test_a_mask_that_hides_what_was_taken_in_is_refused() -> None:
     ids, mask = prompts(50)
     cache = RocketKVCache(model.config, COMPRESSED)
     with torch.inference_mode():
-        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        model(input_ids=ids, attention_mask=mask, **pass_cache(cache))
         changed = torch.ones(1, 51, dtype=torch.int64)
         changed[0, 3] = 0
         with pytest.raises(UnsupportedError, match="hides or reveals tokens that the cache has already taken in"):
-            model(input_ids=ids[:, :1], attention_mask=changed, past_key_values=cache)
+            model(input_ids=ids[:, :1], attention_mask=changed, **pass_cache(cache))
 
 
 def test_a_mask_that_moves_the_padding_is_refused() -> None:
@@ -559,15 +551,15 @@ def test_a_mask_that_moves_the_padding_is_refused() -> None:
     ids, mask = prompts(50, 30)
     cache = RocketKVCache(model.config, COMPRESSED)
     with torch.inference_mode():
-        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        model(input_ids=ids, attention_mask=mask, **pass_cache(cache))
         longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         moved = torch.cat([mask.flip(1), longer[:, -1:]], 1)  # as many zeros as before, in other columns
         with pytest.raises(UnsupportedError, match="hides or reveals tokens"):
-            model(input_ids=ids[:, :1], attention_mask=moved, past_key_values=cache)
-        model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=cache)
+            model(input_ids=ids[:, :1], attention_mask=moved, **pass_cache(cache))
+        model(input_ids=ids[:, :1], attention_mask=longer, **pass_cache(cache))
         cache.reorder_cache(torch.tensor([1, 0]))  # the mask goes with its rows
         longer = torch.cat([longer.flip(0), longer[:, -1:]], 1)
-        model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=cache)
+        model(input_ids=ids[:, :1], attention_mask=longer, **pass_cache(cache))
 
 
 def test_other_misuse_is_refused() -> None:
@@ -575,22 +567,22 @@ def test_other_misuse_is_refused() -> None:
     ids, _ = prompts(50)
     with torch.inference_mode():
         with pytest.raises(UnsupportedError, match="no attention weights"):
-            model(input_ids=ids, past_key_values=RocketKVCache(model.config, COMPRESSED), output_attentions=True)
+            model(input_ids=ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)), output_attentions=True)
         deeper = deepcopy(model.config)
         deeper.num_hidden_layers = 5
         deeper.layer_types = None
         with pytest.raises(InputError, match="the cache has 5 layers, the model 3"):
-            model(input_ids=ids, past_key_values=RocketKVCache(deeper, COMPRESSED))
+            model(input_ids=ids, **pass_cache(RocketKVCache(deeper, COMPRESSED)))
         with pytest.raises(InputError, match="by keyword"):
             model.get_decoder()(ids, None, None, RocketKVCache(model.config, COMPRESSED))
         with pytest.raises(InputError, match="attention_mask too"):
-            model.get_decoder()(ids, torch.ones_like(ids), past_key_values=RocketKVCache(model.config, COMPRESSED))
+            model.get_decoder()(ids, torch.ones_like(ids), **pass_cache(RocketKVCache(model.config, COMPRESSED)))
         with pytest.raises(UnsupportedError, match="shares its configuration with a model that is enabled already"):
             enable(AutoModelForCausalLM.from_config(model.config))
         with pytest.raises(UnsupportedError, match="rolled back"):
             RocketKVCache(model.config, COMPRESSED).crop(-1)
     with pytest.raises(UnsupportedError, match="has no gradients"):
-        model(input_ids=ids, past_key_values=RocketKVCache(model.config, COMPRESSED))
+        model(input_ids=ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)))
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -609,9 +601,9 @@ def test_a_cache_whose_pass_broke_off_says_so(layer: int) -> None:
     cache = RocketKVCache(model.config, RocketKVConfig(dense_below=0, token_budget=24, eviction=Breaks()))
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match="no luck"):
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **pass_cache(cache))
         with pytest.raises(InputError, match=r"broke off half way; call cache.reset\(\)"):
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **pass_cache(cache))
         cache.reset()
 
 
@@ -620,7 +612,7 @@ def test_bidirectional_attention_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(type(CONFIGS["gemma3"])(**config)).eval()
     ids, _ = prompts(50)
     with torch.inference_mode(), pytest.raises(UnsupportedError, match="its attention is bidirectional"):
-        enable(model)(input_ids=ids, past_key_values=RocketKVCache(model.config, COMPRESSED))
+        enable(model)(input_ids=ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)))
 
 
 def test_a_shared_config_that_was_disabled_elsewhere_is_noticed() -> None:
@@ -628,4 +620,4 @@ def test_a_shared_config_that_was_disabled_elsewhere_is_noticed() -> None:
     model.set_attn_implementation("sdpa")
     ids, _ = prompts(50)
     with torch.inference_mode(), pytest.raises(UnsupportedError, match="its attn_implementation is now 'sdpa'"):
-        model(input_ids=ids, past_key_values=RocketKVCache(model.config, COMPRESSED))
+        model(input_ids=ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)))

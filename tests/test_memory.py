@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from rocketkv import RocketKVCache, RocketKVConfig, enable
+from rocketkv.versions import pass_cache
 
 def memory_kib(which):
     return int(re.search(which + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -33,7 +34,7 @@ with torch.inference_mode():
     model(input_ids=ids[:, :64], logits_to_keep=1)
     before = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids, **pass_cache(cache), logits_to_keep=1)
 print(memory_kib("VmHWM") - before)
 """
 

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rocketkv.cli import app
+from rocketkv.versions import CACHE_ARGUMENT
 from tiny import save_tiny
 
 README = Path(__file__).parents[1].joinpath("README.md").read_text()
@@ -17,6 +18,7 @@ def test_the_python_example_runs_and_is_short(tmp_path: Path, capsys: pytest.Cap
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in example.splitlines() if line]) < 10
     save_tiny(tmp_path)
+    example = example.replace("cache=cache", f"{CACHE_ARGUMENT}=cache")  # the README shows what 5.24 and newer take
     exec(example, {"name": str(tmp_path), "text": "A long text. " * 60})
     assert "LayerStats(num_seen=" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.niah import SUITE
 from rocketkv.models import LoadedModel
 from rocketkv.session import Session
+from rocketkv.versions import pass_cache
 
 PROSE = default_text()
 NEW = 12
@@ -44,8 +45,8 @@ def test_a_budget_for_everything_gives_plain_generates_tokens(smollm2: LoadedMod
     def cache() -> RocketKVCache:
         return RocketKVCache(smollm2.model.config, RocketKVConfig(dense_below=0, token_budget=4096))
 
-    assert [generate(smollm2, [text], past_key_values=cache()) for text in TEXTS] == plain[0]
-    assert generate(smollm2, TEXTS, past_key_values=cache()) == plain[1]
+    assert [generate(smollm2, [text], **pass_cache(cache())) for text in TEXTS] == plain[0]
+    assert generate(smollm2, TEXTS, **pass_cache(cache())) == plain[1]
 
 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
@@ -53,9 +54,9 @@ def test_a_budget_for_everything_gives_plain_generates_tokens(smollm2: LoadedMod
 def test_padded_rows_give_the_tokens_they_give_alone(smollm2: LoadedModel, mode: str, token_budget: int) -> None:
     enable(smollm2.model)
     config = RocketKVConfig(dense_below=0, token_budget=token_budget, mode=mode)
-    together = generate(smollm2, TEXTS, past_key_values=RocketKVCache(smollm2.model.config, config))
+    together = generate(smollm2, TEXTS, **pass_cache(RocketKVCache(smollm2.model.config, config)))
     for text, tokens in zip(TEXTS, together, strict=True):
-        alone = generate(smollm2, [text], past_key_values=RocketKVCache(smollm2.model.config, config))
+        alone = generate(smollm2, [text], **pass_cache(RocketKVCache(smollm2.model.config, config)))
         assert alone == [tokens]
 
 
@@ -67,7 +68,7 @@ def test_the_kernels_answer_as_the_reference_does(smollm2: LoadedModel, kv_dtype
         for backend in ("reference", "auto")
     ]
     reference, kernels = (
-        generate(smollm2, TEXTS, past_key_values=RocketKVCache(smollm2.model.config, config)) for config in configs
+        generate(smollm2, TEXTS, **pass_cache(RocketKVCache(smollm2.model.config, config))) for config in configs
     )
     assert kernels == reference
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rocketkv import InputError, RocketKVCache, RocketKVConfig, UnsupportedError, disable, enable
 from rocketkv.bench.model import sizes_of
 from rocketkv.fast import accelerate, decelerate
+from rocketkv.versions import pass_cache
 from rocketkv.weights import FORMATS, QuantizedLinear, quantize, quantized_as
 from tiny import prompts, tiny_model
 
@@ -58,8 +59,7 @@ def run(model: PreTrainedModel) -> Tensor:
     ids, _ = prompts(39, 39)
     with torch.inference_mode():
         logits = [
-            model(input_ids=part, past_key_values=cache).logits[:, -1]
-            for part in (ids[:, :31], *ids[:, 31:].split(1, 1))
+            model(input_ids=part, **pass_cache(cache)).logits[:, -1] for part in (ids[:, :31], *ids[:, 31:].split(1, 1))
         ]
     return torch.stack(logits).float()
 

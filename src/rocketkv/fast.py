@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rocketkv import ops
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf import Call, RocketKVCache, RocketKVLayer, after_forward, before_forward, enable
+from rocketkv.versions import CACHE_ARGUMENT, pass_cache
 from rocketkv.weights import quantize, quantized_as
 
 _COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
@@ -89,7 +90,7 @@ class _FastCall:
         """Take the step in the graph if it fits there, and call the model as it was if not."""
         if self.step is None or args or not self._fits(**kwargs):
             return self.model._call_impl(*args, **kwargs)
-        decoder, cache, input_ids = self.model.get_decoder(), kwargs["past_key_values"], kwargs["input_ids"]
+        decoder, cache, input_ids = self.model.get_decoder(), kwargs[CACHE_ARGUMENT], kwargs["input_ids"]
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.full_like(input_ids, cache.get_seq_length())
@@ -108,13 +109,12 @@ class _FastCall:
                 layer.call = None
             return self.model._call_impl(**kwargs)
         after_forward(decoder, (), kwargs, None)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **pass_cache(cache))
 
     def _fits(
         self,
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         use_cache: bool | None = None,
@@ -122,7 +122,7 @@ class _FastCall:
         **others: Any,
     ) -> bool:
         """Whether a call is one new token per row with a compressed cache and asks for nothing but logits."""
-        model, config, cache = self.model, self.model.config, past_key_values
+        model, config, cache = self.model, self.model.config, others.pop(CACHE_ARGUMENT, None)
         return (
             isinstance(cache, RocketKVCache)
             and len(cache.compressed_layers) == len(cache)
@@ -141,7 +141,7 @@ class _FastCall:
         """The model's forward pass for one new token per row, `[B, 1]` int64: logits `[B, 1, V]`. This is compiled."""
         cache = Cache([_StandIn(i, window, handle) for i, window in enumerate(self.windows)])
         output = self.model.forward(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, rocketkv_cache=cache, use_cache=True
+            input_ids=input_ids, position_ids=position_ids, rocketkv_cache=cache, use_cache=True, **pass_cache(cache)
         )
         logits: Tensor = output.logits
         return logits

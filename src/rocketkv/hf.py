@@ -9,6 +9,7 @@ global: a model without a `RocketKVCache` among its arguments computes exactly w
 import warnings
 from collections.abc import Sequence
 from copy import copy, deepcopy
+from functools import cache as once
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.ops import take_tokens
 from rocketkv.stats import CacheStats, LayerStats
+from rocketkv.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency
 
 NAME = "rocketkv"  # our attention implementation in the registries of transformers
 _REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias")  # what our attention would have to ignore
@@ -59,11 +61,14 @@ class RocketKVLayer(CacheLayerMixin):
         """Pass the new tokens `[B, Hkv, T, D]` on as they are; the attention function will store them.
 
         Raises:
-            UnsupportedError: the model is not enabled.
+            UnsupportedError: no hook of `enable` has seen the forward pass.
         """
         if self.call is None:
+            known = dependency("transformers")
             raise UnsupportedError(
-                "a RocketKVCache was given to a model that is not enabled; call rocketkv.enable(model) first."
+                "a RocketKVCache reached a layer of a model, but no hook of rocketkv.enable has seen the forward pass; "
+                "call rocketkv.enable(model) first. If the model is enabled, then the transformers at hand, "
+                f"{known.installed}, hands caches on in a way of its own; install a tested version, {known.tested}."
             )
         return key_states, value_states
 
@@ -165,7 +170,9 @@ class RocketKVLayer(CacheLayerMixin):
 
 
 class RocketKVCache(DynamicCache):
-    """A compressed cache for `model.generate(..., past_key_values=cache)` of an enabled model.
+    """A compressed cache for `model.generate(..., cache=cache)` of an enabled model.
+
+    Versions of transformers before 5.24 call the argument `past_key_values`.
 
     Full-attention layers are compressed; sliding-window layers stay as transformers has them. A second `generate` with
     the same cache is the next turn of the conversation. One cache serves one conversation, or batch, at a time.
@@ -328,8 +335,10 @@ def take_columns(tokens: Tensor, order: Tensor) -> Tensor:
 def enable(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model use a `RocketKVCache`; with any other cache, or none, it computes what it did before.
 
+    With a version of transformers newer than the tested ones it warns once.
+
     Args:
-        model: a decoder of transformers 5.16 or newer, with the `sdpa` attention implementation.
+        model: a decoder of transformers, with the `sdpa` attention implementation.
 
     Returns:
         The same model.
@@ -355,6 +364,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedError(
             f"{name} was loaded with attn_implementation={implementation!r}; load it with attn_implementation='sdpa'."
         )
+    _warn_if_untested()
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
@@ -364,6 +374,18 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     ]
     model._rocketkv = handles
     return model
+
+
+@once
+def _warn_if_untested() -> None:
+    """Say, once, that this transformers is not among the tested versions."""
+    known = dependency("transformers")
+    if not known.is_tested:
+        warnings.warn(
+            f"transformers {known.installed} is not among the versions that rocketkv was tested with, {known.tested}; "
+            "if something fails, install one of those.",
+            stacklevel=3,
+        )
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
@@ -420,10 +442,10 @@ def _compressed(
 
 def before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Read the padding, announce the pass to the cache and hand the cache down to the attention function."""
-    cache = kwargs.get("past_key_values")
     if any(isinstance(arg, RocketKVCache) for arg in args):
-        raise InputError("pass a RocketKVCache by keyword: model(..., past_key_values=cache).")
-    if not isinstance(cache, RocketKVCache):
+        raise InputError(f"pass a RocketKVCache by keyword: model(..., {CACHE_ARGUMENT}=cache).")
+    cache = _passed_cache(kwargs)
+    if cache is None:
         return None
     if len(args) > 1:
         raise InputError("with a RocketKVCache pass everything but input_ids by keyword, attention_mask too.")
@@ -448,10 +470,27 @@ def before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
     return args, {**kwargs, "rocketkv_cache": cache}
 
 
+def _passed_cache(kwargs: dict[str, Any]) -> RocketKVCache | None:
+    """The compressed cache among a forward pass's arguments, under whichever name transformers knows it by.
+
+    Raises:
+        InputError: it was passed under a name that this version of transformers ignores.
+    """
+    for name in CACHE_ARGUMENTS:
+        cache = kwargs.get(name)
+        if isinstance(cache, RocketKVCache):
+            if CACHE_ARGUMENT == "past_key_values" and name != CACHE_ARGUMENT:
+                raise InputError(
+                    f"transformers {dependency('transformers').installed} ignores {name}=; pass {CACHE_ARGUMENT}=cache."
+                )
+            return cache
+    return None
+
+
 def after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Make sure that every compressed layer did attend through its cache."""
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, RocketKVCache) and any(layer.call is not None for layer in cache.compressed_layers):
+    cache = _passed_cache(kwargs)
+    if cache is not None and any(layer.call is not None for layer in cache.compressed_layers):
         raise _unsupported(type(decoder).__name__, "some layers bypass transformers' attention interface")
 
 

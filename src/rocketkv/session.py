@@ -14,6 +14,7 @@ from rocketkv.errors import InputError
 from rocketkv.hf import RocketKVCache, cache_stats, enable
 from rocketkv.models import LoadedModel
 from rocketkv.stats import CacheStats
+from rocketkv.versions import pass_cache
 
 OnText = Callable[[str], None]
 OnLayer = Callable[[int, int], None]
@@ -138,7 +139,7 @@ class Session:
             output = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                past_key_values=self.cache,
+                **pass_cache(self.cache),
                 max_new_tokens=min(self.max_new_tokens, self.loaded.context_length - len(token_ids)),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

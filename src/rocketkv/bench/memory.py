@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rocketkv.errors import RocketKVError
+from rocketkv.versions import pass_cache
 
 PHASES = ("prefill", "decode")
 CACHES = ("full", "rocketkv")
@@ -113,7 +114,7 @@ def run_case(case: Case) -> dict[str, object]:
         cache = DynamicCache(config=model.config) if config is None else RocketKVCache(model.config, config)
         input_ids = torch.randint(0, model.config.vocab_size, (case.batch, case.seq_len))
         with torch.inference_mode():
-            model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=input_ids, **pass_cache(cache), logits_to_keep=1)
     else:
         kept = case.seq_len if config is None else kept_tokens(config, case.seq_len)
         keys = same_tokens(case.batch, sizes.num_kv_heads, kept, sizes.head_dim, model.dtype)

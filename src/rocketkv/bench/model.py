@@ -12,6 +12,7 @@ from rocketkv.bench.geometries import Geometry
 from rocketkv.bench.tensors import kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
+from rocketkv.versions import pass_cache
 
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
@@ -105,4 +106,4 @@ def our_cache(
 def decode_step(model: PreTrainedModel, cache: Any, input_ids: Tensor) -> None:
     """One step of the whole model: `input_ids` `[B, 1]` int64."""
     with torch.inference_mode():
-        model(input_ids=input_ids, past_key_values=cache)
+        model(input_ids=input_ids, **pass_cache(cache))

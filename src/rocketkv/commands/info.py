@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rocketkv.config import RocketKVConfig
+    from rocketkv.versions import Dependency
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
 GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
@@ -41,12 +42,12 @@ def info(
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
     from rocketkv.models import embedded_path
     from rocketkv.ops.backends import cpp
+    from rocketkv.versions import dependency
 
     facts: dict[str, Any] = {
         "rocketkv": version("rocketkv"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
+        **{name: _compared(dependency(name)) for name in ("torch", "transformers")},
         "system": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -69,6 +70,11 @@ def info(
     for name, value in facts.items():
         table.add_row(name, "\n".join(value) if isinstance(value, list) else str(value))
     out.print(table)
+
+
+def _compared(found: "Dependency") -> str:
+    """The version at hand, and whether it is a tested one."""
+    return f"{found.installed} ({'tested' if found.is_tested else 'not tested; tested are'}: {found.tested})"
 
 
 def _taken() -> dict[str, str]:

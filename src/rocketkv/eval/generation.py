@@ -14,6 +14,7 @@ from rocketkv.hf import RocketKVCache
 from rocketkv.models import LoadedModel
 from rocketkv.stack import row_stats, stack
 from rocketkv.stats import LayerStats
+from rocketkv.versions import pass_cache
 
 BATCH_BYTES = 8 * 2**30  # of caches that decode together at most, as if each held all of the past
 BASE = method_config(FULL, 1, mode="multi_turn")  # prefill is dense in every method, so this one's is all of theirs
@@ -108,7 +109,7 @@ class SharedPrefill:
 def forward(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[Sequence[int]] | Tensor) -> Tensor:
     """Logits `[rows, V]` after the new tokens `[rows, T]`, which `cache` takes in."""
     input_ids = torch.as_tensor(token_ids, device=model.device)
-    logits: Tensor = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1).logits
+    logits: Tensor = model(input_ids=input_ids, **pass_cache(cache), logits_to_keep=1).logits
     return logits[:, -1]
 
 

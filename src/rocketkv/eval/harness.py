@@ -21,6 +21,7 @@ from rocketkv.eval.generation import forward
 from rocketkv.eval.methods import method_config
 from rocketkv.hf import RocketKVCache, enable
 from rocketkv.models import load
+from rocketkv.versions import pass_cache
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # what it is cached under, context, continuation
 
@@ -69,7 +70,7 @@ class RocketKVLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """As `HFLM` does, with a compressed cache."""
         cache = RocketKVCache(self.model.config, self.cache_config)
-        generated: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
+        generated: Tensor = super()._model_generate(context, max_length, stop, **pass_cache(cache), **options)
         return generated
 
     @torch.inference_mode()

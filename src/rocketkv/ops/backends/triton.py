@@ -182,7 +182,8 @@ class TritonStep:
                 "read_bytes": self._read_bytes,
                 "TILE": tile,
             },
-            num_warps=8 if rows < TILE else 4,  # few rows are wide ones, and a wide output wants registers
+            # Few rows are wide ones, and a wide output wants registers; Triton 3.8 spills without selection, too.
+            num_warps=8 if rows < TILE or scoring == "none" else 4,
             device=layer.keys.device,
         )
 
