@@ -52,24 +52,20 @@ def recommend(
     text = read_text(file)
     loaded = load_model(model, dtype)
     passages = cut_passages(loaded.tokenizer, text, loaded.context_length, new_tokens, length, samples)
-    fitting = [budget for budget in asked if budget < passages.length]
-    if not fitting or (budgets is not None and len(fitting) < len(asked)):
+    too_large = [budget for budget in asked if budget >= passages.length]
+    if too_large and (budgets is not None or len(too_large) == len(asked)):
         raise InputError(
-            f"budgets={','.join(map(str, asked))} has none below the prompt's {passages.length} tokens; "
-            "give smaller --budgets or a longer text."
-            if not fitting
-            else f"budgets={budgets} has {max(asked)}, which is not below the prompt's {passages.length} tokens; "
-            "give smaller --budgets or a longer text."
+            f"a budget of {too_large[0]} is not below the prompt's {passages.length} tokens, so that nothing is "
+            "compressed; give smaller --budgets or a longer prompt."
         )
+    fitting = [budget for budget in asked if budget < passages.length]
     with lasting_bar() as progress:
         task = progress.add_task("measuring", total=None)
-        measured = measure(
-            loaded,
-            passages,
-            method,
-            fitting,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
+
+        def on_progress(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        measured = measure(loaded, passages, method, fitting, on_progress)
     advice, warning = advise(measured, target), warn(measured)
     if as_json:
         facts = {

@@ -76,8 +76,8 @@ def cut_passages(
     Raises:
         InputError: the text is too short, or the length too long for the model.
     """
-    given = tokenizer(text).input_ids
-    start = given[:1] if given and given[0] == tokenizer.bos_token_id else []
+    first_id = tokenizer("a").input_ids[0]
+    start = [first_id] if first_id == tokenizer.bos_token_id else []
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
     room = len(token_ids) + len(start) - new_tokens - 1  # tokens of the longest prompt
     most = context_length - new_tokens
