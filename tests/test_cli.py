@@ -51,7 +51,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from rocketkv.cli import app\n"
-        "for command in ('', 'generate', 'chat', 'budget', 'info', 'eval run',\n"
+        "for command in ('', 'generate', 'chat', 'budget', 'recommend', 'info', 'eval run',\n"
         "                'eval report', 'bench', 'bench attention', 'bench decode', 'bench prefill', 'bench memory'):\n"
         "    result = CliRunner().invoke(app, [*command.split(), '--help'])\n"
         "    assert result.exit_code == 0, result.output\n"

@@ -10,6 +10,7 @@ from rocketkv.commands import bench, evaluate
 from rocketkv.commands.budget import budget
 from rocketkv.commands.info import info
 from rocketkv.commands.options import spread
+from rocketkv.commands.recommend import recommend
 from rocketkv.commands.talk import chat, generate
 from rocketkv.commands.terminal import report_errors
 
@@ -24,7 +25,7 @@ app.add_typer(eval_app, name="eval")
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 for _group, _commands in (
-    (app, (generate, chat, budget, info)),
+    (app, (generate, chat, budget, recommend, info)),
     (eval_app, (evaluate.run, evaluate.report)),
     (bench_app, (bench.attention, bench.decode, bench.prefill, bench.memory)),
 ):

@@ -135,7 +135,7 @@ class Session:
         input_ids = torch.tensor([token_ids], device=model.device)
         streamer = _TimedStreamer(tokenizer, on_text)
         start = time.perf_counter()
-        with torch.inference_mode(), _prefill_progress(model, on_layer):
+        with torch.inference_mode(), prefill_progress(model, on_layer):
             output = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -182,7 +182,7 @@ class _TimedStreamer(TextStreamer):
 
 
 @contextmanager
-def _prefill_progress(model: PreTrainedModel, on_layer: OnLayer | None) -> Iterator[None]:
+def prefill_progress(model: PreTrainedModel, on_layer: OnLayer | None) -> Iterator[None]:
     """Report each decoder layer of the first forward pass, where the decoder keeps its layers in `layers`."""
     layers = getattr(model.get_decoder(), "layers", None)
     if on_layer is None or layers is None:

@@ -61,21 +61,23 @@ def lasting_bar() -> Progress:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """The text of a file, or of standard input where the path is `-`.
 
     Raises:
         InputError: there is none.
     """
+    name = "standard input" if str(path) == "-" else str(path)
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        content = typer.get_binary_stream("stdin").read() if str(path) == "-" else path.read_bytes()
+        text = content.decode().strip().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
+            f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
         ) from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a text file.") from None
+        raise InputError(f"{name} cannot be read ({error.strerror}); give the path of a text file.") from None
     if not text:
-        raise InputError(f"{path} is empty; give a file with text.")
+        raise InputError(f"{name} is empty; give a file with text.")
     return text
 
 

@@ -7,7 +7,7 @@ values, and its attention is compared with the full one's.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,8 +22,12 @@ from rocketkv.eval.records import Journal, Record, digest
 from rocketkv.eval.runner import OnProgress
 from rocketkv.hf import RocketKVCache, RocketKVLayer, enable
 from rocketkv.models import LoadedModel
+from rocketkv.session import prefill_progress
 from rocketkv.stack import row_stats, stack
 from rocketkv.stats import LayerStats
+
+OnStep = Callable[[float, float], None]  # forward passes done, the prefill's counted by layer, of how many
+Advance = Callable[[float], None]  # by how many
 
 SUITE = "fidelity"
 BINS = 32  # of the prefix, in each of which the kept tokens are counted
@@ -74,10 +78,8 @@ def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[
     """All figures of a passage, a record per arm."""
     length = passage.case.length
     assert length is not None
-    windows = [BASE.window_size, *(arm.config().window_size for arm in arms)]
-    base = RocketKVCache(loaded.model.config, BASE, keep_queries=max(windows))
     start = time.perf_counter()
-    forward(loaded.model, base, [passage.token_ids[:length]])
+    base = _prefill(loaded, passage.token_ids[:length], arms)
     prefill_s = time.perf_counter() - start
     start = time.perf_counter()
     full, trace = _follow_full(loaded, base, passage.token_ids[length:])
@@ -116,6 +118,45 @@ def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[
     ]
 
 
+@torch.inference_mode()
+def predict(
+    loaded: LoadedModel, token_ids: Sequence[int], length: int, arms: Sequence[Arm], on_step: OnStep
+) -> list[Free]:
+    """How every arm predicts a text, without the figures by layer.
+
+    Args:
+        loaded: its model is enabled.
+        token_ids: `length` to prefill, then those to decode, and one more to predict.
+        length: tokens to prefill, >= 2.
+        arms: which methods at which budgets.
+        on_step: called after each layer of the prefill and each decoded token, of the full cache first, then of `arms`.
+
+    Returns:
+        The predictions of each arm, in their order.
+    """
+    layers = len(getattr(loaded.model.get_decoder(), "layers", ()))
+    done, total = 0.0, layers + 2.0 * (len(token_ids) - length - 1)
+
+    def advance(share: float) -> None:
+        nonlocal done
+        done += share
+        on_step(done, total)
+
+    on_step(done, total)
+    with prefill_progress(loaded.model, lambda *_: advance(1)):
+        base = _prefill(loaded, token_ids[:length], arms)
+    full, _ = _follow_full(loaded, base, token_ids[length:], advance)
+    return _predict(loaded, base, token_ids[length:], arms, full, advance)
+
+
+def _prefill(loaded: LoadedModel, token_ids: Sequence[int], arms: Sequence[Arm]) -> RocketKVCache:
+    """A cache with all of the prefix, from which every arm can fork."""
+    windows = [BASE.window_size, *(arm.config().window_size for arm in arms)]
+    base = RocketKVCache(loaded.model.config, BASE, keep_queries=max(windows))
+    forward(loaded.model, base, [token_ids])
+    return base
+
+
 class _Recorder(RocketKVLayer):
     """A layer that notes what its attention is given and gives."""
 
@@ -131,17 +172,27 @@ class _Recorder(RocketKVLayer):
         return output
 
 
-def _follow_full(loaded: LoadedModel, base: RocketKVCache, token_ids: Sequence[int]) -> tuple[Tensor, list[list[Step]]]:
+def _follow_full(
+    loaded: LoadedModel, base: RocketKVCache, token_ids: Sequence[int], advance: Advance = lambda _: None
+) -> tuple[Tensor, list[list[Step]]]:
     """The full cache's log-probabilities `[STEPS, V]` and what each of its compressed layers did."""
     cache = base.fork(BASE)
     cache.layers[:] = [_Recorder(layer) if isinstance(layer, RocketKVLayer) else layer for layer in cache.layers]
-    logits = [forward(loaded.model, cache, [[token]]) for token in token_ids[:-1]]
+    logits = []
+    for token in token_ids[:-1]:
+        logits.append(forward(loaded.model, cache, [[token]]))
+        advance(1)
     recorded = [layer.steps for layer in cache.layers if isinstance(layer, _Recorder)]
     return torch.cat(logits).float().log_softmax(-1), recorded
 
 
 def _predict(
-    loaded: LoadedModel, base: RocketKVCache, token_ids: Sequence[int], arms: Sequence[Arm], full: Tensor
+    loaded: LoadedModel,
+    base: RocketKVCache,
+    token_ids: Sequence[int],
+    arms: Sequence[Arm],
+    full: Tensor,
+    advance: Advance = lambda _: None,
 ) -> list[Free]:
     """Every arm's predictions of the text against the full cache's `[STEPS, V]`."""
     free: list[Free] = []
@@ -155,6 +206,7 @@ def _predict(
             agreed += logits.argmax(-1) == full[step].argmax()
             kl += (full[step].exp() * (full[step] - logits)).sum(-1)
             nll -= logits[:, following]
+            advance(len(members) / len(arms))
         steps = len(token_ids) - 1
         for row in range(len(members)):
             mean = [float(x[row]) / steps for x in (agreed, kl, nll)]
