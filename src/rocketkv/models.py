@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,9 +80,9 @@ def load(name: str, dtype: str = "auto", weights: str | None = None) -> LoadedMo
     source, options = _locate(name)
     chosen = find_dtype(dtype, torch.float32 if options else "auto")
     with _reading(name):
-        _read_config(name, source, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = _read_model(source, options, chosen)
+        config = _read_config(name, source, options)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
+        model = _read_model(source, options, config, chosen)
     if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)).strip() != _ROUND_TRIP:
         raise InputError(
             f"the tokenizer of {name!r} does not give back the text it encodes, so no answer could be trusted; "
@@ -152,12 +153,12 @@ def _gguf(path: Path) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {"gguf_file": path.name}
 
 
-def _read_model(source: str, options: dict[str, Any], dtype: Any) -> PreTrainedModel:
+def _read_model(source: str, options: dict[str, Any], config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
     """The model, its linear layers plain ones: weights that stay packed in GGUF's blocks are unpacked at each use."""
     unpacked = {}
     if options and hasattr(transformers, "GgufConfig"):  # older versions always unpack
         unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **unpacked, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **unpacked, **options).eval()
 
 
 def _converted(name: str) -> Path:
@@ -174,13 +175,13 @@ def _converted(name: str) -> Path:
     source, options = _gguf(path)
     with TemporaryDirectory(dir=checkpoint.parent) as folder:
         fresh = Path(folder) / checkpoint.name
-        read = _read_model(source, options, torch.float32)
-        config = AutoConfig.from_pretrained(source, **options)
+        config = _read_config(name, source, options)
+        AutoTokenizer.from_pretrained(source, config=config, **options).save_pretrained(fresh)
+        read = _read_model(source, options, deepcopy(config), torch.float32)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(read.state_dict())
         plain.generation_config = read.generation_config
         plain.save_pretrained(fresh)
-        AutoTokenizer.from_pretrained(source, **options).save_pretrained(fresh)
         try:
             fresh.rename(checkpoint)
         except OSError:
