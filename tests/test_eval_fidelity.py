@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
+from eval_inputs import byte_tokenizer, make_request
 from rocketkv import InputError, RocketKVCache, enable
 from rocketkv.cli import app
 from rocketkv.eval import fidelity, passages
@@ -160,6 +162,16 @@ def test_passages_are_drawn_by_the_seed(loaded: LoadedModel, tmp_path: Path) -> 
     (tmp_path / "notes.md").write_text("")
     found = list(find_passages(replace(request, data=tmp_path, num_samples=None), 2048))
     assert [passage.case.task for passage in found] == ["a", "a", "b", "b"]
+
+
+def test_a_passage_begins_as_the_tokenizer_begins_texts() -> None:
+    tokenizer = byte_tokenizer()
+    plain = make_request(tokenizer=tokenizer, lengths=[LENGTH], haystack="abcdefg" * 200)
+    (without,) = find_passages(plain, 4096)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", 0)])
+    (passage,) = find_passages(plain, 4096)
+    assert len(passage.token_ids) == len(without.token_ids) == LENGTH + STEPS + 1
+    assert (passage.token_ids[0], passage.token_ids.count(0)) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from itertools import islice
 
 import pytest
 
+from eval_inputs import byte_tokenizer, make_request
 from rocketkv.errors import InputError
 from rocketkv.eval.dialogue import encode
 from rocketkv.eval.haystack import default_text, plant, split_sentences, split_words, take_words
@@ -82,6 +83,26 @@ def test_needles_of_several_turns_stand_in_a_quarter_each(smollm2: LoadedModel, 
         assert [sum(counts[: i + 1]) for i in range(4)] == places
         assert sample.depth is None
     assert len(orders) > 1
+
+
+def test_a_code_is_asked_for_by_the_beginning_of_its_sentence(smollm2: LoadedModel) -> None:
+    samples = ask(smollm2, tasks=["code"], lengths=[400], num_samples=3)
+    assert len(samples) == len({s.id for s in samples}) == 30
+    for sample in samples:
+        (turn,) = sample.turns
+        (code,) = turn.answers
+        assert (len(code), code.isdigit(), sample.chat) == (5, True, False)
+        assert 0.95 * 400 <= encode(smollm2.tokenizer, sample, "multi_turn").needed_tokens(sample.turns) <= 400
+        before, _, after = sample.context.partition(f"{turn.answer_prefix} {code}")
+        assert after
+        assert code not in before + after
+        assert SUITE.score(sample, 0, f" {code}, and") == {"score": 1.0}
+    assert len({sample.turns[0].answer_prefix for sample in samples}) > 10
+
+
+def test_without_a_chat_template_a_code_is_what_is_hidden() -> None:
+    request = make_request(tokenizer=byte_tokenizer(chat_template=None), haystack=NUMBERS, lengths=[300])
+    assert {(s.task, s.chat) for s in SUITE.samples(request) if isinstance(s, Sample)} == {("code", False)}
 
 
 def test_samples_are_the_same_again_and_other_with_another_seed(smollm2: LoadedModel) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eval_inputs import byte_tokenizer, make_request
 from rocketkv.errors import InputError
 from rocketkv.eval.dialogue import encode
 from rocketkv.eval.haystack import default_text
@@ -254,3 +255,15 @@ def test_requests_that_make_no_sense_are_refused(smollm2: LoadedModel, tmp_path:
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(InputError, match=r"torn\.json cannot be read"):
         ask(smollm2, data=tmp_path)
+
+
+def test_a_base_model_completes_the_answer_on_a_new_line() -> None:
+    tokenizer = byte_tokenizer(chat_template=None)
+    request = make_request(
+        tokenizer=tokenizer, tasks=["niah_single_1"], lengths=[2048], num_samples=1, haystack=default_text()
+    )
+    (sample,) = SUITE.samples(request)
+    assert isinstance(sample, Sample)
+    assert not sample.chat
+    (piece,) = encode(tokenizer, sample, "multi_turn").pieces
+    assert "mentioned in the provided text?\nThe special magic number for" in tokenizer.decode(piece)

@@ -495,3 +495,9 @@ def test_every_suite_is_found_by_its_name(name: str) -> None:
     assert suite.name == name
     assert len(suite.tasks) == len(set(suite.tasks))
     assert suite.tasks or name == "rows"  # whose tasks are those of the rows
+
+
+def test_a_model_without_a_chat_template_is_asked_only_for_completions(loaded: LoadedModel, tmp_path: Path) -> None:
+    base = LoadedModel(loaded.model, make_tokenizer(None))
+    with pytest.raises(InputError, match="no chat template, which small needs for times; a base model takes niah"):
+        run_small(base, tmp_path / "out")

@@ -6,7 +6,8 @@ import torch
 from transformers import T5Config
 
 from rocketkv import InputError, UnsupportedError
-from rocketkv.models import LoadedModel, embedded_path, load
+from rocketkv.embedded import embedded_path
+from rocketkv.models import LoadedModel, load
 from rocketkv.weights import quantized_as
 from tiny import save_tiny
 
@@ -62,10 +63,8 @@ def test_quantized_weights_are_those_of_a_bfloat16_model(tmp_path: Path) -> None
 
 
 def test_a_broken_tokenizer_is_refused(tmp_path: Path, smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = embedded_path()
-    assert path is not None
     copy = tmp_path / "copy.gguf"
-    shutil.copy(path, copy)
+    shutil.copy(embedded_path("smollm2"), copy)
     kind = type(smollm2.tokenizer)
     decode = kind.decode
     monkeypatch.setattr(kind, "decode", lambda self, *a, **o: decode(self, *a, **o).replace(" ", "#"))

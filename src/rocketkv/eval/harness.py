@@ -35,7 +35,7 @@ class RocketKVLM(HFLM):
     all of its text is decoded.
 
     Args:
-        pretrained: as `--model` of the command line: a hub id, a folder, a GGUF file or `smollm2`.
+        pretrained: as `--model` of the command line: a hub id, a folder, a GGUF file, `smollm2` or `gemma3-270m`.
         method: as `--methods` of `rocketkv eval run` takes one.
         token_budget: see `RocketKVConfig`.
         dtype: as `--dtype`.

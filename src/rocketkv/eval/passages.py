@@ -21,7 +21,8 @@ class Passage:
 
     Attributes:
         case: what records call it.
-        token_ids: `case.length` to prefill, then those to decode, and one more to predict.
+        token_ids: `case.length` to prefill, then those to decode, and one more to predict. The first one begins a
+            text, where the tokenizer begins texts with one.
     """
 
     case: Case
@@ -36,6 +37,7 @@ def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
     Raises:
         InputError: there is no text, or one is too short, or a length too long for the model.
     """
+    begin = request.tokenizer("").input_ids[:1]  # a tokenizer that also ends texts begins them too
     for name, text in _texts(request).items():
         token_ids = request.tokenizer(text, add_special_tokens=False).input_ids
         for length in request.lengths or LENGTHS:
@@ -44,13 +46,14 @@ def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
                     f"length={length} and {STEPS} tokens to decode do not fit in the model's {context_length} tokens; "
                     "give shorter lengths."
                 )
-            spare = len(token_ids) - length - STEPS - 1
+            taken = length + STEPS + 1 - len(begin)
+            spare = len(token_ids) - taken
             if spare < 0:
                 raise InputError(f"{name} has {len(token_ids)} tokens, {-spare} too few for length={length}.")
             for number in range(request.num_samples or 1):
                 start = random.Random(f"{request.seed} {name} {length} {number}").randint(0, spare)
                 case = Case(name, f"{name}-{length}-{number}", length)
-                yield Passage(case, token_ids[start : start + length + STEPS + 1])
+                yield Passage(case, begin + token_ids[start : start + taken])
 
 
 def _texts(request: Request) -> dict[str, str]:

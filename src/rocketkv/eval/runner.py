@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rocketkv.errors import RocketKVError
+from rocketkv.errors import InputError, RocketKVError
 from rocketkv.eval.dialogue import Dialogue, fit
 from rocketkv.eval.generation import Generated, SharedPrefill, stop_ids
 from rocketkv.eval.methods import FULL, Arm
@@ -15,6 +15,10 @@ from rocketkv.eval.suites.base import Request, Suite
 from rocketkv.hf import enable
 from rocketkv.models import LoadedModel
 
+BASE_SUITES = (  # what a model without a chat template can be asked
+    "niah (tasks code, passkey), ruler, scbench, longbench (trec, triviaqa, samsum, lsht, lcc, repobench-p), fidelity, "
+    "and rows with chat=false"
+)
 OnProgress = Callable[[int, int], None]  # samples done, of how many
 
 
@@ -43,10 +47,17 @@ def run(loaded: LoadedModel, plan: Plan, journal: Journal, on_progress: OnProgre
     A sample that cannot be evaluated is a fault; the others are evaluated without it.
 
     Raises:
-        InputError: the request makes no sense to the suite, or a sample is another than it was in an earlier run.
+        InputError: the request makes no sense to the suite, the model has no chat template and a sample needs one, or a
+            sample is another than it was in an earlier run.
     """
-    enable(loaded.model)
     found = list(plan.suite.samples(plan.request))[plan.shard.index - 1 :: plan.shard.count]
+    chats = sorted({sample.task for sample in found if isinstance(sample, Sample) and sample.chat})
+    if chats and loaded.tokenizer.chat_template is None:
+        raise InputError(
+            f"the model has no chat template, which {plan.suite.name} needs for {', '.join(chats)}; "
+            f"a base model takes {BASE_SUITES}."
+        )
+    enable(loaded.model)
     seen: set[Case] = set()
     for number, sample in enumerate(found):
         on_progress(number, len(found))

@@ -3,6 +3,8 @@
 `passkey` is the form published with RocketKV: lengths in words, no chat template (the texts are those of the passkey
 task of Mohtashami and Jaggi, arXiv:2305.16300). `passkey_tokens` is ours: lengths in tokens, chat form, and the first
 words of the answer given, so that small models can do it. `passkey_turns` hides four such numbers, asked for in turn.
+`code` is for base models too: a sentence with a code of five digits is hidden, and the prompt ends with the beginning
+of that sentence, up to the code.
 """
 
 import random
@@ -38,15 +40,26 @@ QUESTION = "What is the special magic number for {name} mentioned in the provide
 PREFIX = "The special magic number for {name} mentioned in the provided text is"
 TURNS = 4
 
+CODES = (  # sentences in several wordings; the prompt ends with what stands before the code
+    "The code that opens the {name} door is {code}, and no other will do.",
+    "In the ledger of the {name} house the missing letter has the number {code}.",
+    "She had been told that the key of the {name} cabinet was marked {code}, and she never forgot it.",
+    "The traveller who took the {name} coach was given the ticket {code} and a seat by the window.",
+    "At the bank of Bath the {name} account is kept under the number {code}.",
+    "Whoever writes to the {name} office must put on the cover {code} before the name of the clerk.",
+)
+
 
 class Niah:
     """The suite; see `Suite`."""
 
     name = "niah"
-    tasks = ("passkey", "passkey_tokens", "passkey_turns")
+    tasks = ("passkey", "passkey_tokens", "passkey_turns", "code")
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """At each length, every depth `num_samples` (3) times; without tasks `passkey_tokens`, for parity `passkey`.
+        """At each length, every depth `num_samples` (3) times.
+
+        Without tasks `passkey_tokens`, for parity `passkey`, else for a model without a chat template `code`.
 
         Raises:
             InputError: an unknown task, an empty haystack or, while iterating, a length with no room for any of it.
@@ -54,7 +67,8 @@ class Niah:
         for task in request.tasks:
             if task not in self.tasks:
                 raise InputError(f"niah has no task {task!r}; choose from {', '.join(self.tasks)}.")
-        names = request.tasks or ["passkey" if request.parity else "passkey_tokens"]
+        ours = "passkey_tokens" if request.tokenizer.chat_template is not None else "code"
+        names = request.tasks or ["passkey" if request.parity else ours]
         return self._make(names, request, split_words(request.haystack))
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
@@ -118,6 +132,22 @@ def _passkey_turns(
     return fill(make, request.tokenizer, smallest=1, largest=length, length=length)
 
 
+def _code(
+    id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
+) -> Sample:
+    """A sentence to complete, in one of several wordings; the prose starts anywhere in the text."""
+    sentence = generator.choice(CODES).replace("{name}", generator.choice(NAMES))
+    code = str(generator.randrange(10_000, 100_000))
+    start = generator.randrange(len(words))
+    turn = Turn("\n\n", (code,), max_new_tokens=10, answer_prefix=sentence.partition(" {code}")[0])
+
+    def make(size: int) -> Sample:
+        context = plant(take_words(words, start, size), sentence.format(code=code), depth)
+        return Sample(id, Niah.name, "code", context, (turn,), chat=False, length=length, depth=depth)
+
+    return fill(make, request.tokenizer, smallest=1, largest=length, length=length)
+
+
 def _number(generator: random.Random) -> str:
     return str(generator.randrange(1_000_000, 10_000_000))
 
@@ -130,6 +160,7 @@ MAKERS = {  # and the lengths where none are asked for
     "passkey": (_passkey, WORD_LENGTHS),
     "passkey_tokens": (_passkey_tokens, TOKEN_LENGTHS),
     "passkey_turns": (_passkey_turns, TOKEN_LENGTHS),
+    "code": (_code, TOKEN_LENGTHS),
 }
 
 

@@ -2,7 +2,8 @@
 
 For parity the prose starts where the haystack does, questions come in the order of their file, 50 samples are made (as
 for RocketKV) and the answer's first words keep their outer spaces; else the prose starts anywhere, questions are
-shuffled and there are 500 samples.
+shuffled and there are 500 samples. A model without a chat template gets the question and, on a new line, the answer's
+first words, as a text to complete.
 """
 
 import random
@@ -95,9 +96,11 @@ def _sample(name: str, index: int, request: Request, material: Material) -> Samp
     def make(size: int) -> Sample:
         draft = task.draw(random.Random(request.seed + index), size, material)
         prefix = draft.answer_prefix if request.parity else draft.answer_prefix.strip()
-        turn = Turn(draft.question, draft.answers, new_tokens, prefix)
+        is_chat = request.tokenizer.chat_template is not None
+        question = draft.question if is_chat or request.parity else f"{draft.question}\n"
+        turn = Turn(question, draft.answers, new_tokens, prefix)
         id, length = f"{material.length}-{index}", material.length
-        return Sample(id, Ruler.name, name, draft.context, (turn,), chat=True, length=length, depth=draft.depth)
+        return Sample(id, Ruler.name, name, draft.context, (turn,), is_chat, length=length, depth=draft.depth)
 
     largest = len(all_words()) if isinstance(task, CommonWords) else material.length
     return fill(make, request.tokenizer, task.smallest, largest, material.length)
