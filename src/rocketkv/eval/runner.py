@@ -47,6 +47,7 @@ def run(loaded: LoadedModel, plan: Plan, journal: Journal, on_progress: OnProgre
     """
     enable(loaded.model)
     found = list(plan.suite.samples(plan.request))[plan.shard.index - 1 :: plan.shard.count]
+    journal.begin()
     seen: set[Case] = set()
     for number, sample in enumerate(found):
         on_progress(number, len(found))
