@@ -89,6 +89,33 @@ def test_budget_explains_the_split(run: Any) -> None:
     assert "did you mean hybrid?" in run(*sizes, "--selection", "hybird", "--kv-dtype", "int8").stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "message", "way_out"),
+    [
+        ("budget --seq-len 5000 -t 10", "raise token_budget or lower window_size", "--token-budget 32"),
+        ("budget --seq-len 5000 -t 10", "raise token_budget or lower window_size", "--window-size 10"),
+        ("budget --seq-len 500 --selection exact --kv-dtype int8", "set kv_dtype='auto'", "--kv-dtype auto"),
+        ("budget --seq-len 500 --new-tokens -1", "give 0 or more", "--new-tokens 0"),
+        ("info -g smollm2-135m --selection exact --kv-dtype int8", "set kv_dtype='auto'", "--kv-dtype auto"),
+    ],
+)
+def test_the_way_out_of_a_refusal_is_one_that_the_command_takes(
+    run: Any, command: str, message: str, way_out: str
+) -> None:
+    refused = run(*command.split())
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert run(*command.split(), *way_out.split()).exit_code == 0
+
+
+def test_bench_does_not_advise_an_option_that_it_has_not(run: Any) -> None:
+    for command in ("attention", "decode", "prefill", "memory"):
+        refused = run("bench", command, "-t", "512,10")
+        assert refused.exit_code == 2
+        assert "token_budget=10 is smaller than window_size=32" in refused.stderr
+        assert refused.stderr.endswith("give a larger --token-budget.\n")
+
+
 def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
     facts = json.loads(run("info", "--json").stdout)
     assert {"rocketkv", "python", "torch", "transformers", "cpu", "threads", "kernels", "model cache"} <= set(facts)

@@ -12,7 +12,7 @@ from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, Dtype, KvDtype, Model, TokenBudget, Weights
+from rocketkv.commands.options import AsJson, Dtype, KvDtype, Model, TokenBudget, Weights, WindowSize
 from rocketkv.commands.terminal import load_model, out, passing_bar, print_error, read_text
 from rocketkv.errors import InputError
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
     from rocketkv.session import Answer, Session
 
-WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Fast = Annotated[
     bool, typer.Option("--fast", help="Compile the decode step: its first token takes a minute, seconds in later runs.")

@@ -272,22 +272,25 @@ def parse(content: str | bytes) -> Any:
     return value
 
 
+_TOO_LARGE = 2**63
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOO_LARGE
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE  # nor NaN
 
 
 def _is_figure(value: object, depth: int) -> bool:
     """A number, which may be NaN or infinite; with a depth a list, of lists of equal lengths if that is 2."""
     if depth == 0:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return _is_number(value) or (isinstance(value, float) and not abs(value) < math.inf)
     if not isinstance(value, list) or not all(_is_figure(each, depth - 1) for each in value):
         return False
     return depth == 1 or len({len(each) for each in value}) <= 1
