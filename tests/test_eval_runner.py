@@ -367,7 +367,10 @@ def test_files_of_others_are_left_alone(
         run_small(loaded, tmp_path)
     assert (tmp_path / name).read_bytes() == content_bytes
     if name == "run.json":  # an empty list of settings finds nothing that differs
-        with pytest.raises(InputError, match=message), Journal(tmp_path, {}, Shard(), facts={}, command="run") as journal:
+        with (
+            pytest.raises(InputError, match=message),
+            Journal(tmp_path, {}, Shard(), facts={}, command="run") as journal,
+        ):
             journal.begin()
 
 

@@ -11,7 +11,8 @@ from rocketkv.commands.budget import budget
 from rocketkv.commands.info import info
 from rocketkv.commands.options import spread
 from rocketkv.commands.talk import chat, generate
-from rocketkv.commands.terminal import report_errors
+from rocketkv.commands.terminal import explain, print_error, report_errors
+from rocketkv.errors import InputError
 
 app = typer.Typer(
     help="RocketKV: long-context decoding at a fraction of the KV cache.",
@@ -38,4 +39,17 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    app()
+    if sys.stdout is None:
+        print_error(InputError("standard output is closed; leave it open, or send it to a file or to /dev/null."))
+        sys.exit(2)
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # now, where an error can still be told
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python flushes when it ends
+        if isinstance(error, BrokenPipeError):  # who reads has read enough
+            sys.exit(1)
+        print_error(explain(error))
+        sys.exit(2)

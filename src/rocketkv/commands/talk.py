@@ -13,7 +13,7 @@ from rich.progress import TextColumn
 from rich.table import Table
 
 from rocketkv.commands.options import AsJson, Dtype, KvDtype, Model, TokenBudget, Weights, WindowSize
-from rocketkv.commands.terminal import load_model, out, passing_bar, print_error, read_text
+from rocketkv.commands.terminal import STANDARD_INPUT, load_model, out, passing_bar, print_error, read_line, read_text
 from rocketkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class Setup:
 
 
 def generate(
-    prompt_file: Annotated[Path, typer.Option("--prompt-file", "-f", help="The long text, UTF-8.")],
+    prompt_file: Annotated[
+        Path, typer.Option("--prompt-file", "-f", help="The long text, UTF-8; - for standard input.")
+    ],
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
     setup: Setup = Setup(),
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
@@ -78,6 +80,8 @@ def chat(
     setup: Setup = Setup(),
 ) -> None:
     """Talk about a document over several turns (multi-turn cache). /stats, /reset and /quit do what they say."""
+    if file == STANDARD_INPUT:
+        raise InputError("chat reads your questions from standard input, so --file - is taken; give a file instead.")
     config = setup.config("multi_turn")
     text = read_text(file)
     loaded = load_model(setup.model, setup.dtype, setup.weights, fast=setup.fast)
@@ -87,11 +91,8 @@ def chat(
     answer: Answer | None = None
     out.print(f"Ask about {file.name}. /stats, /reset, /quit.", style="dim")
     while True:
-        try:
-            message = out.input("[bold]> [/]").strip()
-        except EOFError:
-            break
-        if message == "/quit":
+        message = read_line("[bold]> [/]")
+        if message in (None, "/quit"):
             break
         if message == "/reset":
             session.reset()
