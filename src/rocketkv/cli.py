@@ -3,6 +3,8 @@
 import io
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -15,11 +17,28 @@ from rocketkv.commands.terminal import explain, print_error, report_errors
 from rocketkv.errors import InputError
 
 app = typer.Typer(
-    help="RocketKV: long-context decoding at a fraction of the KV cache.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rocketkv {version('rocketkv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """RocketKV: long-context decoding at a fraction of the KV cache."""
+
+
 eval_app = typer.Typer(help="Measure accuracy.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)

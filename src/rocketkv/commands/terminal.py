@@ -1,10 +1,13 @@
 """What commands share in how they read and print: consoles, bars, errors, texts and models."""
 
 import errno
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, TextIO
 
 import typer
@@ -122,6 +125,23 @@ def _standard_input() -> TextIO:
     if sys.stdin is None:
         raise InputError("standard input is closed, from which the command was to read; leave it open or give a file.")
     return sys.stdin
+
+
+@contextmanager
+def deferring_interrupts() -> Iterator[Callable[[], bool]]:
+    """While it lasts, the first Ctrl-C is but noted, in the function it gives; a second one interrupts at once."""
+    noted = Event()
+
+    def note(*_: object) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def quieten() -> None:
