@@ -25,7 +25,7 @@ from tiny import CONFIGS, save_tiny
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("COLUMNS", "80")
 
-    def invoke(*arguments: str, stdin: str | None = None) -> Result:
+    def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
         return CliRunner().invoke(app, arguments, input=stdin)
 
     return invoke
@@ -87,6 +87,33 @@ def test_budget_explains_the_split(run: Any) -> None:
     assert dense["top_k"] == dense["prompt_tokens"]
     assert "all" in run(*sizes, "--selection", "dense").stdout
     assert "did you mean hybrid?" in run(*sizes, "--selection", "hybird", "--kv-dtype", "int8").stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "way_out"),
+    [
+        ("budget --seq-len 5000 -t 10", "raise token_budget or lower window_size", "--token-budget 32"),
+        ("budget --seq-len 5000 -t 10", "raise token_budget or lower window_size", "--window-size 10"),
+        ("budget --seq-len 500 --selection exact --kv-dtype int8", "set kv_dtype='auto'", "--kv-dtype auto"),
+        ("budget --seq-len 500 --new-tokens -1", "give 0 or more", "--new-tokens 0"),
+        ("info -g smollm2-135m --selection exact --kv-dtype int8", "set kv_dtype='auto'", "--kv-dtype auto"),
+    ],
+)
+def test_the_way_out_of_a_refusal_is_one_that_the_command_takes(
+    run: Any, command: str, message: str, way_out: str
+) -> None:
+    refused = run(*command.split())
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert run(*command.split(), *way_out.split()).exit_code == 0
+
+
+def test_bench_does_not_advise_an_option_that_it_has_not(run: Any) -> None:
+    for command in ("attention", "decode", "prefill", "memory"):
+        refused = run("bench", command, "-t", "512,10")
+        assert refused.exit_code == 2
+        assert "token_budget=10 is smaller than window_size=32" in refused.stderr
+        assert refused.stderr.endswith("give a larger --token-budget.\n")
 
 
 def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
@@ -292,3 +319,46 @@ def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def in_a_shell(redirected: str) -> tuple[int, str]:
+    """Exit code of `rocketkv` with these arguments and redirections, and all that it wrote to standard error."""
+    command = f"{sys.executable} -m rocketkv {redirected}; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    return result.returncode, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "message"),
+    [
+        ("--help > /dev/full", 2, "standard output cannot be written (No space left on device)"),
+        ("budget --seq-len 5000 > /dev/full", 2, "standard output cannot be written (No space left on device)"),
+        ("budget --seq-len 5000 --json > /dev/full", 2, "standard output cannot be written (No space left on device)"),
+        ("budget --seq-len 5000 >&-", 2, "standard output is closed"),
+        ("generate -f - -q What? <&-", 2, "standard input is closed"),
+    ],
+)
+def test_a_stream_that_cannot_be_used_is_one_sentence(redirected: str, code: int, message: str) -> None:
+    found, said = in_a_shell(redirected)
+    assert found == code, said
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\x00", "- is not UTF-8 text"), (b" \n", "- is empty; give a file with text.")]
+)
+def test_standard_input_that_is_no_text_is_one_sentence(run: Any, content: bytes, message: str) -> None:
+    result = run("generate", "-f", "-", "-q", "What?", stdin=content)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("command", ["budget --seq-len 5000", "budget --seq-len 5000 --json", "eval run --help"])
+def test_who_has_read_enough_may_go(command: str) -> None:
+    assert in_a_shell(f"{command} | true") == (1, "")
+
+
+def test_standard_error_that_cannot_be_written_changes_no_exit_code_to_success() -> None:
+    assert in_a_shell("budget --seq-len 10 -t 1 2> /dev/full")[0] != 0
+    assert in_a_shell("budget --seq-len 10 -t 1 2>&-")[0] != 0

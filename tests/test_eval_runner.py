@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from rocketkv.eval.records import Case, Journal, Shard
 from rocketkv.eval.rows import Fault, Sample, Turn
 from rocketkv.eval.runner import Plan, run
 from rocketkv.eval.suites import SUITES, find_suite
-from rocketkv.eval.suites.base import Request
+from rocketkv.eval.suites.base import Request, Suite
 from rocketkv.models import LoadedModel
 from tiny import save_tiny, tiny_model
 
@@ -334,6 +335,7 @@ def test_a_torn_end_is_dropped_and_answered_anew(loaded: LoadedModel, tmp_path: 
     path = tmp_path / "records.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     with Journal(tmp_path, {"model": "tiny", "seed": 0}, Shard(), facts={}, command="run") as journal:
+        journal.begin()
         left = journal.records
     assert len(whole) - 4 <= len(left) < len(whole)
     assert len(left) % 2 == 0  # no answer with one of its turns
@@ -349,15 +351,82 @@ def test_a_torn_end_is_dropped_and_answered_anew(loaded: LoadedModel, tmp_path: 
         ("records.jsonl", "3\n", r"records\.jsonl, line 1 is no record"),
         ("run.json", "{}", r"run\.json does not describe a run"),
         ("run.json", "oops", r"run\.json does not describe a run"),
+        ("run.json", "[]", r"run\.json does not describe a run"),
+        ("run.json", '{"model": "tiny", "seed": 0}', r"run\.json does not describe a run"),
+        ("run.json", '{"model": "tiny", "seed": 0, "commands": 3}', r"run\.json does not describe a run"),
+        ("run.json", "[" * 100_000, r"run\.json does not describe a run"),
+        ("run.json", "\udcff", r"run\.json does not describe a run"),
     ],
 )
 def test_files_of_others_are_left_alone(
     loaded: LoadedModel, tmp_path: Path, name: str, content: str, message: str
 ) -> None:
-    (tmp_path / name).write_text(content)
+    content_bytes = content.encode(errors="surrogateescape")
+    (tmp_path / name).write_bytes(content_bytes)
     with pytest.raises(InputError, match=message):
         run_small(loaded, tmp_path)
-    assert (tmp_path / name).read_text() == content
+    assert (tmp_path / name).read_bytes() == content_bytes
+    if name == "run.json":  # an empty list of settings finds nothing that differs
+        with (
+            pytest.raises(InputError, match=message),
+            Journal(tmp_path, {}, Shard(), facts={}, command="run") as journal,
+        ):
+            journal.begin()
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "records-1-of-2.jsonl", "faults.jsonl", "run.json"])
+def test_a_folder_where_a_file_should_be_is_named(loaded: LoadedModel, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"cannot be used|cannot be read|cannot be written|does not describe a run"):
+        run_small(loaded, tmp_path)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Any]:
+    """A function that lets no file grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def allow(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield allow
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+def test_a_full_disk_is_one_sentence_and_loses_no_whole_answer(
+    loaded: LoadedModel, tmp_path: Path, full_disk: Any, size: int
+) -> None:
+    whole, _ = run_small(loaded, tmp_path / "whole")
+    full_disk(size)
+    with pytest.raises(InputError, match=r"cannot be written \(File too large\); see to it, then run the same again"):
+        run_small(loaded, tmp_path / "torn")
+    full_disk(resource.RLIM_INFINITY)
+    records, _ = run_small(loaded, tmp_path / "torn")
+    assert by_key(records) == by_key(whole)
+
+
+def test_a_refused_run_leaves_nothing_that_refuses_the_next(loaded: LoadedModel, tmp_path: Path) -> None:
+    class Refusing(Small):
+        def samples(self, request: Request) -> Iterator[Sample | Fault]:
+            raise InputError("there are no such tasks")
+
+    def plan(suite: Suite) -> Plan:
+        return Plan(suite, request_for(loaded), make_arms(["full"], [64]), None, Shard())
+
+    def journal(suite: str) -> Journal:
+        return Journal(tmp_path, {"suite": suite}, Shard(), facts={}, command=suite)
+
+    with pytest.raises(InputError, match="no such tasks"), journal("refusing") as refused:
+        run(loaded, plan(Refusing()), refused, lambda done, total: None)
+    assert not (tmp_path / "run.json").exists()
+    with journal("small") as accepted:
+        run(loaded, plan(Small()), accepted, lambda done, total: None)
+        accepted.note_fault(Fault("a row", "is odd"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="no such tasks"), journal("small") as refused:
+        run(loaded, plan(Refusing()), refused, lambda done, total: None)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_that_cannot_be_used_is_named(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -478,6 +547,7 @@ def test_options_that_make_no_sense_are_refused(
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "records.jsonl").exists() or (tmp_path / "records.jsonl").read_text() == ""
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_faults_make_the_command_fail(model_folder: Path, tmp_path: Path) -> None:

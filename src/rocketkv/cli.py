@@ -3,6 +3,8 @@
 import io
 import os
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -12,14 +14,32 @@ from rocketkv.commands.info import info
 from rocketkv.commands.options import spread
 from rocketkv.commands.recommend import recommend
 from rocketkv.commands.talk import chat, generate
-from rocketkv.commands.terminal import report_errors
+from rocketkv.commands.terminal import explain, print_error, report_errors
+from rocketkv.errors import InputError
 
 app = typer.Typer(
-    help="RocketKV: long-context decoding at a fraction of the KV cache.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rocketkv {version('rocketkv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """RocketKV: long-context decoding at a fraction of the KV cache."""
+
+
 eval_app = typer.Typer(help="Measure accuracy.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
@@ -39,4 +59,17 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    app()
+    if sys.stdout is None:
+        print_error(InputError("standard output is closed; leave it open, or send it to a file or to /dev/null."))
+        sys.exit(2)
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # now, where an error can still be told
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python flushes when it ends
+        if isinstance(error, BrokenPipeError):  # who reads has read enough
+            sys.exit(1)
+        print_error(explain(error))
+        sys.exit(2)

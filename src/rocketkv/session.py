@@ -1,23 +1,26 @@
 """A conversation with a model over one cache: turns, streaming and timing. What the command line and `eval` share."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import DynamicCache, PreTrainedModel, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError
 from rocketkv.hf import RocketKVCache, cache_stats, enable
 from rocketkv.models import LoadedModel
 from rocketkv.stats import CacheStats
+from rocketkv.text import PlainText
 from rocketkv.versions import pass_cache
 
 OnText = Callable[[str], None]
 OnLayer = Callable[[int, int], None]
+Stopped = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,33 @@ class Session:
         loaded: model and tokenizer; the model is enabled.
         config: how to compress; None uses transformers' own full cache.
         max_new_tokens: tokens generated in a turn at most.
+        system: the system prompt; None: what the chat template has, if it has one.
+        sampling: options of transformers' `generate` that say how tokens are chosen; None: greedily.
+        seed: of what is drawn, the same at every answer with as many before it; None: torch's own state.
+
+    Raises:
+        InputError: there is a system prompt, but no chat template to put it into.
     """
 
-    def __init__(self, loaded: LoadedModel, config: RocketKVConfig | None, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: RocketKVConfig | None,
+        max_new_tokens: int,
+        *,
+        system: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if system is not None and loaded.tokenizer.chat_template is None:
+            raise InputError("this model has no chat template and so no system prompt; put it into the text instead.")
         self.loaded = loaded
         self.config = config
         self.max_new_tokens = max_new_tokens
+        self.system = system
+        self.sampling = {"do_sample": False, **(sampling or {})}
+        self.seed = seed
+        self._plain = PlainText(loaded.tokenizer)
         enable(loaded.model)
         self.reset()
 
@@ -68,17 +92,25 @@ class Session:
         self._rendered = ""  # the text of the same, the last answer left out
         self._end_of_turn = ""  # the special token that ended the last answer, if one did
 
-    def send(self, text: str, *, on_text: OnText | None = None, on_layer: OnLayer | None = None) -> Answer:
-        """Ask and answer, greedily.
+    def send(
+        self,
+        text: str,
+        *,
+        on_text: OnText | None = None,
+        on_layer: OnLayer | None = None,
+        stopped: Stopped | None = None,
+    ) -> Answer:
+        """Ask and answer.
 
         Args:
-            text: the user's message.
+            text: the user's message; special tokens that are written out in it are text.
             on_text: called with each finished piece of the answer.
             on_layer: called with the layers prefilled so far and their number.
+            stopped: called after each token; where it returns True, the answer ends there.
 
         Returns:
-            The answer; the conversation has grown by the message and by it. Anything that breaks off a generation,
-            an interruption or an error of `on_text` too, resets the conversation.
+            The answer; the conversation has grown by the message and by it, also where it was stopped: the cache has
+            seen the answer so far. Any exception during a generation, one of `on_text` too, resets the conversation.
 
         Raises:
             InputError: the conversation does not fit in the model's context or chat template; it stays as it was.
@@ -92,27 +124,34 @@ class Session:
                 "the model was made for; give a shorter text or another model."
             )
         try:
-            return self._generate(messages, rendered, new_ids, on_text, on_layer)
+            return self._generate(messages, rendered, new_ids, on_text, on_layer, stopped)
         except BaseException:  # the cache has seen more than the conversation says
             self.reset()
             raise
 
     def _encode(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         """Render the conversation and encode what the cache has not seen of it."""
-        tokenizer = self.loaded.tokenizer
+        tokenizer, hide = self.loaded.tokenizer, self._plain.hide
         has_template = tokenizer.chat_template is not None
+        messages = [{**message, "content": hide(message["content"])} for message in messages]
         if has_template:
+            if self.system is not None:
+                messages.insert(0, {"role": "system", "content": hide(self.system)})
             try:
                 rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             except TemplateError as error:
                 raise InputError(f"the model's chat template refuses this conversation ({error}).") from None
+            if self.system is not None and hide(self.system.strip()) not in rendered:
+                raise InputError(
+                    "the model's chat template leaves the system prompt out; put it into the text instead."
+                )
         else:  # a base model continues a text
             rendered = "".join(
                 f"{m['content']}\n\nAnswer:" if m["role"] == "user" else f" {m['content']}\n\n" for m in messages
             )
         if not self.messages:
-            return rendered, tokenizer(rendered, add_special_tokens=not has_template).input_ids
-        answer = self.messages[-1]["content"]
+            return rendered, self._plain.encode(rendered, add_special_tokens=not has_template)
+        answer = hide(self.messages[-1]["content"])
         start = rendered.find(answer, len(self._rendered))
         if not rendered.startswith(self._rendered) or start < 0:
             raise InputError(
@@ -120,7 +159,7 @@ class Session:
                 "reset the conversation before each question."
             )
         rest = rendered[start + len(answer) :].removeprefix(self._end_of_turn)
-        return rendered, tokenizer(rest, add_special_tokens=False).input_ids
+        return rendered, self._plain.encode(rest)
 
     def _generate(
         self,
@@ -129,11 +168,14 @@ class Session:
         new_ids: list[int],
         on_text: OnText | None,
         on_layer: OnLayer | None,
+        stopped: Stopped | None,
     ) -> Answer:
         model, tokenizer = self.loaded
         token_ids = self._token_ids + new_ids
         input_ids = torch.tensor([token_ids], device=model.device)
         streamer = _TimedStreamer(tokenizer, on_text)
+        if self.seed is not None:
+            torch.manual_seed(self.seed + len(self.messages))
         start = time.perf_counter()
         with torch.inference_mode(), prefill_progress(model, on_layer):
             output = model.generate(
@@ -141,7 +183,8 @@ class Session:
                 attention_mask=torch.ones_like(input_ids),
                 **pass_cache(self.cache),
                 max_new_tokens=min(self.max_new_tokens, self.loaded.context_length - len(token_ids)),
-                do_sample=False,
+                stopping_criteria=StoppingCriteriaList([_Stop(stopped)] if stopped is not None else []),
+                **self.sampling,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 streamer=streamer,
             )[0].tolist()
@@ -179,6 +222,16 @@ class _TimedStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self.on_text is not None:
             self.on_text(text)
+
+
+class _Stop(StoppingCriteria):
+    """Ends every row where a function returns True: between two passes, so that none breaks off half way."""
+
+    def __init__(self, stopped: Stopped) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stopped(), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

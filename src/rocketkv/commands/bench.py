@@ -65,8 +65,11 @@ class Sweep:
         budgets = numbers("token-budget", self.token_budget)
         from rocketkv.config import RocketKVConfig
 
-        for token_budget in budgets:
-            RocketKVConfig(token_budget=token_budget)
+        if min(budgets) < RocketKVConfig.window_size:
+            raise InputError(
+                f"token_budget={min(budgets)} is smaller than window_size={RocketKVConfig.window_size}, which every "
+                "benchmark has; give a larger --token-budget."
+            )
         return lengths, batches, budgets
 
     def report(self, benchmark: str, rows: list[dict[str, object]], **more: Any) -> None:

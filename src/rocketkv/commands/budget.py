@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from rocketkv.commands.options import AsJson, KvDtype, Selection, TokenBudget
+from rocketkv.commands.options import AsJson, KvDtype, Selection, TokenBudget, WindowSize
 from rocketkv.commands.terminal import out
 
 
@@ -15,6 +15,7 @@ def budget(
     token_budget: TokenBudget = 256,
     head_dim: Annotated[int, typer.Option(min=1, help="Channels of a key.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens expected to be generated; 0: unknown.")] = 0,
+    window_size: WindowSize = 32,
     selection: Selection = None,
     kv_dtype: KvDtype = "auto",
     as_json: AsJson = False,
@@ -27,7 +28,7 @@ def budget(
     from rocketkv.plan import plan_budget
 
     options: dict[str, Any] = {"selection": selection or DEFAULT_SELECTION, "kv_dtype": kv_dtype}
-    config = RocketKVConfig(token_budget=token_budget, new_tokens=new_tokens, **options)
+    config = RocketKVConfig(token_budget=token_budget, window_size=window_size, new_tokens=new_tokens, **options)
     split = plan_budget(config, seq_len, head_dim)
     split = split._replace(top_k=min(split.top_k, split.prompt_tokens + new_tokens))
     if as_json:

@@ -12,6 +12,7 @@ from rocketkv.errors import InputError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, GGUF file, smollm2 or gemma3-270m.")]
 TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="Tokens' worth of KV traffic per decode step.")]
+WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Weights = Annotated[
     str | None, typer.Option(help="int8 or int4: hold the weights so; the rest is bfloat16. Default: as --dtype says.")

@@ -1,10 +1,14 @@
 """What commands share in how they read and print: consoles, bars, errors, texts and models."""
 
+import errno
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Event
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
@@ -29,6 +33,11 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         except RocketKVError as error:
             print_error(error)
             raise typer.Exit(2) from None
+        except BrokenPipeError:  # who reads has read enough, as `head` does
+            raise typer.Exit(1) from None
+        except OSError as error:  # files of ours raise a RocketKVError: what is left is mostly a stream
+            print_error(explain(error))
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print("interrupted")
             raise typer.Exit(130) from None
@@ -39,6 +48,13 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 def print_error(error: RocketKVError) -> None:
     """One sentence on standard error."""
     err.print("error:", str(error), style="red", markup=False, soft_wrap=True)
+
+
+def explain(error: OSError) -> InputError:
+    """What an error of the operating system means to who called the command."""
+    if error.filename is None:
+        return InputError(f"standard output cannot be written ({error.strerror or error}); send it somewhere else.")
+    return InputError(f"{error.filename} cannot be used ({error.strerror}); see that it can be read and written.")
 
 
 def passing_bar(*columns: ProgressColumn) -> Progress:
@@ -60,16 +76,19 @@ def lasting_bar() -> Progress:
     return Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err)
 
 
+STANDARD_INPUT = Path("-")
+
+
 def read_text(path: Path) -> str:
-    """The text of a file, or of standard input where the path is `-`.
+    """The text of a file, or of standard input if the path is `-`.
 
     Raises:
         InputError: there is none.
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        content = typer.get_binary_stream("stdin").read() if str(path) == "-" else path.read_bytes()
-        text = content.decode().strip().replace("\r\n", "\n")
+        content = _standard_input().buffer.read() if path == STANDARD_INPUT else path.read_bytes()
+        text = content.decode("utf-8").strip().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first."
@@ -79,6 +98,48 @@ def read_text(path: Path) -> str:
     if not text:
         raise InputError(f"{name} is empty; give a file with text.")
     return text
+
+
+def read_line(prompt: str) -> str | None:
+    """The next line of standard input, stripped; None at its end.
+
+    Raises:
+        InputError: it is closed or cannot be read.
+    """
+    _standard_input()
+    try:
+        return out.input(prompt).strip()
+    except EOFError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.ENOSPC):  # of the prompt, on standard output
+            raise
+        raise InputError(
+            f"standard input cannot be read ({error.strerror}); give a terminal, a file or a pipe."
+        ) from None
+
+
+def _standard_input() -> TextIO:
+    if sys.stdin is None:
+        raise InputError("standard input is closed, from which the command was to read; leave it open or give a file.")
+    return sys.stdin
+
+
+@contextmanager
+def deferring_interrupts() -> Iterator[Callable[[], bool]]:
+    """While it lasts, the first Ctrl-C is but noted, in the function it gives; a second one interrupts at once."""
+    noted = Event()
+
+    def note(*_: object) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def quieten() -> None:

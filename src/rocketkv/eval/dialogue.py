@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rocketkv.errors import InputError
 from rocketkv.eval.rows import Sample, Turn
+from rocketkv.text import PlainText
 
 MODES = ("multi_turn", "multi_request")
 
@@ -39,7 +40,7 @@ class Dialogue:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample, mode: str) -> Dialogue:
-    """Render a sample and encode what each turn adds.
+    """Render a sample and encode what each turn adds; its own text is text, special tokens written out in it too.
 
     Args:
         tokenizer: of the model; its chat template is used where the sample is a chat and there is one.
@@ -50,6 +51,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample, mode: str) -> Dia
     Raises:
         InputError: the chat template refuses the sample, changes its text, or rewrites earlier turns.
     """
+    plain = PlainText(tokenizer)
+    sample = _hide(plain, sample)
     texts = [_render(tokenizer, sample, turn, mode) for turn in range(len(sample.turns))]
     if mode == "multi_request":
         head = texts[0][: texts[0].find(sample.context) + len(sample.context)]
@@ -62,16 +65,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample, mode: str) -> Dia
         raise InputError("the model's chat template rewrites earlier turns; give a model whose template appends only.")
     pieces = [text[len(start) :] for text, start in zip(texts, starts, strict=True)]
     is_chat = _is_chat(tokenizer, sample)
-
-    def ids(text: str, is_first: bool) -> list[int]:
-        encoded: list[int] = tokenizer(text, add_special_tokens=is_first and not is_chat).input_ids
-        return encoded
-
     if not all(pieces):
         raise InputError("a question is empty; every turn needs some text.")
     return Dialogue(
-        head=ids(head, True) if head else [],
-        pieces=[ids(piece, not head and turn == 0) for turn, piece in enumerate(pieces)],
+        head=plain.encode(head, add_special_tokens=not is_chat) if head else [],
+        pieces=[
+            plain.encode(piece, add_special_tokens=not (is_chat or head or turn)) for turn, piece in enumerate(pieces)
+        ],
     )
 
 
@@ -96,7 +96,8 @@ def fit(
     whole = encode(tokenizer, sample, mode)
     is_single = len(sample.turns) == 1
     body = sample.context + (sample.turns[0].question if is_single and mode == "multi_turn" else "")
-    body_ids: list[int] = tokenizer(body).input_ids
+    plain = PlainText(tokenizer)
+    body_ids = plain.encode(plain.hide(body), add_special_tokens=True)
     excess = whole.needed_tokens(sample.turns) - context_length
     kept = len(body_ids) - max(0, excess)
     if max_length is not None:
@@ -121,6 +122,20 @@ def fit(
             return cut
         kept -= excess  # cut text may take more tokens than it was cut to
     raise InputError(f"its questions and answers leave no room in the model's {context_length} tokens.")
+
+
+def _hide(plain: PlainText, sample: Sample) -> Sample:
+    """The same with what looks like special tokens hidden, see `PlainText`."""
+    turns = [
+        replace(
+            turn,
+            question=plain.hide(turn.question),
+            answers=[plain.hide(answer) for answer in turn.answers],
+            answer_prefix=plain.hide(turn.answer_prefix),
+        )
+        for turn in sample.turns
+    ]
+    return replace(sample, context=plain.hide(sample.context), turns=turns)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample, turn: int, mode: str) -> str:

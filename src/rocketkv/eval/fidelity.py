@@ -65,6 +65,7 @@ def run(
         InputError: a passage is another than it was in an earlier run.
     """
     enable(loaded.model)
+    journal.begin()
     for number, passage in enumerate(passages):
         on_progress(number, len(passages))
         missing = journal.missing(passage.case, arms, digest(passage.token_ids))

@@ -10,6 +10,7 @@ from pathlib import Path
 from rocketkv.errors import InputError
 from rocketkv.eval.records import Case
 from rocketkv.eval.suites.base import Request
+from rocketkv.text import PlainText
 
 STEPS = 256  # tokens decoded
 LENGTHS = (2048, 4096)  # of prefixes, where no other lengths are asked for
@@ -38,8 +39,9 @@ def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
         InputError: there is no text, or one is too short, or a length too long for the model.
     """
     begin = request.tokenizer("").input_ids[:1]  # a tokenizer that also ends texts begins them too
+    plain = PlainText(request.tokenizer)
     for name, text in _texts(request).items():
-        token_ids = request.tokenizer(text, add_special_tokens=False).input_ids
+        token_ids = plain.encode(plain.hide(text))
         for length in request.lengths or LENGTHS:
             if length + STEPS > context_length:
                 raise InputError(

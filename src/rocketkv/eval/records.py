@@ -8,9 +8,11 @@ the latter two.
 import fcntl
 import gzip
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -71,7 +73,7 @@ class Journal:
         self._by_case: dict[Case, list[Record]] = {}
 
     def __enter__(self) -> Self:
-        """Open the files and drop what a killed run left torn.
+        """Open the files and see that they are ours to write to; `begin` writes to them.
 
         Raises:
             InputError: the folder cannot be used, holds another run, is being written to, or is damaged.
@@ -96,23 +98,43 @@ class Journal:
             raise InputError(
                 f"{self._path} is being written to by another run; wait for it or give another --out."
             ) from None
-        self._check_settings()
+        self._known = self._read_settings()
         own = _read(self._path)
-        whole = _whole(own)
-        if len(whole) < len(own) or self._path.read_bytes()[-1:] not in (b"", b"\n"):
-            self._file.truncate(0)
-            self._write(whole)
-        self._faults_path.write_text("")
+        self._own = _whole(own)
+        self._is_torn = len(self._own) < len(own) or self._path.read_bytes()[-1:] not in (b"", b"\n")
         others = [path for path in find_records(self._folder) if path != self._path]
-        self.records = whole + read_records(others)
+        self.records = self._own + read_records(others)
         for record in self.records:
             self._by_case.setdefault(_case(record), []).append(record)
+
+    def begin(self) -> None:
+        """Note the run in run.json, drop what a killed run left torn and the last run's faults.
+
+        To be called when all that could refuse the run has been checked, so that a refused one leaves nothing behind
+        that would refuse the next.
+
+        Raises:
+            InputError: a file cannot be written.
+        """
+        with self._writing():
+            if self._command not in self._known["commands"]:
+                self._known["commands"].append(self._command)
+                path = self._folder / "run.json"
+                new = path.with_name(f"{path.name}.{os.getpid()}")
+                new.write_text(json.dumps(self._known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                new.replace(path)
+            self._faults_path.write_text("")
+            if self._is_torn:
+                self._file.truncate(0)
+        if self._is_torn:
+            self._write(self._own)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files, which lets other runs at them."""
-        self._file.close()
+        with suppress(OSError):  # of what a full disk did not take; `_write` has said so
+            self._file.close()
 
     def of(self, case: Case) -> list[Record]:
         """The answers to a sample so far."""
@@ -133,45 +155,60 @@ class Journal:
         return [arm for arm in arms if (arm.method, arm.token_budget) not in done]
 
     def append(self, records: Sequence[Record]) -> None:
-        """Add the answers to one sample, all of them or, if the process dies meanwhile, none."""
+        """Add the answers to one sample, all of them or, if the process dies meanwhile, none.
+
+        Raises:
+            InputError: the file cannot be written, as where the disk is full.
+        """
         self._write(records)
         self.records += records
         for record in records:
             self._by_case.setdefault(_case(record), []).append(record)
 
     def note_fault(self, fault: Fault) -> None:
-        """Add what could not be evaluated."""
+        """Add what could not be evaluated. Errors as of `append`."""
         self.faults += 1
-        with self._faults_path.open("a", encoding="utf-8") as file:
+        with self._writing(), self._faults_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(fault), ensure_ascii=False) + "\n")
 
     def _write(self, records: Iterable[Record]) -> None:
         """One write and one wait for the disk."""
-        self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._writing():
+            self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
-    def _check_settings(self) -> None:
-        """See that earlier runs into this folder had the same settings, or note them if there were none."""
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one sentence that a file cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or self._path} cannot be written ({error.strerror}); see to it, then run the same "
+                "again, which goes on after the last whole answer."
+            ) from None
+
+    def _read_settings(self) -> dict[str, Any]:
+        """What run.json is to hold; earlier runs into this folder must have had the same settings."""
         path = self._folder / "run.json"
-        known = {**self._settings, **self._facts, "commands": []}
-        if path.exists():
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-                differing = [name for name, value in self._settings.items() if known[name] != value]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path} does not describe a run; give another --out.") from None
-            if differing:
-                name = differing[0]
-                raise InputError(
-                    f"{self._folder} holds a run with {name}={known[name]!r}, not {self._settings[name]!r}; "
-                    "give another --out, or the same settings to go on."
-                )
-        if self._command not in known["commands"]:
-            known["commands"].append(self._command)
-            new = path.with_name(f"{path.name}.{os.getpid()}")
-            new.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            new.replace(path)
+        if not path.exists():
+            return {**self._settings, **self._facts, "commands": []}
+        try:
+            known: dict[str, Any] = parse(path.read_bytes())
+            differing = [name for name, value in self._settings.items() if known[name] != value]
+            is_run = isinstance(known["commands"], list)
+        except (OSError, ValueError, KeyError, TypeError):
+            is_run = False
+        if not is_run:
+            raise InputError(f"{path} does not describe a run; give another --out.")
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"{self._folder} holds a run with {name}={known[name]!r}, not {self._settings[name]!r}; "
+                "give another --out, or the same settings to go on."
+            )
+        return known
 
 
 def digest(prompt: object) -> str:
@@ -206,20 +243,86 @@ def _read(path: Path) -> list[Record]:
         raise InputError(f"{path} cannot be read ({error}); give another folder.") from None
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
-            _case(record), record["turn"], record["turns"], record["method"], record["token_budget"], record["prompt"]
+            record = parse(line)
+            wrong = [f"{name}={record[name]!r}" for name, fits in _FIELDS.items() if not fits(record[name])]
+            given = [(name, depth) for name, depth in _FIGURES.items() if record.get(name) is not None]
+            wrong += [f"{name}={record[name]!r}" for name, depth in given if not _is_figure(record[name], depth)]
+            wrong += ["turn >= turns"] if not wrong and record["turn"] >= record["turns"] else []
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}, line {number} is no record of an evaluation; give another folder.") from None
+        if wrong:
+            raise InputError(
+                f"{path}, line {number} is no record of an evaluation ({wrong[0][:80]}); give another folder."
+            )
         records.append(record)
     return records
 
 
+def parse(content: str | bytes) -> Any:
+    """The value of some JSON whose text can be written again.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply, or has half a character.
+    """
+    try:
+        value = json.loads(content)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+_TOO_LARGE = 2**63
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOO_LARGE
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE  # nor NaN
+
+
+def _is_figure(value: object, depth: int) -> bool:
+    """A number, which may be NaN or infinite; with a depth a list, of lists of equal lengths if that is 2."""
+    if depth == 0:
+        return _is_number(value) or (isinstance(value, float) and not abs(value) < math.inf)
+    if not isinstance(value, list) or not all(_is_figure(each, depth - 1) for each in value):
+        return False
+    return depth == 1 or len({len(each) for each in value}) <= 1
+
+
+def _is_scores(value: object) -> bool:
+    return isinstance(value, dict) and "score" in value and all(map(_is_number, value.values()))
+
+
+def _or_none(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or fits(value)
+
+
+_FIELDS: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("suite", "task", "id", "method", "prediction", "prompt"), _is_text),
+    **dict.fromkeys(("turn", "turns", "prompt_tokens", "new_tokens", "kv_bytes", "group_size"), _is_count),
+    **dict.fromkeys(("length", "token_budget", "read_bytes"), _or_none(_is_count)),
+    **dict.fromkeys(("prefill_s", "decode_s"), _is_number),
+    "depth": _or_none(_is_number),
+    "scores": _is_scores,
+    "agrees": lambda value: value is None or isinstance(value, bool),
+    "rows": lambda value: _is_count(value) and value != 0,
+}
+_FIGURES = {"agreement": 0, "kl": 0, "perplexity": 0, "output_error": 1, "recall": 1, "kept": 2}  # of fidelity alone
+
+
 def _whole(records: Sequence[Record]) -> list[Record]:
     """Without answers of which a turn is missing, as a full disk leaves them."""
-    turns: dict[tuple[object, ...], int] = {}
+    turns: dict[tuple[object, ...], set[int]] = {}
     for record in records:
-        turns[_answer(record)] = turns.get(_answer(record), 0) + 1
-    return [record for record in records if turns[_answer(record)] == record["turns"]]
+        turns.setdefault(_answer(record), set()).add(record["turn"])
+    return [record for record in records if len(turns[_answer(record)]) == record["turns"]]
 
 
 def _case(record: Record) -> Case:

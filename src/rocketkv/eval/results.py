@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rocketkv.errors import InputError
 from rocketkv.eval.methods import FULL, Arm, sort_methods
 from rocketkv.eval.records import Record
 from rocketkv.eval.statistics import Values
@@ -157,8 +158,14 @@ def turn_scores(results: Results, arm: Arm) -> dict[int, float]:
 
 
 def layer_means(records: Sequence[Record], name: str) -> NDArray[np.float64]:
-    """The mean over records of a list by layer [layers, ...], empty if no record has it."""
+    """The mean over records of a list by layer [layers, ...], empty if no record has it.
+
+    Raises:
+        InputError: the lists differ in length, as of models with other layers.
+    """
     lists = [record[name] for record in records if record.get(name) is not None]
+    if len({np.shape(values) for values in lists}) > 1:
+        raise InputError(f"the records' lists of {name} differ in length; report on one model at a time.")
     return np.mean(lists, axis=0) if lists else np.array([])
 
 

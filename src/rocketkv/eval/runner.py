@@ -58,6 +58,7 @@ def run(loaded: LoadedModel, plan: Plan, journal: Journal, on_progress: OnProgre
             f"a base model takes {BASE_SUITES}."
         )
     enable(loaded.model)
+    journal.begin()
     seen: set[Case] = set()
     for number, sample in enumerate(found):
         on_progress(number, len(found))

@@ -1,13 +1,12 @@
 """The folders that runs fill, read for a report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rocketkv.errors import InputError
-from rocketkv.eval.records import Record, find_records, read_records
+from rocketkv.eval.records import Record, find_records, parse, read_records
 
 SAME_MODEL = ("model", "dtype", "weights")  # what must not differ between runs that stand in one table
 
@@ -55,21 +54,31 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read_run(folder: Path) -> Run:
     if not (folder / "run.json").is_file():
         raise InputError(f"{folder} holds no run.json, so it is no run; give the --out of `rocketkv eval run`.")
-    [facts] = _read_json(folder / "run.json", [(folder / "run.json").read_text(encoding="utf-8")])
+    [facts] = _read_objects(folder / "run.json")
     records = read_records(find_records(folder))
     faults = []
     for path in sorted(folder.glob("faults*.jsonl")):
-        faults += _read_json(path, path.read_text(encoding="utf-8").split("\n")[:-1])  # without a torn last line
+        faults += _read_objects(path, ("source", "reason"))
     if facts.get("mode") == "multi_request":
         records = [record | {"suite": f"{record['suite']} (multi request)"} for record in records]
     return Run(folder.name, _flatten(facts), records, faults)
 
 
-def _read_json(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+def _read_objects(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The object of a .json file; or those of a .jsonl file, without a torn last line, each with some `texts`."""
+    found = []
     try:
-        return [json.loads(text) for text in texts]
+        content = path.read_bytes()
+        for part in content.split(b"\n")[:-1] if path.suffix == ".jsonl" else [content]:
+            value = parse(part)
+            if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in texts):
+                raise ValueError(f"{str(value)[:60]} is no object with {' and '.join(texts) or 'names'}")
+            found.append(value)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give another folder.") from None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); run again into a new folder.") from None
+    return found
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
