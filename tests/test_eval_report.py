@@ -537,7 +537,7 @@ def test_damaged_files_are_one_sentence(tmp_path: Path, name: str, content: byte
     if content == b"":
         assert read_runs([folder])[0].records == []  # as `gzip` reads it
         return
-    with pytest.raises(InputError, match="is no record|cannot be read|is damaged|both hold"):
+    with pytest.raises(InputError, match=r"is no record|cannot be read|is damaged|both hold"):
         read_runs([folder])
 
 

@@ -86,10 +86,7 @@ def read_text(path: Path) -> str:
         InputError: there is none.
     """
     try:
-        if path == STANDARD_INPUT:
-            content = _standard_input().buffer.read()
-        else:
-            content = path.read_bytes()
+        content = _standard_input().buffer.read() if path == STANDARD_INPUT else path.read_bytes()
         text = content.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise InputError(
