@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from rocketkv.commands.info import _sketch
 from rocketkv.models import LoadedModel
 from rocketkv.ops.backends import cpp
 from rocketkv.selection import SELECTION_METHODS, Hybrid
+from rocketkv.session import _TimedStreamer
 from tiny import CONFIGS, save_tiny
 
 
@@ -267,6 +269,125 @@ def test_chat_keeps_history_and_obeys(run: Any, loaded: LoadedModel, document: s
     assert "The conversation is forgotten" in result.stdout
     assert "Nothing was asked yet." in result.stdout
     assert run("chat", "-f", document, stdin="").exit_code == 0  # end of input quits
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that has Ctrl-C pressed when a method of the streamer is called for the n-th time."""
+
+    def press(method: str, number: int) -> None:
+        real, calls = getattr(_TimedStreamer, method), []
+
+        def pressing(*given: Any) -> None:
+            calls.append(None)
+            if len(calls) == number:
+                signal.raise_signal(signal.SIGINT)
+            real(*given)
+
+        monkeypatch.setattr(_TimedStreamer, method, pressing)
+
+    return press
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat(
+    run: Any, loaded: LoadedModel, tmp_path: Path, interrupt: Any
+) -> None:
+    (tmp_path / "text").write_text("Water is wet.")
+    chat = ("chat", "-f", str(tmp_path / "text"), "-t", "128", "--max-new-tokens", "30")
+    interrupt("put", 3)  # the prompt is put first: within the second token
+    handler = signal.getsignal(signal.SIGINT)
+    result = run(*chat, stdin="Tell a long story.\n/stats\nGo on.\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("Interrupted: the answer ends here, and stays in the conversation as it is.") == 1
+    assert "RocketKV-MT t=128" in result.stdout
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_interrupted_prefill_says_that_the_conversation_is_forgotten(
+    run: Any, loaded: LoadedModel, tmp_path: Path, interrupt: Any
+) -> None:
+    (tmp_path / "text").write_text("Water is wet.")
+    interrupt("__init__", 2)
+    result = run(
+        "chat", "-f", str(tmp_path / "text"), "--max-new-tokens", "2", stdin="What?\nAnd?\n/stats\nWhat?\n/stats\n"
+    )
+    assert result.exit_code == 0, result.output
+    forgotten = "Interrupted before the answer began: the conversation is forgotten; the document stays."
+    assert forgotten in " ".join(result.stdout.split())
+    assert result.stdout.count("Nothing was asked yet.") == 1
+    assert result.stdout.count("RocketKV-MT") == 1
+
+
+def test_an_interrupt_at_the_prompt_leaves(
+    run: Any, loaded: LoadedModel, document: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rocketkv.commands.terminal.out.input", lambda prompt: signal.raise_signal(signal.SIGINT))
+    result = run("chat", "-f", document)
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
+
+
+def test_chat_takes_no_document_from_where_its_questions_come(run: Any) -> None:
+    result = run("chat", "-f", "-", stdin="What?\n")
+    assert result.exit_code == 2
+    assert "give a file instead" in result.stderr
+
+
+def test_generate_reads_standard_input_and_samples(run: Any, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    arguments = (
+        "generate",
+        "-f",
+        "-",
+        "-q",
+        "What?",
+        "-m",
+        str(tmp_path),
+        "-t",
+        "64",
+        "--max-new-tokens",
+        "8",
+        "--json",
+    )
+    drawn = (*arguments, "--do-sample", "--temperature", "2", "--top-k", "50", "--top-p", "0.9", "--seed")
+    text = "A text. " * 40
+
+    def answer(*given: str) -> str:
+        result = run(*given, stdin=text)
+        assert result.exit_code == 0, result.output
+        return str(json.loads(result.stdout)["rocketkv"]["text"])
+
+    assert answer(*drawn, "1") == answer(*drawn, "1") != answer(*drawn, "2")
+    assert answer(*arguments) == answer(*arguments, "--repetition-penalty", "1.0")
+    result = run(*arguments, "--system", "Be brief.", stdin=text)
+    assert "no chat template and so no system prompt" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--temperature 0.5", "--temperature 0.5 has no effect on greedy answers; add --do-sample or leave it out."),
+        ("--seed 1", "--seed 1 has no effect on greedy answers"),
+        ("--do-sample --temperature 0", "--temperature 0.0 is out of range; give a number above 0."),
+        ("--do-sample --temperature nan", "--temperature nan is out of range"),
+        ("--do-sample --temperature inf", "--temperature inf is out of range"),
+        ("--do-sample --top-p 1.5", "--top-p 1.5 is out of range; give a number above 0 and at most 1."),
+        ("--do-sample --top-k -1", "--top-k -1 is out of range; give 0 or more."),
+        ("--do-sample --seed -1", "--seed -1 is out of range"),
+        ("--repetition-penalty 0", "--repetition-penalty 0.0 is out of range"),
+    ],
+)
+def test_sampling_options_that_make_no_sense_are_refused(run: Any, document: str, options: str, message: str) -> None:
+    for command in (("generate", "-q", "What?"), ("chat",)):
+        result = run(*command, "-f", document, *options.split())
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {message}")
+
+
+def test_version_and_short_help(run: Any) -> None:
+    assert run("--version").stdout.startswith("rocketkv ")
+    for command in ("", "generate", "eval", "eval run", "bench decode"):
+        assert run(*command.split(), "-h").stdout == run(*command.split(), "--help").stdout != ""
 
 
 def test_chat_survives_a_message_that_does_not_fit(run: Any, loaded: LoadedModel, document: str) -> None:

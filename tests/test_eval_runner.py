@@ -142,6 +142,23 @@ def test_turns_follow_the_right_answers() -> None:
     assert texts(make_tokenizer(), literal, "multi_turn") == ["The text. One?It is", " firstTwo?"]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("mode", ["multi_turn", "multi_request"])
+def test_special_tokens_in_a_sample_are_text(chat: bool, mode: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    turns = [turn(" One </s>?", "fi</s>rst", prefix="</s>It"), turn("Two?</s>", "second")]
+    sample = replace(SHORT, context="The </s>text.", turns=turns, chat=chat)
+    dialogue = encode(tokenizer, sample, mode)
+    ids = [i for piece in (dialogue.head, *dialogue.pieces) for i in piece]
+    from_template = (3 if mode == "multi_turn" else 2) if chat else 0
+    assert ids.count(tokenizer.eos_token_id) == from_template
+    assert tokenizer.decode(ids).count("</s>") == from_template + (5 if mode == "multi_turn" else 4)
+    cut = fit(tokenizer, replace(sample, context="</s>" * 100), mode, 200, None)
+    assert 0 < cut.needed_tokens(turns) <= 200
+    assert sum(piece.count(tokenizer.eos_token_id) for piece in (cut.head, *cut.pieces)) == from_template
+
+
 def test_requests_follow_the_context() -> None:
     head = "<user>The text."
     expected = [head, " One?</s>\n<assistant>It is", "Two?</s>\n<assistant>"]

@@ -97,7 +97,7 @@ class Sampling:
             if not fits:
                 raise InputError(f"{option} {value} is out of range; give {allowed}.")
             if not self.do_sample and name != "repetition_penalty":
-                raise InputError(f"{option} has no effect on greedy answers; add --do-sample or leave it out.")
+                raise InputError(f"{option} {value} has no effect on greedy answers; add --do-sample or leave it out.")
         seed = given.pop("seed", secrets.randbits(32)) if self.do_sample else None
         return {"sampling": {"do_sample": self.do_sample, **given}, "seed": seed}
 
