@@ -213,16 +213,16 @@ class LayerCache:
                 self._fused_room = min(self._fused_room, plan.dense_length - working.max_length)
             self._fused_kind = kind
         if self._fused is None:
+            self._fused_room = 0  # the next step, too, is prepared anew
             self.working, output, self._read_bytes = self._decode_by_reference(
                 query, key, value, working, plan, scale, attended
             )
-            self._fused_room = 1  # the next step is bound anew
         else:
             output, self._read_bytes = self._decode_fused(self._fused, query, key, value, working, attended)
+            self._fused_room -= 1
+        plan.steps_left -= 1
         self.num_seen += 1
         self.just_prefilled = False
-        plan.steps_left -= 1
-        self._fused_room -= 1
         return output
 
     def _decode_fused(
