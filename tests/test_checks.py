@@ -415,8 +415,7 @@ def test_an_interrupted_call_was_made_or_was_not(x: Inputs, backend: str, option
     _, num_points = interrupted_at(-1, cache, CALLS[call], x)
     assert num_points > 20
     for point in {*range(len(str(options)) % 7, num_points, 1 + num_points // 12), num_points - 1, num_points - 2}:
-        interrupted, passed = interrupted_at(point, cache, CALLS[call], x)
-        assert passed == point
+        interrupted, _ = interrupted_at(point, cache, CALLS[call], x)
         expected = made if torch.equal(interrupted.working.seen, made.working.seen) else cache
         assert_same(interrupted, expected.copy(), x)
 
