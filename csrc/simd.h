@@ -76,7 +76,7 @@ inline void keep_in_register(Vec& v) {
 #endif
 }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 inline Vec abs(Vec v) {  // a zero and a NaN, too, lose their sign
   VecBits bits = load<VecBits>(&v) & 0x7fffffffu;
   return load<Vec>(&bits);
@@ -361,9 +361,9 @@ inline auto sum_lane(V v) {
   return join_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
-// exp(x) for x <= 0, to about one unit in the last place; below -87 it gives exp(-87) instead of less.
+// exp(x) for x <= 0, to about one unit in the last place; below -87 it gives exp(-87) instead of less, for NaN a NaN.
 inline Vec exp_of_negative(Vec x) {
-  x = max(x, broadcast(-87.0f));
+  x = max(broadcast(-87.0f), x);
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Vec shifted = x * 1.44269504f + magic;
   Vec n = shifted - magic;

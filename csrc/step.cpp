@@ -476,7 +476,8 @@ class Step {
     for (int64_t place = open_end; place < head.length; ++place) *out++ = static_cast<int32_t>(place);
   }
 
-  // scores[unit] = mean over heads of the softmax over tokens, each of which has its unit's logit.
+  // scores[unit] = mean over heads of the softmax over tokens, each of which has its unit's logit. A unit whose logit is no
+  // number has the best score, NaN, and the others keep their order: so it is chosen, and shows in the output.
   void average_softmax(const Head& head, float* scores, Ahead<T>& ahead) {
     int64_t num_units = head.num_units, end = (num_units + kWidth - 1) / kWidth * kWidth;
     float in_last = static_cast<float>(head.length - (num_units - 1) * head.page_size);
@@ -485,7 +486,7 @@ class Step {
       ahead.fetch(kRowsMeanwhile);
       for (int64_t i = num_units; i < end; ++i) logits[i] = -kInfinity;
       Vec best = broadcast(-kInfinity), sum = {};
-      for (int64_t i = 0; i < end; i += kWidth) best = max(best, load<Vec>(logits + i));
+      for (int64_t i = 0; i < end; i += kWidth) best = max(load<Vec>(logits + i), best);  // no NaN
       Vec top = broadcast(max_lane(best));
       for (int64_t i = 0; i < end; i += kWidth) {
         Vec e = exp_of_negative(load<Vec>(logits + i) - top);
@@ -494,6 +495,7 @@ class Step {
       }
       float size = static_cast<float>(head.page_size);
       float total = sum_lane(sum) * size - (size - in_last) * logits[num_units - 1];
+      if (total != total) total = 1.0f;
       Vec share = broadcast(1.0f / (total * static_cast<float>(group_)));
       for (int64_t i = 0; i < end; i += kWidth) {
         Vec score = load<Vec>(logits + i) * share;
@@ -631,13 +633,13 @@ class Step {
       Vec best = broadcast(state[0]), sum = {};
       for (int i = 0; i < n; i += kWidth) {
         Vec scaled = load<Vec>(&logits[h][i]) * layer_.scale;
-        best = max(best, scaled);
+        best = max(scaled, best);  // no NaN
         store(&logits[h][i], scaled);
       }
-      float top = max_lane(best);
+      const float top = max_lane(best), base = top == -kInfinity ? 0.0f : top;  // a tile that weighs nothing: no NaN
       for (int i = 0; i < n; i += kWidth)
-        sum += store_weights<H>(weights, h, i, exp_of_negative(load<Vec>(&logits[h][i]) - top));  // of them as stored
-      corrections[h] = std::exp(state[0] - top);
+        sum += store_weights<H>(weights, h, i, exp_of_negative(load<Vec>(&logits[h][i]) - base));  // of them as stored
+      corrections[h] = std::exp(state[0] - base);
       state[0] = top;
       state[1] = state[1] * corrections[h] + sum_lane(sum);
     }

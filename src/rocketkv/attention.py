@@ -7,14 +7,28 @@ decode:  append -> stage 2 scores the kept tokens cheaply -> exact attention to 
 in plain torch, which any selection method, device and dtype can take and to which every backend is held.
 """
 
-from copy import copy, deepcopy
-from typing import NamedTuple
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rocketkv import ops
+from rocketkv.budget import check_count
 from rocketkv.cache import WorkingSet
+from rocketkv.checks import (
+    check_adopted,
+    check_attended,
+    check_config,
+    check_kept,
+    check_logits,
+    check_padding,
+    check_rows,
+    check_scale,
+    check_tokens,
+    exclusive,
+    kind_of,
+)
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.index import BackedIndex, PageIndex
@@ -35,7 +49,11 @@ class LayerCache:
     """The KV cache of one attention layer and the attention over it, compressed in two stages.
 
     RocketKV (arXiv:2502.14051), sections "SnapKV with GQA support", "Hybrid Sparse Attention" and "RocketKV-MT". Rows
-    of a batch may differ in length; each is treated as it would be alone.
+    of a batch may differ in length; each is treated as it would be alone. With `kv_dtype="int8"` that holds for equal
+    keys and values: what a model rounds otherwise in a batch may be stored with other codes, a whole step apart.
+
+    A call that raises leaves the cache as it was, an interrupted one too, and can be made again. One thread at a time
+    may use a cache; a second is refused. Other threads may use other caches, copies of this one too.
 
     Args:
         config: how it compresses.
@@ -50,15 +68,21 @@ class LayerCache:
         plan: how stage 2 spends the budget in each row; None before the first prefill.
         num_seen: columns seen so far, left padding included.
         just_prefilled: whether nothing was decoded since the last prefill.
+        user: empty, or the thread that uses this cache now.
+
+    Raises:
+        ConfigError: config is no `RocketKVConfig`, or keep_queries no whole number from 0 on.
     """
 
     def __init__(self, config: RocketKVConfig, keep_queries: int = 0) -> None:
-        self.config = config
-        self.keep_queries = keep_queries
+        self.config = check_config(config)
+        self.keep_queries = check_count("keep_queries", keep_queries, 0)
+        self.user: dict[str, int] = {}
         self.eviction = config.eviction_policy()
         self.selection = config.selection_method()
         self.reset()
 
+    @exclusive
     def reset(self) -> None:
         """Forget everything."""
         self.working: WorkingSet | None = None
@@ -69,8 +93,9 @@ class LayerCache:
         self._observed: _Observed | None = None
         self._fused: FusedStep | None = None  # over the buffers as they are; None: to be bound, or there is no backend
         self._fused_room = 0  # steps until a buffer has to grow or the plan to change
-        self._fused_kind: tuple[object, ...] = ()  # of tensors and scale that it was made for
+        self._fused_kind: tuple[object, ...] | None = None  # of tensors and scale, checked, that it was made for
 
+    @exclusive
     def prefill(
         self, query: Tensor, key: Tensor, value: Tensor, *, padding: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
@@ -84,65 +109,66 @@ class LayerCache:
             key: `[B, Hkv, T, D]` in the dtype of `query`, after RoPE; Hkv divides Hq.
             value: like `key`.
             padding: `[B]` integers, padded columns at the left of each row, 0 to T - 1; None: no padding.
-            scale: factor on the dot products; None: 1 / sqrt(D).
+            scale: factor on the dot products, > 0; None: 1 / sqrt(D).
 
         Returns:
             `[B, Hq, T, D]`, zero in padded columns.
 
         Raises:
-            InputError: shapes, dtypes or padding do not fit.
+            InputError: shapes, dtypes, devices, padding or scale do not fit, or a policy of your own answers amiss.
             UnsupportedError: gradients are asked for.
+            ConfigError: more tokens are pinned than attended.
         """
-        padding = self._check(query, key, value, padding)
-        scale = query.shape[3] ** -0.5 if scale is None else scale
+        check_tokens(query, key, value, self.working)
+        padding = check_padding(padding, key)
+        scale = check_scale(scale, query.shape[3])
         num_queries = torch.full((key.shape[0],), key.shape[2], device=key.device)
         num_queries = num_queries if padding is None else num_queries - padding
-        working = self.working or self._empty(key)
         is_first = self.working is None
+        working = self._empty(key) if self.working is None else self.working.draft()  # until nothing can fail any more
 
         tokens = working.append_prompt(key, value, padding)
-        self.working = working
-        self.num_seen += key.shape[2]
-        self.just_prefilled = True
-        self._fused_room = 0
         keys, values, _ = tokens.views()
         lengths = None if is_first and padding is None else tokens.lengths
         output = ops.prefill_densely(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
-        working.keep(tokens, self._evict(query, keys, tokens.lengths, num_queries, scale), self.config.new_tokens)
-        self._plan(working)
+        mask = self._evict(working, query, keys, tokens.lengths, num_queries, scale)
+        working.keep(tokens, mask, self.config.new_tokens)
+        observed = None
         if self.keep_queries and working.archive is not None:
             last = query[:, :, -self.keep_queries :].clone()
-            self._observed = _Observed(last, num_queries.clamp(max=self.keep_queries), scale, is_first)
+            observed = _Observed(last, num_queries.clamp(max=self.keep_queries), scale, is_first)
+        self._begin_with(working, self._plan(working), self.num_seen + key.shape[2], observed)
         return output
 
-    def adopt(self, keys: Tensor, values: Tensor, *, num_seen: int) -> None:
+    @exclusive
+    def adopt(self, keys: Tensor, values: Tensor, *, num_seen: int, positions: Tensor | None = None) -> None:
         """Begin with tokens that were computed, and chosen, elsewhere: all of them stay, as after a prefill.
 
         Args:
             keys: `[B, Hkv, N, D]` float, after RoPE; what stage 1 would have kept.
             values: like `keys`.
-            num_seen: tokens that each row has seen, those left out by stage 1 included, >= N.
+            num_seen: tokens that each row has seen, those left out by stage 1 included, N to 2**31 - 1.
+            positions: `[N]` or `[B, Hkv, N]` int64 or int32, ascending, less than num_seen, where the tokens stood in
+                their text; None: 0 to N - 1.
 
         Raises:
-            InputError: this cache is not empty, num_seen is smaller than N, or larger in a `multi_turn` cache, whose
-                archive has all tokens.
+            InputError: this cache is not empty, tensors do not fit, num_seen is smaller than N, or larger in a
+                `multi_turn` cache, whose archive has all tokens.
+            UnsupportedError: gradients are asked for.
+            ConfigError: more tokens are pinned than attended.
         """
-        if self.working is not None or num_seen < keys.shape[2]:
-            raise InputError(
-                f"{keys.shape[2]} tokens of {num_seen} seen cannot be adopted; give at most num_seen to an empty cache."
-            )
-        if self.config.mode == "multi_turn" and num_seen > keys.shape[2]:
-            raise InputError(
-                f"a multi_turn cache keeps every token, so {keys.shape[2]} of {num_seen} seen cannot be adopted; "
-                "give all of them, or set mode='single_turn'."
-            )
-        working = self.working = self._empty(keys)
-        working.keep(working.append_prompt(keys, values, None), None, self.config.new_tokens)
-        working.seen = torch.full_like(working.seen, num_seen)
-        self.num_seen = num_seen
-        self.just_prefilled = True
-        self._plan(working)
+        if self.working is not None:
+            raise InputError("this cache holds tokens already; adopt into an empty one, or call reset() first.")
+        is_complete = self.config.mode == "multi_turn"
+        seen, positions = check_adopted(keys, values, num_seen, positions, is_complete=is_complete)
+        working = self._empty(keys)
+        tokens = working.append_prompt(keys, values, None)
+        tokens.fields[-1] = positions
+        working.keep(tokens, None, self.config.new_tokens)
+        working.seen = torch.full_like(working.seen, seen)
+        self._begin_with(working, self._plan(working), seen, None)
 
+    @exclusive
     def decode(
         self,
         query: Tensor,
@@ -158,60 +184,78 @@ class LayerCache:
             query: `[B, Hq, 1, D]` float, after RoPE.
             key: `[B, Hkv, 1, D]` in the dtype of `query`, after RoPE.
             value: like `key`.
-            scale: factor on the dot products; None: 1 / sqrt(D).
-            attended: `[B, Hkv, N]` bool, N more than any row has seen; set to True at the positions of the tokens that
-                were attended to, to False elsewhere. None: not asked for.
+            scale: factor on the dot products, > 0; None: 1 / sqrt(D).
+            attended: `[B, Hkv, N]` bool on the device of the cache, N more than any row has seen; set to True at the
+                positions of the tokens that were attended to, to False elsewhere. None: not asked for.
 
         Returns:
             `[B, Hq, 1, D]`.
 
         Raises:
-            InputError: shapes or dtypes do not fit, or nothing was prefilled.
+            InputError: shapes, dtypes, devices, scale or `attended` do not fit, or nothing was prefilled.
             UnsupportedError: gradients are asked for, or the backend asked for by name does not take this cache.
+            ConfigError: a row outgrew its plan, and more tokens are pinned than attended by the next.
         """
         working, plan = self._prefilled()
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        kind = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, scale)
+        kind = kind_of(query, key, value, scale)
         if kind != self._fused_kind or torch.is_grad_enabled():
-            self._check(query, key, value, None)
+            check_tokens(query, key, value, working)
             if query.shape[2] != 1:
                 raise InputError(f"decode takes one token per row, not {query.shape[2]}; use prefill for a prompt.")
-        if kind != self._fused_kind:
-            self._fused_kind, self._fused_room = kind, 0
-
-        self.num_seen += 1
-        self.just_prefilled = False
-        if self._fused_room == 0:
-            plan = self._prepare(working, plan)
-            self._fused = self._bind(working, plan, query.shape[1], scale)
+        if attended is not None:
+            check_attended(attended, working)
+        if kind != self._fused_kind or self._fused_room == 0:
+            self._fused_kind = None
+            plan = self.plan = self._prepare(working, plan)
+            self._fused = self._bind(working, plan, query.shape[1], check_scale(scale, query.shape[3]))
             self._fused_room = min(working.room, plan.steps_left)
             if working.max_length < plan.dense_length:
                 self._fused_room = min(self._fused_room, plan.dense_length - working.max_length)
-        plan.steps_left -= 1
+            self._fused_kind = kind
         if self._fused is None:
-            self._fused_room = 0
-            return self._decode_by_reference(query, key, value, working, plan, scale, attended)
-        self._fused_room -= 1
-        places = None
-        if attended is not None:
-            places = torch.full_like(working.tokens.fields[-1], -1)
-        output, self._read_bytes = self._fused(query, key, value, places)
-        working.count_appended()
-        if attended is not None and places is not None:
-            working.mark(attended, places.long())
+            self._fused_room = 0  # the next step, too, is prepared anew
+            self.working, output, self._read_bytes = self._decode_by_reference(
+                query, key, value, working, plan, scale, attended
+            )
+        else:
+            output, self._read_bytes = self._decode_fused(self._fused, query, key, value, working, attended)
+            self._fused_room -= 1
+        plan.steps_left -= 1
+        self.num_seen += 1
+        self.just_prefilled = False
         return output
+
+    def _decode_fused(
+        self, step: FusedStep, query: Tensor, key: Tensor, value: Tensor, working: WorkingSet, attended: Tensor | None
+    ) -> tuple[Tensor, int | Tensor]:
+        """The decode step of a backend: the output and the bytes read. If it breaks off, nothing was decoded."""
+        num_held, num_pending = working.max_length, working.num_pending
+        try:
+            places = None if attended is None else torch.full_like(working.tokens.fields[-1], -1)
+            output, read_bytes = step(query, key, value, places)
+            working.count_appended()
+            if attended is not None and places is not None:
+                working.mark(attended, places.long())
+        except BaseException:
+            self._fused_kind = None
+            working.take_back(num_held, num_pending)
+            raise
+        return output, read_bytes
 
     def _decode_by_reference(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        working: WorkingSet,
+        before: WorkingSet,
         plan: SelectionPlan,
-        scale: float,
+        scale: float | None,
         attended: Tensor | None,
-    ) -> Tensor:
-        """The decode step in plain torch."""
+    ) -> tuple[WorkingSet, Tensor, int]:
+        """The decode step in plain torch: the next working set, the output and the bytes read."""
+        scale = check_scale(scale, query.shape[3])
+        working = before.draft()
+        before.index = None  # should this break off, it may have tokens that are no more
         working.append(key, value)
         lengths = working.lengths
         logits = None
@@ -220,11 +264,12 @@ class LayerCache:
             logits = self.selection.logits(grouped, working, plan.num_channels, scale)
         if logits is None:
             keys, values = working.keys_and_values()
-            self._read_bytes = int(lengths.sum()) * working.token_bytes
             ragged = lengths if working.tokens.is_ragged else None
             if attended is not None:
                 working.mark(attended, _first(lengths, working.max_length))
-            return ops.decode_densely(query, keys, values, lengths=ragged, scale=scale)
+            output = ops.decode_densely(query, keys, values, lengths=ragged, scale=scale)
+            return working, output, int(lengths.sum()) * working.token_bytes
+        logits = check_logits(logits, self.selection, grouped, working.max_length)
         counts = lengths.where(lengths <= plan.dense_lengths[:, None], plan.top_k[:, None])
         chosen = ops.choose_tokens(
             ops.score_tokens(logits, lengths),
@@ -233,11 +278,11 @@ class LayerCache:
             sinks=plan.sinks,
             recents=plan.recents,
         )
-        self._read_bytes = self._count_read_bytes(working, plan)
         if attended is not None:
             working.mark(attended, chosen.where(_first(counts.minimum(lengths), chosen.shape[2]) >= 0, -1))
         keys, values, slots = working.locate(chosen)
-        return ops.decode_sparsely(query, keys, values, slots=slots, counts=counts, scale=scale)
+        output = ops.decode_sparsely(query, keys, values, slots=slots, counts=counts, scale=scale)
+        return working, output, self._count_read_bytes(working, plan)
 
     @property
     def positions(self) -> Tensor:
@@ -280,30 +325,46 @@ class LayerCache:
         """Bytes held: keys, values, positions, archive and index, spare capacity included."""
         return 0 if self.working is None else self.working.num_bytes
 
+    @exclusive
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come: beam search.
 
         Raises:
-            InputError: nothing was prefilled.
+            InputError: nothing was prefilled, or rows are no numbers from 0 to B - 1, at least one.
         """
         working, plan = self._prefilled()
+        chosen = check_rows(rows, working.seen.shape[0])
         rows = rows.to(working.seen.device)
+        working = working.draft()
         working.select_rows(rows)
-        self._fused_room = 0
-        if self._observed is not None:
-            query, num_queries = (x[rows] for x in self._observed[:2])
-            self._observed = self._observed._replace(query=query, num_queries=num_queries)
-        self.plan = select_plan_rows(self.config, plan, rows.tolist(), working.lengths)
+        observed = self._observed
+        if observed is not None:
+            observed = observed._replace(query=observed.query[rows], num_queries=observed.num_queries[rows])
+        plan = select_plan_rows(self.config, plan, chosen, working.lengths)
+        self.working, self.plan, self._observed, self._fused_kind = working, plan, observed, None
 
+    @exclusive
     def copy(self) -> "LayerCache":
-        """An independent cache in the same state."""
-        copied = copy(self)
-        copied._read_bytes = self.read_bytes
+        """An independent cache in the same state; so are what `copy.copy`, `copy.deepcopy` and `pickle` make."""
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self.__getstate__())
         with torch.inference_mode(False):
             copied.working, copied.plan = deepcopy(self.working), deepcopy(self.plan)
-        copied._fused, copied._fused_room = None, 0
         return copied
 
+    def __copy__(self) -> "LayerCache":
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerCache":
+        return self.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "user": {}, "_read_bytes": self.read_bytes, "_fused": None, "_fused_kind": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    @exclusive
     def fork(self, config: RocketKVConfig) -> "LayerCache":
         """A cache with the same past that compresses as `config` says; this one stays as it is.
 
@@ -313,10 +374,12 @@ class LayerCache:
         8 bits, the past is what it has stored.
 
         Raises:
+            ConfigError: config is no `RocketKVConfig`, or pins more tokens than it attends to.
             InputError: this cache is not `multi_turn`, so that there is no archive; too few queries were kept for
                 `config`; a `single_turn` fork has none, or would have evicted at an earlier prefill; or this cache
                 stores 8 bits and `config` does not.
         """
+        check_config(config)
         if self.config.mode != "multi_turn":
             raise InputError("a single_turn cache has evicted what a fork would need; set mode='multi_turn' in it.")
         forked = LayerCache(config, self.keep_queries)
@@ -328,16 +391,15 @@ class LayerCache:
             raise InputError(
                 "a cache with kv_dtype='int8' has rounded what a fork without would need; set kv_dtype='auto' in it."
             )
-        working = forked.working = self.working.fork(
-            archived=config.mode == "multi_turn", on_host=config.archive_on_host, int8=int8
-        )
-        forked.num_seen = self.num_seen
+        past = self.working.draft()  # an archive on the host first takes what was decoded
+        working = past.fork(archived=config.mode == "multi_turn", on_host=config.archive_on_host, int8=int8)
         if observed is None and working.archive is None:
             raise InputError(
                 "a single_turn fork needs the last queries of a prefill; make the cache with keep_queries and fork it "
                 "before anything is decoded."
             )
         if observed is None:
+            forked.working, forked.num_seen = working, self.num_seen
             return forked
         if config.window_size > self.keep_queries:
             raise InputError(
@@ -346,17 +408,21 @@ class LayerCache:
             )
         query, num_queries, scale, is_first = observed
         sees_stored = working.archive is not None and not is_first  # as a later turn of its own would
-        tokens = (working if sees_stored else self.working).every_token()
-        mask = forked._evict(query, tokens.fields[0], tokens.lengths, num_queries, scale)
+        tokens = (working if sees_stored else past).every_token()
+        mask = forked._evict(working, query, tokens.fields[0], tokens.lengths, num_queries, scale)
         if mask is not None and working.archive is None and not is_first:
             raise InputError(
                 "a single_turn fork would have evicted at an earlier prefill already; fork it after the first one."
             )
         working.keep(tokens, mask, config.new_tokens)
-        forked._plan(working)
-        forked.just_prefilled = True
-        forked._observed = None if working.archive is None else observed
+        observed = None if working.archive is None else observed
+        forked._begin_with(working, forked._plan(working), self.num_seen, observed)
         return forked
+
+    def _begin_with(self, working: WorkingSet, plan: SelectionPlan, num_seen: int, observed: _Observed | None) -> None:
+        """Take over what a prefill has made: nothing of this can fail."""
+        self.working, self.plan, self.num_seen, self._observed = working, plan, num_seen, observed
+        self.just_prefilled, self._fused_kind = True, None
 
     def _empty(self, key: Tensor) -> WorkingSet:
         """A working set without tokens yet, for keys like `key`."""
@@ -367,41 +433,36 @@ class LayerCache:
             int8=self.config.kv_dtype == "int8",
         )
 
-    def _evict(self, query: Tensor, keys: Tensor, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor | None:
+    def _evict(
+        self,
+        working: WorkingSet,
+        query: Tensor,
+        keys: Tensor,
+        lengths: Tensor,
+        num_queries: Tensor,
+        scale: float,
+    ) -> Tensor | None:
         """Stage 1: mark what stays, `[B, Hkv, S]` bool; None if every row may keep all it has."""
-        assert self.working is not None
-        kept = plan_eviction(self.config, self.selection, self.working.row_seen)
+        kept = plan_eviction(self.config, self.selection, working.row_seen)
         num_tokens = torch.tensor(kept, device=keys.device)
         if not bool((lengths > num_tokens[:, None]).any()):
             return None
         mask = self.eviction.keep(
             query, keys, lengths=lengths, num_queries=num_queries, num_tokens=num_tokens, scale=scale
         )
-        if mask is None:
-            return None
-        if mask.dtype != torch.bool or mask.shape != keys.shape[:3]:
-            raise InputError(
-                f"{type(self.eviction).__name__}.keep returned {mask.dtype} {list(mask.shape)}; "
-                f"return torch.bool {list(keys.shape[:3])} or None."
-            )
-        mask = mask & (torch.arange(keys.shape[2], device=keys.device) < lengths[..., None])
-        if not bool(mask.any(2).all()):
-            raise InputError(f"{type(self.eviction).__name__}.keep left a row without tokens; keep one at least.")
-        return mask
+        return None if mask is None else check_kept(mask, self.eviction, keys, lengths)
 
-    def _plan(self, working: WorkingSet) -> None:
+    def _plan(self, working: WorkingSet) -> SelectionPlan:
         """Plan how decode spends the budget on what stage 1 has left, and make ready for it."""
-        self.plan = plan_prefilled(
+        plan = plan_prefilled(
             self.config, self.selection, seen=working.row_seen, held=working.lengths, head_dim=working.head_dim
         )
-        self._prepare(working, self.plan)
+        return self._prepare(working, plan)
 
     def _prepare(self, working: WorkingSet, plan: SelectionPlan) -> SelectionPlan:
         """Make everything ready for one more token: the plan, room, and the index once there is anything to select."""
         if plan.steps_left == 0:
-            plan = self.plan = plan_outgrown(
-                self.config, self.selection, plan, held=working.lengths, head_dim=working.head_dim
-            )
+            plan = plan_outgrown(self.config, self.selection, plan, held=working.lengths, head_dim=working.head_dim)
             working.index = None
         working.reserve()
         if working.max_length < plan.dense_length:
@@ -470,51 +531,8 @@ class LayerCache:
             )
         return self._started(), self.plan
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor | None:
-        """Refuse tensors that do not fit together or with what is held; return padding as `[B]` int64, None if zero."""
-        if query.dim() != 4 or key.dim() != 4 or query.shape[0::2] != key.shape[0::2] or query.shape[3] != key.shape[3]:
-            raise InputError(f"{_shapes(query, key, value)} do not fit; give [B, Hq, T, D] and twice [B, Hkv, T, D].")
-        if key.shape != value.shape:
-            raise InputError(
-                f"{_shapes(query, key, value)}: key and value differ; "
-                "attention with other value widths is not supported."
-            )
-        if query.shape[1] % key.shape[1] or 0 in key.shape:
-            raise InputError(f"{_shapes(query, key, value)}: Hq must be a multiple of Hkv and nothing may be empty.")
-        if not query.dtype.is_floating_point or not query.dtype == key.dtype == value.dtype:
-            raise InputError(
-                f"query {query.dtype}, key {key.dtype} and value {value.dtype} differ; give one floating-point dtype."
-            )
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            raise UnsupportedError("a compressed cache has no gradients; run under torch.inference_mode().")
-        if self.working is not None:
-            if key.dtype != self.working.none.dtype:
-                raise InputError(
-                    f"key is {key.dtype}, but the cache holds {self.working.none.dtype}; "
-                    "continue in that dtype or call reset()."
-                )
-            expected = tuple(self.working.lengths.shape)
-            if expected != key.shape[:2]:
-                raise InputError(
-                    f"{_shapes(query, key, value)}: the cache holds batch {expected[0]} and {expected[1]} KV heads; "
-                    "continue with the same batch or call reset()."
-                )
-        if padding is None:
-            return None
-        padding = torch.as_tensor(padding, dtype=torch.int64, device=key.device)
-        if padding.shape != key.shape[:1] or bool((padding < 0).any() or (padding >= key.shape[2]).any()):
-            raise InputError(
-                f"padding={padding.tolist()} does not fit; give one number per row, "
-                f"{key.shape[0]} in all, from 0 to {key.shape[2] - 1}."
-            )
-        return padding if bool(padding.any()) else None
-
 
 def _first(counts: Tensor, width: int) -> Tensor:
     """Places 0, 1, ... up to `counts` (`[B, Hkv]` int64), `[B, Hkv, width]` int64; -1 in the columns beyond."""
     places = torch.arange(width, device=counts.device).expand(*counts.shape, width)
     return places.where(places < counts[..., None], -1)
-
-
-def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
-    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"

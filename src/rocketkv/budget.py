@@ -1,6 +1,7 @@
 """One knob, the token budget, and how it is split between the two stages. Pure integers, no torch."""
 
 import math
+from numbers import Integral
 from typing import NamedTuple
 
 from rocketkv.errors import ConfigError
@@ -28,6 +29,19 @@ class Budget(NamedTuple):
     page_size: int
     num_channels: int
     top_k: int
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """The whole number `value`, of whatever type, `least` or more.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not a whole number; give {least} or more.")
+    if value < least:
+        raise ConfigError(f"{name}={value} is too small; give {least} or more.")
+    return int(value)
 
 
 def held_tokens(seq_len: int, token_budget: int) -> int:
@@ -102,8 +116,7 @@ def split_budget(seq_len: int, token_budget: int, head_dim: int, *, new_tokens: 
         ("head_dim", head_dim, 1),
         ("new_tokens", new_tokens, 0),
     ):
-        if value < least:
-            raise ConfigError(f"{name}={value} is too small; give {least} or more.")
+        check_count(name, value, least)
     if seq_len + new_tokens <= token_budget:
         return Budget(seq_len, *dense_split(token_budget, head_dim))
     kept = kept_tokens(held_tokens(seq_len + new_tokens, token_budget), seq_len, new_tokens)

@@ -1,6 +1,7 @@
 """Storage only: ragged rows of tokens that grow in steps. Knows neither eviction, selection nor any model."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from rocketkv.index import BackedIndex, Index
 from rocketkv.ops import new_storage, quantize_tokens, restore_tokens, stored_bytes, take_tokens
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
+EXPECTED = 1024  # tokens expected that room is made for at once, beyond as many as are held
 
 
 class RaggedTokens:
@@ -42,6 +44,10 @@ class RaggedTokens:
     def room(self) -> int:
         """Tokens that every row can still take in without growing."""
         return self.fields[0].shape[2] - self.max_length
+
+    def draft(self) -> "RaggedTokens":
+        """The same tokens, to go on from without a change to these: it shares what lies within the lengths."""
+        return RaggedTokens(self.fields, self.lengths, self.max_length, self.is_ragged)
 
     def reserve(self, num_new: int) -> None:
         """Make room for `num_new` more tokens in every row."""
@@ -79,7 +85,7 @@ class RaggedTokens:
             self.set_lengths(self.lengths + counts[:, None])
 
     def keep(self, mask: Tensor | None, num_new: int = 0) -> "RaggedTokens":
-        """Copy the tokens marked True, in order, with room for `num_new` more.
+        """Copy the tokens marked True, in order, with room for `num_new` more, or for the first of very many.
 
         Args:
             mask: `[B, Hkv, max_length]` bool, False beyond the lengths; None keeps everything.
@@ -92,7 +98,8 @@ class RaggedTokens:
             slots = (~mask).to(torch.uint8).argsort(dim=2, stable=True)[:, :, : int(lengths.max())]
             views = [take_tokens(x, slots) for x in self.fields]
         kept = RaggedTokens.empty_like(views)
-        kept._reallocate(views[0].shape[2] + max(GROWTH, num_new))
+        num_kept = views[0].shape[2]
+        kept._reallocate(num_kept + max(GROWTH, min(num_new, num_kept + EXPECTED)))
         kept.append(*views)
         kept.set_lengths(lengths)
         return kept
@@ -117,10 +124,12 @@ class RaggedTokens:
             self.fields = [x.index_select(0, rows) for x in self.fields]
 
     def _reallocate(self, capacity: int) -> None:
-        for i, old in enumerate(self.fields):
+        grown = []
+        for old in self.fields:
             new = new_storage(old, (*old.shape[:2], capacity, *old.shape[3:]))
             new[:, :, : self.max_length] = old[:, :, : self.max_length]
-            self.fields[i] = new
+            grown.append(new)
+        self.fields = grown  # all or none: `room` asks the first
 
 
 class WorkingSet:
@@ -200,6 +209,17 @@ class WorkingSet:
     def num_bytes(self) -> int:
         """Bytes allocated for keys, values, positions, archive and index, spare capacity included."""
         return sum(part.num_bytes for part in (self.tokens, self.archive, self.index) if part is not None)
+
+    def draft(self) -> "WorkingSet":
+        """The same state, to go on from without a change to this one, which stays good as long as nothing comes of it.
+
+        Both share their buffers, to which a draft writes beyond this one's lengths; but an index takes in tokens where
+        it has others, so this one's is to be dropped once the draft has appended to it.
+        """
+        draft = copy(self)
+        draft.tokens, draft.index = self.tokens.draft(), copy(self.index)
+        draft.archive = None if self.archive is None else self.archive.draft()
+        return draft
 
     def append_prompt(self, key: Tensor, value: Tensor, padding: Tensor | None) -> RaggedTokens:
         """Take in a prompt or the next turn.
@@ -307,6 +327,17 @@ class WorkingSet:
             if part is not None:
                 part.max_length += 1
         self.num_pending += 1
+
+    def take_back(self, num_held: int, num_pending: int) -> None:
+        """Forget a token that someone else's step, which broke off, has added or not: `max_length` was `num_held`."""
+        excess = int(self.lengths.max()) - num_held  # the buffers tell, whatever was noted on the host
+        for part in (self.tokens, self.source):
+            if part is not None:
+                part.lengths = part.lengths - excess
+                part.max_length = int(part.lengths.max())
+        self.seen = self.seen - excess
+        self.num_pending = num_pending
+        self.index = None
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen or stored in 8 bits."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, Self
 
-from rocketkv.budget import Budget
+from rocketkv.budget import Budget, check_count
 from rocketkv.errors import ConfigError, UnknownOptionError
 from rocketkv.eviction import EVICTION_POLICIES, EvictionPolicy
 from rocketkv.ops.backends import BACKENDS
@@ -66,14 +66,21 @@ class RocketKVConfig:
     budget: Budget | None = None
     backend: str = "auto"
 
-    def __new__(cls, **options: Any) -> Self:
+    def __new__(cls, *unnamed: object, **options: Any) -> Self:
         """Refuse unknown options by name before the fields are set."""
+        if unnamed:
+            given = ", ".join(map(repr, unnamed))
+            raise UnknownOptionError(
+                f"RocketKVConfig({given}) does not say which options these are; write token_budget=..."
+            )
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 close = get_close_matches(name, known, 1)
                 hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}."
                 raise UnknownOptionError(f"{name} is not an option of RocketKVConfig; {hint}")
+        if options and "token_budget" not in options:  # a copy is made without any
+            raise UnknownOptionError(f"token_budget is missing beside {', '.join(options)}; give token_budget=...")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -85,15 +92,20 @@ class RocketKVConfig:
             ("sink_tokens", 0),
             ("new_tokens", 0),
         ):
-            _check_count(name, getattr(self, name), least)
+            self._set(name, check_count(name, getattr(self, name), least))
         for name in ("recent_tokens", "dense_below"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), 0)
+                self._set(name, check_count(name, getattr(self, name), 0))
         _check_choice("mode", self.mode, MODES)
         _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        if not isinstance(self.archive_on_host, bool):
+            raise ConfigError(f"archive_on_host={self.archive_on_host!r} is not a truth value; give True or False.")
         if self.archive_on_host and self.mode != "multi_turn":
             raise ConfigError("archive_on_host=True needs an archive; set mode='multi_turn' or leave it out.")
         _check_choice("backend", self.backend, ("auto", "reference", *(backend.NAME for backend in BACKENDS)))
+        for name in ("eviction", "selection"):
+            if isinstance(given := getattr(self, name), type):
+                raise ConfigError(f"{name}={given.__name__} is a class; give a name, or an object of that class.")
         if isinstance(self.eviction, str):
             _check_choice("eviction", self.eviction, tuple(EVICTION_POLICIES))
         elif not callable(getattr(self.eviction, "keep", None)):
@@ -124,8 +136,8 @@ class RocketKVConfig:
                 raise ConfigError(
                     f"budget={self.budget!r} is no rocketkv.Budget; make one, or leave it to the formulas."
                 )
-            for name, value in zip(Budget._fields, self.budget, strict=True):
-                _check_count(f"budget.{name}", value, 1)
+            counts = zip(Budget._fields, self.budget, strict=True)
+            self._set("budget", Budget(*(check_count(f"budget.{name}", value, 1) for name, value in counts)))
         pinned = self.sink_tokens + (self.recent_tokens or 0)
         most = (
             self.budget.top_k if self.budget is not None else self.token_budget * (2 if self.kv_dtype == "int8" else 1)
@@ -135,6 +147,10 @@ class RocketKVConfig:
                 f"sink_tokens + recent_tokens = {pinned} is more than the {most} tokens that a step may attend to; "
                 "pin fewer or raise token_budget."
             )
+
+    def _set(self, name: str, value: object) -> None:
+        """Replace an option by the same as a plain number."""
+        object.__setattr__(self, name, value)
 
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
@@ -161,13 +177,6 @@ class RocketKVConfig:
             return self.selection
         method = SELECTION_METHODS[self.selection]
         return method(self.kv_dtype) if method is LowBit else method()
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} is not a whole number; give {least} or more.")
-    if value < least:
-        raise ConfigError(f"{name}={value} is too small; give {least} or more.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: T
     num_kv_heads, num_tokens = keys.shape[1:3]
     grouped = query.reshape(batch, num_kv_heads, -1, window, head_dim)
     slots = torch.arange(num_tokens, device=keys.device)
-    scores = torch.zeros(batch, num_kv_heads, num_tokens, device=keys.device)
+    scores = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float32, device=keys.device)
     block = max(1, BLOCK_ELEMENTS // (batch * num_heads // num_kv_heads * num_tokens))
     for head in range(num_kv_heads):
         transposed = keys[:, head].float().transpose(1, 2)  # [B, D, S]
@@ -69,6 +69,9 @@ def mark_best(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tens
 def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
     """Turn logits into the score of each token: softmax per query head, mean over the heads of a KV head.
 
+    Equal logits give equal scores. A logit that is no number, or infinite, has all of its head's score, so that its
+    token is chosen and shows in the output.
+
     Args:
         logits: `[B, Hkv, G, S]` float; anything beyond the lengths.
         lengths: `[B, Hkv]` int64.
@@ -77,7 +80,12 @@ def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
         `[B, Hkv, S]` float32, zero beyond the lengths.
     """
     beyond = torch.arange(logits.shape[3], device=logits.device) >= lengths[..., None]
-    return logits.float().masked_fill(beyond[:, :, None], -torch.inf).softmax(-1).mean(2)
+    largest = torch.finfo(torch.float32).max
+    logits = logits.float().nan_to_num(largest, largest).masked_fill_(beyond[:, :, None], -torch.inf)
+    scores, *others = logits.softmax(-1).unbind(2)
+    for other in others:  # head by head: torch's mean adds in another order where a row ends than before
+        scores = scores + other
+    return scores / logits.shape[2]
 
 
 def choose_tokens(scores: Tensor, *, lengths: Tensor, top_k: Tensor, sinks: Tensor, recents: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ class CppStep:
         self._layer = layer  # keeps the buffers alive
         tensors = [x for x in (*vars(layer).values(), *layer.index) if isinstance(x, Tensor)]
         assert all(x.is_contiguous() for x in tensors)
-        self._outputs = _spare_outputs((layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3]), layer.dtype)
+        self._shape = (layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3])
+        self._outputs = _spare_outputs(self._shape, layer.dtype)
         buffers = [x.data_ptr() for x in layer.index]
         codes, ranges, open_keys = buffers if layer.scoring == "lowbit" and buffers else (0, 0, 0)
         bounds = layer.index[0] if layer.scoring != "lowbit" and buffers else None
@@ -151,7 +152,7 @@ class CppStep:
             output = self._outputs.pop()
         except IndexError:
             with torch.inference_mode(False):
-                self._outputs += torch.empty(OUTPUTS, *query.shape, dtype=query.dtype).unbind()
+                self._outputs += torch.empty(OUTPUTS, *self._shape, dtype=self._layer.dtype, device="cpu").unbind()
             output = self._outputs.pop()
         num_bytes = self._native.decode(
             query.data_ptr(),
