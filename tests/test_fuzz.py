@@ -1,4 +1,4 @@
-"""Random wrong calls between right ones: each is refused in a sentence of ours and changes nothing (`make sanitize`)."""
+"""Random wrong calls between right ones: each is refused in a sentence and changes nothing (`make sanitize`)."""
 
 import random
 from collections.abc import Callable
