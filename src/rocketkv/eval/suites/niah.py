@@ -41,7 +41,6 @@ PREFIX = "The special magic number for {name} mentioned in the provided text is"
 TURNS = 4
 
 CODES = (  # sentences in several wordings; the prompt ends with what stands before the code
-    "The code that opens the {name} door is {code}, and no other will do.",
     "In the ledger of the {name} house the missing letter has the number {code}.",
     "She had been told that the key of the {name} cabinet was marked {code}, and she never forgot it.",
     "The traveller who took the {name} coach was given the ticket {code} and a seat by the window.",
