@@ -93,6 +93,7 @@ def test_passages_are_spread_and_start_as_the_model_expects() -> None:
         return SimpleNamespace(input_ids=[1] * add_special_tokens + [10 + ord(x) for x in text])
 
     tokenizer.bos_token_id = 1  # type: ignore[attr-defined]
+    tokenizer.all_special_tokens, tokenizer.added_tokens_decoder = [], {}  # type: ignore[attr-defined]
     ids = tokenizer(TEXT, add_special_tokens=False).input_ids
     length, cut = cut_passages(tokenizer, TEXT, 2048, 50, 100, 3)  # type: ignore[arg-type]
     assert length == 100

@@ -28,6 +28,12 @@ class PlainText:
         self._hidden = {text: ESCAPE + chr(ord(ESCAPE) + 1 + i) for i, text in enumerate([ESCAPE, *self._special])}
         self._shown = {hidden: text for text, hidden in self._hidden.items()}
 
+    @property
+    def start(self) -> list[int]:
+        """The token that the tokenizer puts before a text; empty if it puts none."""
+        first: int = self.tokenizer("a").input_ids[0]
+        return [first] if first == self.tokenizer.bos_token_id else []
+
     def hide(self, text: str) -> str:
         """The text with every special token in it, and every `ESCAPE`, as two private characters."""
         text = text.replace(ESCAPE, self._hidden[ESCAPE])

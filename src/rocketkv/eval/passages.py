@@ -38,7 +38,6 @@ def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
     Raises:
         InputError: there is no text, or one is too short, or a length too long for the model.
     """
-    begin = request.tokenizer("").input_ids[:1]  # a tokenizer that also ends texts begins them too
     plain = PlainText(request.tokenizer)
     for name, text in _texts(request).items():
         token_ids = plain.encode(plain.hide(text))
@@ -48,14 +47,14 @@ def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
                     f"length={length} and {STEPS} tokens to decode do not fit in the model's {context_length} tokens; "
                     "give shorter lengths."
                 )
-            taken = length + STEPS + 1 - len(begin)
+            taken = length + STEPS + 1 - len(plain.start)
             spare = len(token_ids) - taken
             if spare < 0:
                 raise InputError(f"{name} has {len(token_ids)} tokens, {-spare} too few for length={length}.")
             for number in range(request.num_samples or 1):
                 start = random.Random(f"{request.seed} {name} {length} {number}").randint(0, spare)
                 case = Case(name, f"{name}-{length}-{number}", length)
-                yield Passage(case, begin + token_ids[start : start + taken])
+                yield Passage(case, plain.start + token_ids[start : start + taken])
 
 
 def _texts(request: Request) -> dict[str, str]:

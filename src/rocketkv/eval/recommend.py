@@ -11,6 +11,7 @@ from rocketkv.eval.methods import make_arms
 from rocketkv.eval.runner import OnProgress
 from rocketkv.hf import enable
 from rocketkv.models import LoadedModel
+from rocketkv.text import PlainText
 
 ORACLE = "exact_topk"
 BUDGETS = (128, 256, 512, 1024)  # tokens, where no others are asked for
@@ -76,9 +77,8 @@ def cut_passages(
     Raises:
         InputError: the text is too short, or the length too long for the model.
     """
-    first_id = tokenizer("a").input_ids[0]
-    start = [first_id] if first_id == tokenizer.bos_token_id else []
-    token_ids = tokenizer(text, add_special_tokens=False).input_ids
+    plain = PlainText(tokenizer)
+    start, token_ids = plain.start, plain.encode(plain.hide(text))
     room = len(token_ids) + len(start) - new_tokens - 1  # tokens of the longest prompt
     most = context_length - new_tokens
     wanted = length or min(LENGTH, most, room)
