@@ -183,9 +183,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         elif before.index:
             ops.fold_into_pages(before.index[0], key, slots=before.lengths[..., None], page_size=layer.page_size)
             if spread is not None:
-                ops.extend_spread(
-                    before.index[1], before.index[0], lengths=layer.lengths, page_size=layer.page_size
-                )
+                ops.extend_spread(before.index[1], before.index[0], lengths=layer.lengths, page_size=layer.page_size)
         for mine, expected in zip(layer.index, before.index, strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
 

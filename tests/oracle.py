@@ -57,7 +57,7 @@ def spread(keys: np.ndarray, run: int) -> np.ndarray:
 def hybrid_token_scores(
     query: np.ndarray, keys: np.ndarray, page_size: int, num_channels: int, spread: np.ndarray | float = 1.0
 ) -> np.ndarray:
-    """Approximate attention of each token for one KV head: query [G, D], keys [N, D] -> [N]; spread [D], 1: published."""
+    """Approximate attention of each token for one KV head: query [G, D], keys [N, D], spread [D] -> [N]."""
     head_dim = query.shape[1]
     channels = np.argsort(-np.abs(query).mean(0) * spread, kind="stable")[:num_channels]
     positive = query.sum(0) > 0
@@ -85,9 +85,7 @@ def quest_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int) -> n
     return scores
 
 
-def lowbit_logits(
-    query: np.ndarray, keys: np.ndarray, num_channels: int, group: int, spread: np.ndarray
-) -> np.ndarray:
+def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group: int, spread: np.ndarray) -> np.ndarray:
     """Products with keys in 4 bits, per channel of `group` tokens but for the last few: query [G, D], keys [N, D]."""
     channels = np.argsort(-np.abs(query).sum(0) * spread, kind="stable")[:num_channels]
     near = keys.copy()

@@ -4,14 +4,12 @@ import torch
 from torch import Tensor
 
 
-def largest_channels(
-    query: Tensor, num_channels: Tensor, spread: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def largest_channels(query: Tensor, num_channels: Tensor, spread: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The channels in which the query heads of a KV head are largest together; of equal ones the lower.
 
     SparQ (arXiv:2312.04985), step 1, over a group of heads as in RocketKV, section "Hybrid Sparse Attention". With a
-    spread the size of a channel is the heads' |q| times the spread of its keys, ours: what the channel can change between
-    two keys. That does not change where keys are multiplied and queries divided by the same number (docs/method.md).
+    spread, which is ours, the size of a channel is the heads' |q| times the spread of its keys: how far its part of the
+    logits can differ between keys. It stays where keys are multiplied and queries divided by a number (docs/method.md).
 
     Args:
         query: `[B, Hkv, G, D]` float32, the query heads of each KV head.

@@ -7,8 +7,8 @@ steps, 0 to LEVELS. The last group of a row is open until it is full: its keys s
   i + GROUP // 2 in the high half of byte i; channel-major, so that an unread channel is memory not read.
 - Ranges are `[B, Hkv, blocks, D, GROUPS_PER_BLOCK, 2]`, least value and step, in the dtype of the keys.
 - Open keys are `[B, Hkv, D, GROUP]`, channel-major too.
-- The spread is `[B, Hkv, D]` float32, by which channels are chosen: the steps of a row's whole groups, added up in order;
-  in a row without any, the range of its keys.
+- The spread is `[B, Hkv, D]` float32; channels are chosen by it. It is the sum of the steps of a row's whole groups,
+  added up in order; in a row without any, the range of its keys.
 """
 
 from typing import NamedTuple
@@ -108,7 +108,7 @@ def _spread_open_keys(index: LowBitKeys, lengths: Tensor) -> None:
 def lowbit_logits(
     query: Tensor, index: LowBitKeys, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float
 ) -> Tensor:
-    """Approximate the logit of every token by its low-bit key, along its largest channels only, by |q| times the spread.
+    """Approximate the logit of every token by its low-bit key, along the channels largest by |q| times the spread.
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.

@@ -93,7 +93,7 @@ def extend_spread(spread: Tensor, bounds: Tensor, *, lengths: Tensor, page_size:
 
 
 def _ranges(bounds: Tensor, head_dim: int, num_pages: Tensor) -> Tensor:
-    """Ranges, `[B, Hkv, blocks, D]` float32, of the keys in the first `num_pages` (`[B, Hkv, blocks]`) of each block."""
+    """Ranges of keys, `[B, Hkv, blocks, D]` float32, in the first `num_pages` `[B, Hkv, blocks]` of each block."""
     beyond = torch.arange(PAGES_PER_BLOCK, device=bounds.device) >= num_pages[..., None, None]
     high = bounds[..., -head_dim:, :].masked_fill(beyond, -torch.inf).amax(4).float()
     low = bounds[..., :head_dim, :].masked_fill(beyond, torch.inf).amin(4).float()

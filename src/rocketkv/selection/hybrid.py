@@ -1,4 +1,4 @@
-"""RocketKV's stage 2: page bounds read along few channels, sparse in sequence and head dimension; ours and as published."""
+"""RocketKV's stage 2: page bounds read along few channels. Ours and, by another choice of channels, as published."""
 
 from typing import ClassVar
 

@@ -39,8 +39,8 @@ class LowBit(SelectionMethod):
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """A share of the budget scores, the spread included, or less where that reads all channels; the rest attends.
 
-        One channel is read at least, so that a step over more than `7 * (share * token_budget - 1) * head_dim` tokens reads
-        more than the budget.
+        One channel is read at least, so that a step over more than `7 * (share * token_budget - 1) * head_dim` tokens
+        reads more than the budget.
         """
         num_open = min(num_tokens, GROUP - 1)  # at most
         scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in keys of 16 bits
