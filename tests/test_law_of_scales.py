@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import Report
 from inputs import Inputs, make_inputs
 from rocketkv import LayerCache, RocketKVConfig, ops
 
@@ -98,7 +99,7 @@ def test_channels_that_share_a_step_in_8_bits_may_be_scaled_together(
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_in_8_bits_a_scaled_output_moves_no_further_than_the_rounding_of_the_keys_lets_it(
-    seeded: torch.Generator, backend: str
+    seeded: torch.Generator, backend: str, report: Report
 ) -> None:
     """Logits that move by d at most let each weight change by a factor of e**(2 d) at most."""
     x = exact_inputs(seeded, 64, torch.float32)
@@ -112,6 +113,8 @@ def test_in_8_bits_a_scaled_output_moves_no_further_than_the_rounding_of_the_key
     furthest = (x.query[:, :, first:] @ moved.transpose(2, 3)).abs().amax(3) * 64**-0.5  # of each query's logits
     bound = ((2 * furthest).exp() - 1)[..., None] * x.value.abs().amax() + 1e-5
     assert ((plain.outputs - other.outputs)[:, :, first:].abs() <= bound).all()
-    assert not torch.equal(plain.outputs, other.outputs)
+    change = (plain.outputs - other.outputs)[:, :, first:].norm() / plain.outputs[:, :, first:].norm()
+    report(f"keys in 8 bits, channels scaled: outputs move by {change:.0%} ({backend})")
+    assert change > 0
     kept, same = (converse(a, **options).kept[:4] for a in (x, y))  # a first prompt is scored as it comes
     assert kept == same
