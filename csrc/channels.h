@@ -24,13 +24,18 @@ struct Channels {
   int count() const { return static_cast<int>(places.size()); }
   int stride() const { return round_up(count(), 2); }
 
-  // RocketKV, section "Hybrid Sparse Attention", step 1; see hybrid_logits in ops/pages.py, and lowbit_logits in
-  // ops/lowbit.py. query: [G][D].
-  void choose_largest(const Layer& layer, int64_t row, const T* query) {
+  // RocketKV, section "Hybrid Sparse Attention", step 1, by |q| times the spread [D], if there is one; see hybrid_logits in
+  // ops/pages.py, and lowbit_logits in ops/lowbit.py. query: [G][D].
+  void choose_largest(const Layer& layer, int64_t row, const T* query, const float* spread) {
     const int head_dim = layer.head_dim, padded = round_up(head_dim, kPair), group = layer.num_heads / layer.num_kv_heads;
     const int64_t wanted = layer.num_channels[row];
-    floats_.assign((group + 2) * padded, 0.0f);  // with whole pairs of channels, zeros beyond head_dim
-    float *sizes = floats_.data(), *sums = sizes + padded, *queries = sums + padded;
+    floats_.assign((group + 3) * padded, 0.0f);  // with whole pairs of channels, zeros beyond head_dim
+    float *sizes = floats_.data(), *sums = sizes + padded, *factors = sums + padded, *queries = factors + padded;
+    if (spread) {
+      std::copy_n(spread, head_dim, factors);
+    } else {
+      std::fill_n(factors, head_dim, 1.0f);
+    }
     scales.resize(group);  // first all of the query's channels together
     for (int g = 0; g < group; ++g) {
       Vec all = {};
@@ -40,7 +45,7 @@ struct Channels {
         for (int half = 0; half < 2; ++half) {
           Vec q = half == 0 ? pair.a : pair.b, size = rocketkv::abs(q);
           int at = c + half * kWidth;
-          all += size;
+          all += size * load<Vec>(factors + at);
           store(queries + g * padded + at, q);
           store(sizes + at, load<Vec>(sizes + at) + size);
           store(sums + at, load<Vec>(sums + at) + q);
@@ -48,6 +53,8 @@ struct Channels {
       }
       scales[g] = sum_lane(all);
     }
+    for (int c = 0; c < padded; c += kWidth)  // zero times infinity is no number, with a sign
+      store(sizes + c, rocketkv::abs(load<Vec>(sizes + c) * load<Vec>(factors + c)));
     auto num_above = [&](uint32_t bound) { return count_above(sizes, head_dim, bound); };
     const uint32_t cut = find_cut(wanted, num_above);
     places.resize(wanted + kWidth);  // what write_places may write
@@ -58,12 +65,12 @@ struct Channels {
       Factor<T>* weight = weights.data() + g * stride();
       float chosen = 0.0f;
       for (int i = 0; i < count(); ++i) {
-        chosen += std::fabs(queries[g * padded + places[i]]);
+        chosen += std::fabs(queries[g * padded + places[i]]) * factors[places[i]];
         weight[i] = to_factor(query[g * head_dim + places[i]]);
       }
       if (count() < stride()) weight[count()] = Factor<T>{};
-      float share = chosen / std::max(scales[g], 1e-30f);  // SparQ's temperature
-      scales[g] = layer.scale / std::max(std::sqrt(share), 1e-15f);
+      const float share = chosen / scales[g];  // SparQ's temperature; all sizes may be zero, or one no number
+      scales[g] = layer.scale / std::sqrt(share > 0 ? share : 1.0f);
     }
     if (layer.scoring == Scoring::kLowBit) return;  // the temperature is not for these
     const bool has_minima = layer.pages.num_rows > head_dim;  // the maxima follow them

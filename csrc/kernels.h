@@ -25,6 +25,7 @@ struct Pages {
   const int64_t* page_size = nullptr;  // [B]
   int64_t num_blocks = 0;              // allocated
   int num_rows = 0;                    // C
+  float* spread = nullptr;             // [B, Hkv, D] by which channels are chosen; null: by the query alone
 };
 
 constexpr int kGroup = 64;        // tokens quantized together
@@ -36,6 +37,7 @@ struct LowBitKeys {
   uint8_t* codes = nullptr;
   void *ranges = nullptr, *open_keys = nullptr;
   int64_t num_blocks = 0;  // allocated
+  float* spread = nullptr;  // [B, Hkv, D] by which channels are chosen
 };
 
 constexpr int kStepChannels = 32;  // that share a step where keys and values are stored in 8 bits

@@ -65,6 +65,24 @@ inline void append_key(const LowBitKeys& keys, int head_dim, int64_t head, int64
   if (place % kGroup == kGroup - 1) close_group<T>(keys, head_dim, head, place / kGroup);
 }
 
+// Let the spread take in the group that the newest of `length` tokens has closed; before the first one is, the spread is
+// the range of all keys. See ops/lowbit.py.
+template <class T>
+inline void extend_spread(const LowBitKeys& keys, int head_dim, int64_t head, int64_t length) {
+  float* spread = keys.spread + head * head_dim;
+  if (length < kGroup) {
+    const T* numbers = open_keys<T>(keys, head_dim, head);
+    for (int c = 0; c < head_dim; ++c, numbers += kGroup) spread[c] = range_of(numbers, numbers, static_cast<int>(length));
+  } else if (length % kGroup == 0) {
+    const int64_t group = length / kGroup - 1;
+    const T* range = block_ranges<T>(keys, head_dim, head, group / kBlockGroups) + group % kBlockGroups * 2;
+    for (int c = 0; c < head_dim; ++c, range += kBlockGroups * 2) {
+      const float step = to_float(range[1]);
+      spread[c] = group == 0 ? step : spread[c] + step;
+    }
+  }
+}
+
 // The least values and the steps of kWidth groups.
 template <class T>
 inline Pair load_ranges(const T* p) {

@@ -12,12 +12,24 @@ template <class T>
 struct Build {
   const Keys& keys;
   const Pages& pages;
-  std::atomic<int64_t> next_task{0};
+  std::atomic<int64_t> next_task{0}, next_head{0};
 
   void work() {
     int64_t num_tasks = static_cast<int64_t>(keys.batch) * keys.num_kv_heads * pages.num_blocks;
     for (int64_t task; (task = next_task.fetch_add(1)) < num_tasks;)
       build_block(task / pages.num_blocks, task % pages.num_blocks);
+  }
+
+  // Block after block, so that the sums are those of an index that has grown.
+  void sum_spreads() {
+    for (int64_t head; (head = next_head.fetch_add(1)) < static_cast<int64_t>(keys.batch) * keys.num_kv_heads;) {
+      const int64_t page_size = pages.page_size[head / keys.num_kv_heads], tokens = kBlockPages * page_size;
+      const int64_t length = keys.lengths[head];
+      const int64_t first_pages = (std::min(length, tokens) + page_size - 1) / page_size;
+      add_range<T>(pages, head, 0, static_cast<int>(first_pages), keys.head_dim);
+      for (int64_t block = 1; (block + 1) * tokens <= length; ++block)
+        add_range<T>(pages, head, block, kBlockPages, keys.head_dim);
+    }
   }
 
   void build_block(int64_t head, int64_t block) {
@@ -33,6 +45,7 @@ template <class T>
 void build(const Keys& keys, const Pages& pages, int num_threads) {
   Build<T> build{keys, pages};
   run_on_threads(num_threads, [](void* self) { static_cast<Build<T>*>(self)->work(); }, &build);
+  if (pages.spread) run_on_threads(num_threads, [](void* self) { static_cast<Build<T>*>(self)->sum_spreads(); }, &build);
 }
 
 }  // namespace

@@ -27,4 +27,25 @@ inline void fold_token(const Pages& pages, int64_t head, int64_t page_size, int6
   }
 }
 
+// Add the range of the keys in a block's first `num_pages` to the spread, or let the spread be it.
+template <class T>
+inline void add_range(const Pages& pages, int64_t head, int64_t block, int num_pages, int head_dim) {
+  float* spread = pages.spread + head * head_dim;
+  const T* minima = page_bounds<T>(pages, head, block * kBlockPages);
+  const T* maxima = minima + static_cast<int64_t>(pages.num_rows - head_dim) * kBlockPages;
+  for (int c = 0; c < head_dim; ++c) {
+    const float range = range_of(minima + c * kBlockPages, maxima + c * kBlockPages, num_pages);
+    spread[c] = block == 0 ? range : spread[c] + range;
+  }
+}
+
+// Let the spread take in the block that the newest of `length` tokens has filled; before the first one is full, the spread
+// is the range of all keys. See ops/pages.py.
+template <class T>
+inline void extend_spread(const Pages& pages, int64_t head, int64_t page_size, int64_t length, int head_dim) {
+  const int64_t tokens = kBlockPages * page_size, block = (length - 1) / tokens, left = length - block * tokens;
+  if (block == 0 || left == tokens)
+    add_range<T>(pages, head, block, static_cast<int>((left + page_size - 1) / page_size), head_dim);
+}
+
 }  // namespace rocketkv

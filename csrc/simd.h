@@ -361,6 +361,24 @@ inline auto sum_lane(V v) {
   return join_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
+// The largest of `most` less the smallest of `least`, `count` numbers each, 0 if there are none; what is no number stays.
+template <class T>
+inline float range_of(const T* least, const T* most, int count) {
+  auto higher = [](auto x, auto best) { return (x > best) | (x != x) ? x : best; };
+  auto lower = [](auto x, auto best) { return (x < best) | (x != x) ? x : best; };
+  Vec highest = broadcast(-__builtin_inff()), lowest = -highest;
+  int i = 0;
+  for (; i + kPair <= count; i += kPair) {
+    const Pair high = load_pair(most + i), low = load_pair(least + i);
+    highest = higher(high.b, higher(high.a, highest));
+    lowest = lower(low.b, lower(low.a, lowest));
+  }
+  float top = join_lanes(highest, higher), bottom = join_lanes(lowest, lower);
+  for (; i < count; ++i) top = higher(to_float(most[i]), top), bottom = lower(to_float(least[i]), bottom);
+  const float range = top - bottom;
+  return range < 0 ? 0.0f : range;
+}
+
 // exp(x) for x <= 0, to about one unit in the last place; below -87 it gives exp(-87) instead of less, for NaN a NaN.
 inline Vec exp_of_negative(Vec x) {
   x = max(broadcast(-87.0f), x);

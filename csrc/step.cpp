@@ -158,6 +158,7 @@ class Step {
       Head& head = heads_[task];
       mine.ahead.fetch_all();
       append(head);
+      extend_spread(head);
       if (head.selects) score(head, 0, *channels);
       task = next_task();
       std::swap(channels, next_channels);
@@ -180,6 +181,7 @@ class Step {
         if (head.selects) find_channels(head, *mine.channels);
         if (head.selects) score(head, part, *mine.channels);
         if (head.scores_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+          extend_spread(head);
           if (head.selects) choose(head, mine.ahead);
           if (token_.chosen) report(head);
           head.is_ready.store(true, std::memory_order_release);
@@ -217,12 +219,26 @@ class Step {
     if (layer_.lowbit.codes) append_key(layer_.lowbit, layer_.head_dim, head.index, place, key);
   }
 
+  // Once all of a head's tasks have their channels: they are chosen by the spread from before the new token.
+  void extend_spread(const Head& head) {
+    const Pages& pages = layer_.pages;
+    if (layer_.lowbit.codes) rocketkv::extend_spread<T>(layer_.lowbit, layer_.head_dim, head.index, head.length);
+    if (pages.bounds && pages.spread)
+      rocketkv::extend_spread<T>(pages, head.index, pages.page_size[head.row], head.length, layer_.head_dim);
+  }
+
   // ---- score
+
+  // The spread by which a head's channels are chosen; null if there is none.
+  const float* spread_of(const Head& head) const {
+    const float* spread = layer_.scoring == Scoring::kLowBit ? layer_.lowbit.spread : layer_.pages.spread;
+    return spread ? spread + head.index * layer_.head_dim : nullptr;
+  }
 
   // Which rows of the index are read; false if none are.
   bool find_channels(const Head& head, Channels<T>& channels) {
     if (layer_.scoring == Scoring::kHybrid || layer_.scoring == Scoring::kLowBit)
-      channels.choose_largest(layer_, head.row, query_of(head));
+      channels.choose_largest(layer_, head.row, query_of(head), spread_of(head));
     if (layer_.scoring == Scoring::kBound) channels.take_all(layer_, query_of(head));
     return layer_.scoring != Scoring::kExact;
   }
@@ -231,6 +247,7 @@ class Step {
     const int unit_block = layer_.scoring == Scoring::kLowBit ? kGroup : kBlockPages;
     int64_t num_blocks = (head.num_units + unit_block - 1) / unit_block;
     int64_t begin = num_blocks * part / num_score_tasks_, end = num_blocks * (part + 1) / num_score_tasks_;
+    if (part == 0 && spread_of(head)) bytes_read_ += layer_.head_dim * sizeof(float);
     if (begin == end) return;
     int64_t num_units = std::min(end * unit_block, head.num_units) - begin * unit_block;
     switch (layer_.scoring) {

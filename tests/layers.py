@@ -29,8 +29,12 @@ def make_layer(
     archived: bool = False,
     tied: bool = False,
     int8: bool = False,
+    weighted: bool = True,
 ) -> LayerTensors:
-    """A layer's storage with NaN wherever nothing was stored; `tied`: keys of few distinct values."""
+    """A layer's storage with NaN wherever nothing was stored; `tied`: keys of few distinct values.
+
+    With `weighted`, channels of page bounds are chosen by the spread of their keys, too.
+    """
     held = torch.tensor(lengths)
     batch, num_kv_heads = held.shape
     capacity, seen = int(held.max()) + 40, held.amax(1) + 7
@@ -60,7 +64,8 @@ def make_layer(
 
     index: PageIndex | LowBitIndex | None = None
     if scoring in ("hybrid", "bound"):
-        index = PageIndex(ops.take_tokens(keys, slots), held, column(page_size))
+        is_weighted = weighted and scoring == "hybrid"
+        index = PageIndex(ops.take_tokens(keys, slots), held, column(page_size), weighted=is_weighted)
     elif scoring == "lowbit":
         index = LowBitIndex(ops.take_tokens(keys, slots), held)
         index.reserve(capacity)
@@ -102,18 +107,24 @@ def slots_of(layer: LayerTensors) -> torch.Tensor:
     return slots.where(places < layer.lengths[..., None], 0)
 
 
-def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
-    """The score of every token by the reference operations."""
+def spread_of(layer: LayerTensors) -> torch.Tensor | None:
+    """The spread by which channels are chosen; None if there is none."""
+    return layer.index[-1] if len(layer.index) in (2, 4) else None
+
+
+def reference_scores(layer: LayerTensors, query: torch.Tensor, spread: torch.Tensor | None) -> torch.Tensor:
+    """The score of every token by the reference operations, channels chosen by this spread."""
     grouped = query.reshape(*layer.keys.shape[:2], -1, layer.keys.shape[3])
     num_tokens = int(layer.lengths.max())
     if layer.scoring == "hybrid":
         logits = ops.hybrid_logits(
             grouped,
-            *layer.index,
+            layer.index[0],
             page_size=layer.page_size,
             num_tokens=num_tokens,
             num_channels=layer.num_channels,
             scale=layer.scale,
+            spread=spread,
         )
     elif layer.scoring == "bound":
         logits = ops.bound_logits(
@@ -122,7 +133,7 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor) -> torch.Tensor:
     elif layer.scoring == "lowbit":
         logits = ops.lowbit_logits(
             grouped,
-            ops.LowBitKeys(*layer.index),
+            ops.LowBitKeys(*layer.index[:3], spread),
             lengths=layer.lengths,
             num_tokens=num_tokens,
             num_channels=layer.num_channels,
@@ -150,6 +161,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
             **{name: x.clone() for name, x in vars(layer).items() if isinstance(x, torch.Tensor)},
             index=tuple(x.clone() for x in layer.index),
         )
+        spread = None if spread_of(before) is None else spread_of(before).clone()  # from before the new token
         chosen = torch.full_like(layer.positions, -2)
         output, num_bytes = step(query, key, value, chosen)
 
@@ -169,14 +181,16 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         if layer.scoring == "lowbit":
             ops.append_lowbit(ops.LowBitKeys(*before.index), key, before.lengths)
         elif before.index:
-            ops.fold_into_pages(*before.index, key, slots=before.lengths[..., None], page_size=layer.page_size)
+            ops.fold_into_pages(before.index[0], key, slots=before.lengths[..., None], page_size=layer.page_size)
+            if spread is not None:
+                ops.extend_spread(before.index[1], before.index[0], lengths=layer.lengths, page_size=layer.page_size)
         for mine, expected in zip(layer.index, before.index, strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
 
         # choose
         selects = (layer.lengths > layer.dense_lengths[:, None]) & (layer.scoring != "none")
         counts = layer.top_k[:, None].where(selects, layer.lengths)
-        scores = reference_scores(layer, query) if layer.scoring != "none" else None
+        scores = reference_scores(layer, query, spread) if layer.scoring != "none" else None
         scored = 0
         for row in range(batch):
             for head in range(num_kv_heads):
@@ -201,7 +215,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
                     "bound": pages * layer.index[0].shape[3] * size if layer.index else 0,
                     "exact": length * head_dim * size,
                     "lowbit": num_channels * (length // 64 * (32 + 2 * size) + length % 64 * size),
-                }[layer.scoring]
+                }[layer.scoring] + (0 if spread is None else 4 * head_dim)
         token_bytes = 2 * head_dim * size if layer.exponents is None else 2 * (head_dim + -(-head_dim // 32))
         assert int(torch.as_tensor(num_bytes).sum()) == scored + int(counts.sum()) * token_bytes
 

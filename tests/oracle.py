@@ -43,15 +43,28 @@ def pooled(scores: np.ndarray, window: int, kernel: int) -> np.ndarray:
     return np.array([[row[max(0, i - half) : i + half + 1].max() for i in range(len(row))] for row in before])
 
 
-def hybrid_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int, num_channels: int) -> np.ndarray:
-    """Approximate attention of each token for one KV head: query [G, D], keys [N, D] -> [N]."""
+def spread(keys: np.ndarray, run: int) -> np.ndarray:
+    """Ranges of the whole runs of `run` tokens, added up; of all tokens if there is none: keys [N, D] -> [D]."""
+    total = np.zeros(keys.shape[1])
+    ends = range(run, len(keys) + 1, run) if len(keys) >= run else [len(keys)]
+    for end in ends:
+        for c in range(keys.shape[1]):
+            part = keys[max(0, end - run) : end, c]
+            total[c] += part.max() - part.min()
+    return total
+
+
+def hybrid_token_scores(
+    query: np.ndarray, keys: np.ndarray, page_size: int, num_channels: int, spread: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """Approximate attention of each token for one KV head: query [G, D], keys [N, D], spread [D] -> [N]."""
     head_dim = query.shape[1]
-    channels = np.argsort(-np.abs(query).mean(0), kind="stable")[:num_channels]
+    channels = np.argsort(-np.abs(query).mean(0) * spread, kind="stable")[:num_channels]
     positive = query.sum(0) > 0
     scores = np.zeros(len(keys))
     for q in query:
         logits = np.zeros(len(keys))
-        share = np.abs(q[channels]).sum() / np.abs(q).sum()
+        share = (np.abs(q) * spread)[channels].sum() / (np.abs(q) * spread).sum()
         for start in range(0, len(keys), page_size):
             page = keys[start : start + page_size]
             bound = np.where(positive, page.max(0), page.min(0))
@@ -72,9 +85,9 @@ def quest_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int) -> n
     return scores
 
 
-def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group: int) -> np.ndarray:
+def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group: int, spread: np.ndarray) -> np.ndarray:
     """Products with keys in 4 bits, per channel of `group` tokens but for the last few: query [G, D], keys [N, D]."""
-    channels = np.argsort(-np.abs(query).sum(0), kind="stable")[:num_channels]
+    channels = np.argsort(-np.abs(query).sum(0) * spread, kind="stable")[:num_channels]
     near = keys.copy()
     for start in range(0, len(keys) // group * group, group):
         for c in range(keys.shape[1]):
@@ -85,8 +98,11 @@ def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group:
 
 
 def lowbit_token_scores(query: np.ndarray, keys: np.ndarray, num_channels: int) -> np.ndarray:
-    """Approximate attention of each token for one KV head by its key in 4 bits: query [G, D], keys [N, D] -> [N]."""
-    logits = lowbit_logits(query, keys, num_channels, 64) / math.sqrt(query.shape[1])
+    """Approximate attention of each token for one KV head by its key in 4 bits: query [G, D], keys [N, D] -> [N].
+
+    Channels are chosen by what stood before the last token.
+    """
+    logits = lowbit_logits(query, keys, num_channels, 64, spread(keys[:-1], 64)) / math.sqrt(query.shape[1])
     return np.mean([softmax(row) for row in logits], axis=0)
 
 

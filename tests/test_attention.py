@@ -79,8 +79,10 @@ def test_rocketkv_is_the_method_in_plain_loops(
             assert held[kept_count:] == list(range(400, t + 1))
             heads = slice(group * head, group * head + group)
             if selection == "hybrid":
+                page_size = int(plan.page_size[0])
+                spread = oracle.spread(k[head, held[:-1]], 32 * page_size)
                 approximate = oracle.hybrid_token_scores(
-                    q[heads, t], k[head, held], int(plan.page_size[0]), int(plan.num_channels[0])
+                    q[heads, t], k[head, held], page_size, int(plan.num_channels[0]), spread
                 )
             else:
                 approximate = oracle.lowbit_token_scores(q[heads, t], k[head, held], int(plan.num_channels[0]))
@@ -89,7 +91,7 @@ def test_rocketkv_is_the_method_in_plain_loops(
             np.testing.assert_allclose(output[0, heads, 0], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid", "lowbit"])
+@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid", "hybrid_paper", "lowbit"])
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_every_selection_method_is_its_plain_loop(seeded: torch.Generator, mode: str, selection: str) -> None:
     x = make_inputs(seeded, 1, 6, 2, 230, 64)
@@ -109,9 +111,10 @@ def test_every_selection_method_is_its_plain_loop(seeded: torch.Generator, mode:
             elif selection == "lowbit":
                 scores = oracle.lowbit_token_scores(queries, keys, split.num_channels)
             else:
-                page_size = split.page_size if selection == "hybrid" else 1
+                page_size = split.page_size if selection.startswith("hybrid") else 1
                 num_channels = 64 if selection == "exact" else split.num_channels
-                scores = oracle.hybrid_token_scores(queries, keys, page_size, num_channels)
+                spread = oracle.spread(keys[:-1], 32 * page_size) if selection == "hybrid" else 1.0
+                scores = oracle.hybrid_token_scores(queries, keys, page_size, num_channels, spread)
             expected = oracle.attend(queries, keys, values, oracle.choose(scores, split.top_k))
             np.testing.assert_allclose(output[0, 3 * head : 3 * head + 3, 0], expected, atol=2e-5)
 
@@ -173,7 +176,7 @@ def test_what_is_held_is_attended_in_full_up_to_twice_the_budget(seeded: torch.G
     assert selecting.read_bytes < by_default.read_bytes < in_full.read_bytes
 
 
-@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid", "lowbit"])
+@pytest.mark.parametrize("selection", [name for name in SELECTION_METHODS if name != "dense"])
 def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) -> None:
     x = make_inputs(seeded, 2, 6, 2, 300, 64)
     # the first row is long, so that a selection is made; the second holds fewer than top_k tokens
@@ -279,7 +282,7 @@ def test_the_budget_holds_however_long_the_answer_gets(seeded: torch.Generator) 
     assert int(cache.num_stored[0, 0]) == 700
 
 
-@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid"])
+@pytest.mark.parametrize("selection", ["exact", "quest", "sparq", "hybrid", "hybrid_paper"])
 def test_a_batch_reads_what_its_rows_read_alone(seeded: torch.Generator, selection: str) -> None:
     x = make_inputs(seeded, 2, 4, 2, 420, 64)
     config = strict(token_budget=128, selection=selection)
@@ -313,7 +316,8 @@ def test_read_bytes_count_what_the_method_reads(seeded: torch.Generator) -> None
         "exact": 512 * 64 + 2 * 64 * 64,
         "quest": 32 * 2 * 64 + 2 * 32 * 64,
         "sparq": 512 * 8 + 2 * 32 * 64,
-        "hybrid": -(-512 // 3) * 24 + 2 * 32 * 64,
+        "hybrid": 64 + -(-512 // 3) * 24 + 2 * 31 * 64,
+        "hybrid_paper": -(-512 // 3) * 24 + 2 * 32 * 64,
     }
     for selection, elements in expected.items():
         eviction = "snapkv" if selection == "dense" else "keep_all"
@@ -661,7 +665,7 @@ def test_8_bits_hold_and_read_what_they_say(seeded: torch.Generator) -> None:
     split = LowBit("int8").split(held[1] - 1, 128, 64)
     top_k = split.top_k * 256 // (2 * (64 + 2))  # a token takes 256 bytes in bfloat16
     assert int8.plan.splits[0] == split._replace(top_k=top_k)
-    scored = split.num_channels * (held[1] // 64 * 36 + held[1] % 64 * 2)
+    scored = split.num_channels * (held[1] // 64 * 36 + held[1] % 64 * 2) + 4 * 64
     assert int8.read_bytes == 2 * (scored + top_k * 132) <= 2 * 128 * 256
     codes, _, exponents, _ = int8.working.tokens.fields
     assert codes.dtype == torch.int8

@@ -29,7 +29,7 @@ from rocketkv.selection import Exact
         ({"token_budget": 256, "eviction": "snap"}, "eviction='snap' does not exist; did you mean snapkv?"),
         (
             {"token_budget": 256, "selection": "zzz"},
-            "selection='zzz' does not exist; choose from dense, exact, quest, sparq, hybrid, lowbit.",
+            "selection='zzz' does not exist; choose from dense, exact, quest, sparq, hybrid, hybrid_paper, lowbit.",
         ),
         (
             {"token_budget": 256, "kernel_size": 64},

@@ -89,7 +89,7 @@ def test_a_large_gap_to_the_oracle_is_told() -> None:
 
 
 def test_passages_are_spread_and_start_as_the_model_expects() -> None:
-    def tokenizer(text: str, *, add_special_tokens: bool = True) -> Any:
+    def tokenizer(text: str, *, add_special_tokens: bool = True, **_: Any) -> Any:
         return SimpleNamespace(input_ids=[1] * add_special_tokens + [10 + ord(x) for x in text])
 
     tokenizer.bos_token_id = 1  # type: ignore[attr-defined]

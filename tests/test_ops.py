@@ -101,10 +101,13 @@ def test_top_mask_takes_the_best_of_the_candidates() -> None:
 
 @pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)
 @pytest.mark.parametrize("page_size", [1, 2, 3, 7])
-def test_page_logits(seeded: torch.Generator, size: int, group: int, head_dim: int, page_size: int) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_page_logits(
+    seeded: torch.Generator, size: int, group: int, head_dim: int, page_size: int, weighted: bool
+) -> None:
     x = make_inputs(seeded, 1, 2 * group, 2, size, head_dim)
     lengths = torch.full((1, 2), size)
-    pages = PageIndex(x.key, lengths, torch.tensor([page_size]))
+    pages = PageIndex(x.key, lengths, torch.tensor([page_size]), weighted=weighted)
     query = x.query[:, :, -1].reshape(1, 2, group, head_dim)
     num_channels = max(1, head_dim // 3)
     hybrid = ops.score_tokens(
@@ -115,6 +118,7 @@ def test_page_logits(seeded: torch.Generator, size: int, group: int, head_dim: i
             num_tokens=size,
             num_channels=torch.tensor([num_channels]),
             scale=head_dim**-0.5,
+            spread=pages.spread,
         ),
         lengths,
     )
@@ -123,9 +127,9 @@ def test_page_logits(seeded: torch.Generator, size: int, group: int, head_dim: i
     )
     for head in range(2):
         q, k = arrays(query[0, head], x.key[0, head])
-        np.testing.assert_allclose(
-            hybrid[0, head], oracle.hybrid_token_scores(q, k, page_size, num_channels), rtol=1e-3, atol=1e-6
-        )
+        spread = oracle.spread(k, 32 * page_size) if weighted and size > 1 else 1.0
+        expected = oracle.hybrid_token_scores(q, k, page_size, num_channels, spread)
+        np.testing.assert_allclose(hybrid[0, head], expected, rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(quest[0, head], oracle.quest_token_scores(q, k, page_size), rtol=1e-3, atol=1e-6)
 
 
@@ -142,7 +146,7 @@ def test_an_extended_index_equals_a_rebuilt_one_at_every_step(seeded: torch.Gene
     x = make_inputs(seeded, 3, 4, 2, 150, 32, dtype)
     page_size = torch.tensor([1, 3, 4])
     lengths = torch.tensor([[10, 12], [3, 3], [7, 1]])
-    grown = PageIndex(x.key[:, :, :12], lengths, page_size)
+    grown = PageIndex(x.key[:, :, :12], lengths, page_size, weighted=True)
     everything = poisoned(x.key, lengths)
     for step in range(100):
         key = x.key[:, :, 20 + step : 21 + step]
@@ -151,12 +155,13 @@ def test_an_extended_index_equals_a_rebuilt_one_at_every_step(seeded: torch.Gene
                 everything[row, head, lengths[row, head]] = key[row, head, 0]
         grown.extend(key, lengths)
         lengths = lengths + 1
-        rebuilt = PageIndex(everything, lengths, page_size)
+        rebuilt = PageIndex(everything, lengths, page_size, weighted=True)
         for row in range(3):
             for head in range(2):
                 pages = -(-int(lengths[row, head]) // int(page_size[row]))
                 mine, theirs = (index.bounds[row, head].transpose(0, 1).flatten(1) for index in (grown, rebuilt))
                 assert torch.equal(mine[:, :pages], theirs[:, :pages])
+        assert torch.equal(grown.spread, rebuilt.spread)
 
 
 def test_pages_of_one_token_are_stored_once(seeded: torch.Generator) -> None:
@@ -318,6 +323,7 @@ def assert_alike(index: LowBitIndex, other: LowBitIndex, lengths: torch.Tensor) 
                 groups = [x[row, head].transpose(1, 2).flatten(0, 1)[:whole] for x in (one, two)]
                 assert torch.equal(*groups)
             assert torch.equal(*(x.stored.open_keys[row, head, :, :left] for x in (index, other)))
+    assert torch.equal(index.stored.spread, other.stored.spread)
 
 
 @pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)
@@ -337,7 +343,8 @@ def test_low_bit_logits_are_those_of_the_plain_loop(
         scale=0.5,
     )
     for head in range(2):
-        expected = oracle.lowbit_logits(*arrays(query[0, head], x.key[0, head]), num_channels, ops.GROUP) * 0.5
+        q, k = arrays(query[0, head], x.key[0, head])
+        expected = oracle.lowbit_logits(q, k, num_channels, ops.GROUP, oracle.spread(k, ops.GROUP)) * 0.5
         np.testing.assert_allclose(logits[0, head], expected, atol=1e-3)
 
 

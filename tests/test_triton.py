@@ -13,6 +13,7 @@ from rocketkv import Budget, LayerCache, RocketKVConfig, cache, ops
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import lowbit
 from rocketkv.ops.backends import cpp, fastest, find_backend, triton
+from test_law_of_scales import check, exact_inputs, scaled
 
 if (reason := triton.decline(torch.zeros(1, 1, 1, 64))) is not None:
     pytest.skip(f"{reason}; `make test-triton` runs these in the interpreter", allow_module_level=True)
@@ -196,6 +197,7 @@ def test_low_bit_keys_are_built_as_by_the_reference(seeded: torch.Generator, dty
                 torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
             mine, expected = (x.open_keys[row, head, :, :num_open] for x in built)
             assert torch.equal(mine, expected)
+    torch.testing.assert_close(*(x.spread for x in built), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,11 +212,13 @@ def test_pages_are_built_as_by_the_reference(
             some = torch.randn(lengths[row, head], head_dim, generator=seeded)
             keys[row, head, : lengths[row, head]] = some.to(dtype)
     keys[0, 0, 3, 3], keys[1, 2, 70, 5], keys[0, 0, 249, 0] = torch.nan, torch.inf, -torch.inf
-    own, expected = (PageIndex(keys[:, :, :1], torch.ones_like(lengths) * 0, page_size) for _ in range(2))
+    none = torch.zeros_like(lengths)
+    own, expected = (PageIndex(keys[:, :, :1], none, page_size, weighted=True) for _ in range(2))
     for index, build in ((own, triton.build_pages), (expected, ops.build_pages)):
         index.reserve(300)
-        build(index.bounds, keys, lengths=lengths, page_size=page_size)
-    torch.testing.assert_close(own.bounds, expected.bounds, rtol=0, atol=0, equal_nan=True)
+        build(index.bounds, keys, lengths=lengths, page_size=page_size, spread=index.spread)
+    for mine, reference in zip(own.buffers, expected.buffers, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +262,7 @@ def test_unread_channels_are_not_read(seeded: torch.Generator, scoring: str) -> 
     if scoring == "hybrid":
         layer.index[0].view(1, 2, -1, 2, 64, 32)[:, :, :, :, 5:] = torch.nan  # minima, maxima
     else:
-        _, ranges, open_keys = layer.index
+        _, ranges, open_keys, _ = layer.index
         ranges[:, :, :, 5:], open_keys[:, :, 5:] = torch.nan, torch.nan
     key = torch.randn(1, 2, 1, 64, generator=seeded)
     step = triton.bind(layer)
@@ -267,7 +271,7 @@ def test_unread_channels_are_not_read(seeded: torch.Generator, scoring: str) -> 
 
 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-@pytest.mark.parametrize("selection", ["hybrid", "quest", "sparq", "exact", "lowbit"])
+@pytest.mark.parametrize("selection", ["hybrid", "hybrid_paper", "quest", "sparq", "exact", "lowbit"])
 def test_a_cache_that_grows_decodes_as_by_the_reference(
     seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, selection: str, mode: str
 ) -> None:
@@ -285,6 +289,14 @@ def test_a_cache_that_grows_decodes_as_by_the_reference(
     read_bytes = copied.read_bytes
     caches[0].decode(*inputs.part(0, 1))
     assert copied.read_bytes == read_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("selection", ["lowbit", "hybrid"])
+def test_scaling_keys_and_queries_changes_no_bit(seeded: torch.Generator, selection: str, dtype: torch.dtype) -> None:
+    x = exact_inputs(seeded, 32, dtype, batch=1)
+    options = {"token_budget": 24, "window_size": 8, "eviction": "keep_all", "selection": selection}
+    check(x, scaled(x, seeded), turns=[(60, 6), (24, 6)], backend="triton", **options)  # groups and blocks fill
 
 
 def test_a_dense_cache_has_a_step_too(seeded: torch.Generator) -> None:

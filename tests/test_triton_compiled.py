@@ -40,7 +40,14 @@ TARGETS = {  # and the shared memory of a program there, in KiB
 }
 
 
-KERNELS = ("build_lowbit", "build_pages", "sum_window", "score_window")  # of a prefill
+KERNELS = (  # of a prefill
+    "build_lowbit",
+    "sum_lowbit_spread",
+    "build_pages",
+    "sum_page_spread",
+    "sum_window",
+    "score_window",
+)
 
 
 def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
@@ -106,8 +113,8 @@ def test_kernels_of_a_prefill_compile_too(
     keys, lengths = torch.zeros(1, 2, 100, head_dim, dtype=dtype), torch.full((1, 2), 100)
     triton.build_lowbit(LowBitIndex(keys, lengths).stored, keys, lengths)
     page_size = torch.tensor([3])
-    bounds = PageIndex(keys, lengths, page_size).bounds
-    triton.build_pages(bounds, keys, lengths=lengths, page_size=page_size)
+    bounds, spread = PageIndex(keys, lengths, page_size, weighted=True).buffers
+    triton.build_pages(bounds, keys, lengths=lengths, page_size=page_size, spread=spread)
     query, num_queries = torch.zeros(1, 8, 32, head_dim, dtype=dtype), torch.tensor([32])
     triton.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=0.1)
     assert launched.keys() == all_kernels.keys()

@@ -154,8 +154,8 @@ class RocketKVConfig:
 
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
-        """The method as published: page bounds, nothing pinned, no row beyond its budget. Options, errors as above."""
-        published = {"selection": "hybrid", "recent_tokens": 0, "dense_below": 0}
+        """The method as published: page bounds, channels by |q|, nothing pinned. Options, errors as above."""
+        published = {"selection": "hybrid_paper", "recent_tokens": 0, "dense_below": 0}
         return cls(**{"token_budget": token_budget, **published, **options})
 
     @property

@@ -14,6 +14,7 @@ from rocketkv.ops import (
     append_lowbit,
     build_lowbit,
     build_pages,
+    extend_spread,
     fold_into_pages,
     new_storage,
 )
@@ -67,17 +68,24 @@ class PageIndex(BackedIndex):
         bounds: `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]` in the dtype of the keys, D instead of 2 * D if all pages are
             single.
         page_size: `[B]` int64, tokens per page; rows of a batch may differ.
+        spread: `[B, Hkv, D]` float32, by which channels are chosen; None: by the query alone, as published.
+        earlier_spread: the same from before the newest token, whose step chooses by it.
     """
 
-    def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor) -> None:
-        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64."""
+    def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor, *, weighted: bool = False) -> None:
+        """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64.
+
+        With `weighted` the spread of the channels is kept, too.
+        """
         self.page_size = page_size
         self._smallest = int(page_size.min())
         self._head_dim = keys.shape[3]
         channels = keys.shape[3] if int(page_size.max()) == 1 else 2 * keys.shape[3]
         self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
         self.reserve(keys.shape[2])
-        fastest(build_pages, keys)(self.bounds, keys, lengths=lengths, page_size=page_size)
+        self.spread = _new_spread(keys) if weighted else None
+        fastest(build_pages, keys)(self.bounds, keys, lengths=lengths, page_size=page_size, spread=self.spread)
+        self.earlier_spread = self.spread
 
     @property
     def capacity(self) -> int:
@@ -103,25 +111,31 @@ class PageIndex(BackedIndex):
         """Take in one token per row, into the last, open page: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
         self.reserve(int(slots.max()) + 1)
         fold_into_pages(self.bounds, key, slots=slots[..., None], page_size=self.page_size)
+        if self.spread is not None:
+            self.earlier_spread = self.spread.clone()
+            extend_spread(self.spread, self.bounds, lengths=slots + 1, page_size=self.page_size)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""
         with torch.inference_mode(False):
             self.bounds = self.bounds.index_select(0, rows)
+            if self.spread is not None:
+                self.spread = self.earlier_spread = self.spread.index_select(0, rows)
         self.page_size = self.page_size.index_select(0, rows)
         self._smallest = int(self.page_size.min())
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """What a backend is given."""
-        return (self.bounds,)
+        return (self.bounds,) if self.spread is None else (self.bounds, self.spread)
 
 
 class LowBitIndex(BackedIndex):
     """The keys in 4 bits, grown in steps; see `ops/lowbit.py`.
 
     Attributes:
-        stored: codes, ranges and open keys.
+        stored: codes, ranges, open keys and spread.
+        earlier_spread: the spread from before the newest token, whose step chooses channels by it.
     """
 
     def __init__(self, keys: Tensor, lengths: Tensor) -> None:
@@ -132,9 +146,11 @@ class LowBitIndex(BackedIndex):
             keys.new_empty(*shape, GROUP // 2, dtype=torch.uint8),
             keys.new_empty(*shape, 2),
             new_storage(keys, (batch, num_kv_heads, head_dim, GROUP)),
+            _new_spread(keys),
         )
         self.reserve(keys.shape[2])
         fastest(build_lowbit, keys)(self.stored, keys, lengths)
+        self.earlier_spread = self.stored.spread
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -150,18 +166,25 @@ class LowBitIndex(BackedIndex):
         """Make room for rows of `num_tokens` tokens."""
         if num_tokens > self.capacity:
             num_blocks = -(-num_tokens // (GROUPS_PER_BLOCK * GROUP))
-            codes, ranges, open_keys = self.stored
-            self.stored = LowBitKeys(_grown(codes, num_blocks), _grown(ranges, num_blocks), open_keys)
+            codes, ranges = (_grown(x, num_blocks) for x in self.stored[:2])
+            self.stored = self.stored._replace(codes=codes, ranges=ranges)
 
     def extend(self, key: Tensor, slots: Tensor) -> None:
         """Take in one token per row, into the open group: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
         self.reserve(int(slots.max()) + 1)
+        self.earlier_spread = self.stored.spread.clone()
         append_lowbit(self.stored, key, slots)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""
         with torch.inference_mode(False):
             self.stored = LowBitKeys(*(x.index_select(0, rows) for x in self.stored))
+        self.earlier_spread = self.stored.spread
+
+
+def _new_spread(keys: Tensor) -> Tensor:
+    """Room for the spread of each channel of `keys` `[B, Hkv, S, D]`, undefined."""
+    return keys.new_empty(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
 
 
 def _grown(old: Tensor, num_blocks: int) -> Tensor:

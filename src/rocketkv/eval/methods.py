@@ -18,10 +18,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "streaming_llm": {"eviction": "streaming_llm", "selection": "dense"},
     "quest": {"eviction": "keep_all", "selection": "quest", "recent_tokens": 0},
     "sparq": {"eviction": "keep_all", "selection": "sparq", "recent_tokens": 0},
-    "hybrid": {"eviction": "keep_all", "selection": "hybrid", "recent_tokens": 0},
+    "hybrid": {"eviction": "keep_all", "selection": "hybrid_paper", "recent_tokens": 0},
     "rocketkv": {},
     "rocketkv_mt": {"mode": "multi_turn"},
-    "rocketkv_paper": {"eviction": "snapkv", "selection": "hybrid", "recent_tokens": 0},
+    "rocketkv_paper": {"eviction": "snapkv", "selection": "hybrid_paper", "recent_tokens": 0},
 }
 
 

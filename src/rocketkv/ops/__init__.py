@@ -14,7 +14,7 @@ from rocketkv.ops.lowbit import (
     quantize_groups,
 )
 from rocketkv.ops.memory import new_storage
-from rocketkv.ops.pages import PAGES_PER_BLOCK, bound_logits, build_pages, fold_into_pages, hybrid_logits
+from rocketkv.ops.pages import PAGES_PER_BLOCK, bound_logits, build_pages, extend_spread, fold_into_pages, hybrid_logits
 from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "choose_tokens",
     "decode_densely",
     "decode_sparsely",
+    "extend_spread",
     "fold_into_pages",
     "hybrid_logits",
     "linear",

@@ -7,6 +7,8 @@ steps, 0 to LEVELS. The last group of a row is open until it is full: its keys s
   i + GROUP // 2 in the high half of byte i; channel-major, so that an unread channel is memory not read.
 - Ranges are `[B, Hkv, blocks, D, GROUPS_PER_BLOCK, 2]`, least value and step, in the dtype of the keys.
 - Open keys are `[B, Hkv, D, GROUP]`, channel-major too.
+- The spread is `[B, Hkv, D]` float32; channels are chosen by it. It is the sum of the steps of a row's whole groups,
+  added up in order; in a row without any, the range of its keys.
 """
 
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rocketkv.ops.channels import largest_channels
+from rocketkv.ops.channels import add_runs, largest_channels
 from rocketkv.ops.gather import take_tokens
 
 GROUP = 64  # tokens: their range adds half a bit to the 4 of each in 16 bits
@@ -25,11 +27,12 @@ _BLOCK = GROUPS_PER_BLOCK * GROUP
 
 
 class LowBitKeys(NamedTuple):
-    """The three tensors of the index."""
+    """The tensors of the index."""
 
     codes: Tensor
     ranges: Tensor
     open_keys: Tensor
+    spread: Tensor
 
 
 def quantize_groups(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,18 +61,23 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
     Reads `B * Hkv * S * D` elements.
     """
     batch, num_kv_heads, num_tokens, head_dim = keys.shape
+    index.spread.zero_()
     for start in range(0, num_tokens // GROUP * GROUP, _BLOCK):
         whole = keys[:, :, start : start + _BLOCK]
         num_groups = whole.shape[2] // GROUP
         groups = whole[:, :, : num_groups * GROUP].reshape(batch, num_kv_heads, num_groups, GROUP, head_dim)
-        for stored, new in zip(index[:2], quantize_groups(groups), strict=True):
+        codes, ranges = quantize_groups(groups)
+        for stored, new in zip(index[:2], (codes, ranges), strict=True):
             stored[:, :, start // _BLOCK, :, :num_groups] = new.transpose(2, 3)
+        ends = torch.arange(start + GROUP, start + num_groups * GROUP + 1, GROUP, device=keys.device)
+        add_runs(index.spread, ranges[..., 1], ends <= lengths[..., None])
     slots = (lengths // GROUP * GROUP)[..., None] + torch.arange(GROUP, device=keys.device)
     index.open_keys[:] = take_tokens(keys, slots.clamp(max=num_tokens - 1)).transpose(2, 3)
+    _spread_open_keys(index, lengths)
 
 
 def append_lowbit(index: LowBitKeys, key: Tensor, slots: Tensor) -> None:
-    """Let the open group of every row take in one key, in place, and close it if it is full.
+    """Let the open group of every row take in one key, in place, and close it if it is full; the spread follows.
 
     Args:
         index: with room for it.
@@ -81,18 +89,30 @@ def append_lowbit(index: LowBitKeys, key: Tensor, slots: Tensor) -> None:
     index.open_keys.scatter_(3, where, key.transpose(2, 3))
     row, head = (place == GROUP - 1).nonzero(as_tuple=True)
     block, group = slots[row, head] // _BLOCK, slots[row, head] // GROUP % GROUPS_PER_BLOCK
-    for stored, new in zip(index[:2], quantize_groups(index.open_keys[row, head].transpose(1, 2)), strict=True):
+    codes, ranges = quantize_groups(index.open_keys[row, head].transpose(1, 2))
+    for stored, new in zip(index[:2], (codes, ranges), strict=True):
         stored[row, head, block, :, group] = new
+    earlier = index.spread[row, head].where(slots[row, head, None] >= GROUP, 0.0)  # the first group's step replaces
+    index.spread[row, head] = earlier + ranges[..., 1]
+    _spread_open_keys(index, slots + 1)
+
+
+def _spread_open_keys(index: LowBitKeys, lengths: Tensor) -> None:
+    """Let the spread be the range of all keys in rows of `lengths` (`[B, Hkv]` int64) without a whole group."""
+    beyond = torch.arange(GROUP, device=lengths.device) >= lengths[..., None, None]  # [B, Hkv, 1, GROUP]
+    high = index.open_keys.masked_fill(beyond, -torch.inf).amax(3).float()
+    low = index.open_keys.masked_fill(beyond, torch.inf).amin(3).float()
+    index.spread[:] = (high - low).clamp_min(0.0).where(lengths[..., None] < GROUP, index.spread)
 
 
 def lowbit_logits(
     query: Tensor, index: LowBitKeys, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float
 ) -> Tensor:
-    """Approximate the logit of every token by its low-bit key, along the query's largest channels only.
+    """Approximate the logit of every token by its low-bit key, along the channels largest by |q| times the spread.
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
-        index: of the keys.
+        index: of the keys, with the spread from before the newest one.
         lengths: `[B, Hkv]` int64, tokens in each row.
         num_tokens: S, tokens to give a logit to.
         num_channels: `[B]` int64, channels to read, 1 to D.
@@ -105,9 +125,9 @@ def lowbit_logits(
     query, rounded to bfloat16 if the keys are bfloat16.
 
     Reads, for each of the `num_channels`: `GROUP // 2` bytes and two elements per whole group, an element per token of
-    the open one.
+    the open one; and the spread, `D` float32 numbers.
     """
-    channels, chosen = largest_channels(query.float(), num_channels)  # [B, Hkv, R], [B, Hkv, G, R]
+    channels, chosen = largest_channels(query.float(), num_channels, index.spread)  # [B, Hkv, R], [B, Hkv, G, R]
     num_blocks, num_read = index.codes.shape[2], channels.shape[2]
     rows = channels[:, :, None, :, None, None].expand(-1, -1, num_blocks, -1, GROUPS_PER_BLOCK, -1)
     packed = index.codes.gather(3, rows.expand(*rows.shape[:5], _HALF))

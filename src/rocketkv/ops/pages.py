@@ -3,17 +3,22 @@
 Bounds are `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]`: minima of all channels, then maxima, channel-major within a block
 of pages, so that an unread channel is memory not read. Where every page holds one token, minima and maxima are the keys
 themselves and stored once: `[B, Hkv, blocks, D, PAGES_PER_BLOCK]`.
+
+The spread, if channels are chosen by it, is `[B, Hkv, D]` float32: the ranges of the keys in each full block of pages,
+added up in order; in a row without any, the range of all of its keys.
 """
 
 import torch
 from torch import Tensor
 
-from rocketkv.ops.channels import largest_channels
+from rocketkv.ops.channels import add_runs, largest_channels
 
 PAGES_PER_BLOCK = 32  # one cache line of a channel in 16 bits; csrc/kernels.h has the same number
 
 
-def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
+def build_pages(
+    bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor, spread: Tensor | None = None
+) -> None:
     """Let empty bounds take in all keys, in place.
 
     Args:
@@ -21,11 +26,19 @@ def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Ten
         keys: `[B, Hkv, S, D]` in the dtype of `bounds`.
         lengths: `[B, Hkv]` int64; keys at slots beyond are left out.
         page_size: `[B]` int64, tokens per page.
+        spread: `[B, Hkv, D]` float32, to be filled; None: there is none.
 
     Reads `B * Hkv * S * D` elements.
     """
     slots = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
     fold_into_pages(bounds, keys, slots=slots, page_size=page_size, lengths=lengths)
+    if spread is None:
+        return
+    blocks = torch.arange(bounds.shape[2], device=keys.device)
+    tokens = (page_size * PAGES_PER_BLOCK)[:, None, None]  # of a block
+    left = lengths[..., None] - blocks * tokens  # [B, Hkv, blocks], tokens from a block on
+    ranges = _ranges(bounds, keys.shape[3], -(-left // page_size[:, None, None]))
+    add_runs(spread.zero_(), ranges, (left >= tokens) | (blocks == 0))
 
 
 def fold_into_pages(
@@ -57,12 +70,50 @@ def fold_into_pages(
         flat.scatter_reduce_(2, minima.flatten(2), low.flatten(2), "amin")
 
 
+def extend_spread(spread: Tensor, bounds: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
+    """Let the spread take in the block of pages that a row's newest token filled, in place.
+
+    While a row has no full block, the spread becomes the range of all of its keys.
+
+    Args:
+        spread: `[B, Hkv, D]` float32.
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float, of the newest token, too.
+        lengths: `[B, Hkv]` int64, tokens in each row, the newest one included.
+        page_size: `[B]` int64, tokens per page.
+
+    Reads one block of each row.
+    """
+    tokens = page_size[:, None] * PAGES_PER_BLOCK  # of a block
+    block = (lengths - 1) // tokens  # [B, Hkv]
+    newest = bounds.gather(2, block[..., None, None, None].expand(-1, -1, 1, *bounds.shape[3:]))
+    left = lengths - block * tokens
+    ranges = _ranges(newest, spread.shape[2], -(-left // page_size[:, None])[..., None])[:, :, 0]
+    is_full, is_first = (left == tokens)[..., None], (block == 0)[..., None]
+    spread[:] = ranges.where(is_first, (spread + ranges).where(is_full, spread))
+
+
+def _ranges(bounds: Tensor, head_dim: int, num_pages: Tensor) -> Tensor:
+    """Ranges of keys, `[B, Hkv, blocks, D]` float32, in the first `num_pages` `[B, Hkv, blocks]` of each block."""
+    beyond = torch.arange(PAGES_PER_BLOCK, device=bounds.device) >= num_pages[..., None, None]
+    high = bounds[..., -head_dim:, :].masked_fill(beyond, -torch.inf).amax(4).float()
+    low = bounds[..., :head_dim, :].masked_fill(beyond, torch.inf).amin(4).float()
+    return (high - low).clamp_min(0.0)  # of no keys: 0
+
+
 def hybrid_logits(
-    query: Tensor, bounds: Tensor, *, page_size: Tensor, num_tokens: int, num_channels: Tensor, scale: float
+    query: Tensor,
+    bounds: Tensor,
+    *,
+    page_size: Tensor,
+    num_tokens: int,
+    num_channels: Tensor,
+    scale: float,
+    spread: Tensor | None = None,
 ) -> Tensor:
     """Approximate the logit of every token by its page, along the query's largest channels only.
 
-    RocketKV, section "Hybrid Sparse Attention"; the temperature is SparQ's (section "SparQ Attention", step 1).
+    RocketKV, section "Hybrid Sparse Attention"; the temperature is SparQ's (section "SparQ Attention", step 1). With a
+    spread, channels are chosen and shared out by |q| times the spread.
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
@@ -71,21 +122,28 @@ def hybrid_logits(
         num_tokens: S, tokens to give a logit to.
         num_channels: `[B]` int64, channels to read, 1 to D.
         scale: factor on the dot products.
+        spread: `[B, Hkv, D]` float32, from before the newest token; None: as published.
 
     Returns:
         `[B, Hkv, G, S]` float32, undefined beyond a row's length.
 
-    Reads `num_channels` elements for each page and KV head; dense attention reads `2 * D` for each token.
+    Reads `num_channels` elements for each page and KV head, and the spread, `D` float32 numbers, if there is one; dense
+    attention reads `2 * D` elements for each token.
     """
     query = query.float()
     head_dim = query.shape[3]
-    channels, chosen = largest_channels(query, num_channels)
+    channels, chosen = largest_channels(query, num_channels, spread)
+    sizes, chosen_sizes = query.abs(), chosen.abs()
+    if spread is not None:
+        sizes = sizes * spread[:, :, None]
+        chosen_sizes = chosen_sizes * spread.gather(2, channels)[:, :, None]
+    share = chosen_sizes.sum(3, keepdim=True) / sizes.sum(3, keepdim=True)
+    share = share.where(share > 0, 1.0)  # where all sizes are zero, or one is no number
     if bounds.shape[3] > head_dim:  # the maximum where the heads together are positive, otherwise the minimum
         channels = channels + head_dim * (query.sum(2).gather(2, channels) > 0)
     rows = channels[:, :, None, :, None].expand(-1, -1, bounds.shape[2], -1, PAGES_PER_BLOCK)
     bound = bounds.gather(3, rows).float()  # [B, Hkv, blocks, R, PAGES_PER_BLOCK]
-    share = chosen.abs().sum(3, keepdim=True) / query.abs().sum(3, keepdim=True).clamp_min(1e-30)
-    return _of_tokens(_dot(chosen, bound) * (scale / share.sqrt().clamp_min(1e-15)), page_size, num_tokens)
+    return _of_tokens(_dot(chosen, bound) * (scale / share.sqrt()), page_size, num_tokens)
 
 
 def bound_logits(query: Tensor, bounds: Tensor, *, page_size: Tensor, num_tokens: int, scale: float) -> Tensor:

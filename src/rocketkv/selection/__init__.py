@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rocketkv.selection.base import SelectionMethod
 from rocketkv.selection.dense import Dense
 from rocketkv.selection.exact import Exact
-from rocketkv.selection.hybrid import Hybrid
+from rocketkv.selection.hybrid import Hybrid, PublishedHybrid
 from rocketkv.selection.lowbit import LowBit
 from rocketkv.selection.quest import Quest
 from rocketkv.selection.sparq import SparQ
@@ -16,7 +16,18 @@ SELECTION_METHODS: dict[str, Callable[[], SelectionMethod]] = {
     "quest": Quest,
     "sparq": SparQ,
     "hybrid": Hybrid,
+    "hybrid_paper": PublishedHybrid,
     "lowbit": LowBit,
 }
 
-__all__ = ["SELECTION_METHODS", "Dense", "Exact", "Hybrid", "LowBit", "Quest", "SelectionMethod", "SparQ"]
+__all__ = [
+    "SELECTION_METHODS",
+    "Dense",
+    "Exact",
+    "Hybrid",
+    "LowBit",
+    "PublishedHybrid",
+    "Quest",
+    "SelectionMethod",
+    "SparQ",
+]

@@ -9,6 +9,8 @@ from rocketkv.budget import Split, held_tokens
 from rocketkv.cache import WorkingSet
 from rocketkv.index import Index
 
+SPREAD_BYTES = 4  # of a channel: what a method reads that weighs channels by the spread of their keys
+
 
 class SelectionMethod(ABC):
     """How one decode step decides which kept tokens to attend to.

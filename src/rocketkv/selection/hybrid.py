@@ -1,4 +1,6 @@
-"""RocketKV's stage 2: page bounds read along the query's largest channels, sparse in sequence and head dimension."""
+"""RocketKV's stage 2: page bounds read along few channels. Ours and, by another choice of channels, as published."""
+
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -6,21 +8,27 @@ from rocketkv.budget import Split, split_selection
 from rocketkv.cache import WorkingSet
 from rocketkv.index import PageIndex
 from rocketkv.ops import hybrid_logits
-from rocketkv.selection.base import SelectionMethod
+from rocketkv.selection.base import SPREAD_BYTES, SelectionMethod
 
 
 class Hybrid(SelectionMethod):
-    """Score pages by the bound that the query's sign picks, along few channels (section "Hybrid Sparse Attention")."""
+    """Score pages by the bound that the query's sign picks, along few channels (section "Hybrid Sparse Attention").
+
+    Attributes:
+        weighted: whether channels are chosen by |q| times the spread of their keys; False: by |q| alone, as published.
+    """
 
     scoring = "hybrid"
+    weighted: ClassVar[bool] = True
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
-        """Half of the budget scores, half attends; see `SelectionMethod`."""
-        return split_selection(num_tokens, token_budget, head_dim)
+        """Half of the budget scores, half attends, less one token that the spread takes; see `SelectionMethod`."""
+        split = split_selection(num_tokens, token_budget, head_dim)
+        return split._replace(top_k=max(1, split.top_k - 1)) if self.weighted else split
 
     def build_index(self, working: WorkingSet, page_size: Tensor) -> PageIndex:
         """Bounds of every page; see `SelectionMethod`."""
-        return PageIndex(working.keys_and_values()[0], working.lengths, page_size)
+        return PageIndex(working.keys_and_values()[0], working.lengths, page_size, weighted=self.weighted)
 
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor:
         """The page's approximate logit for each of its tokens; see `SelectionMethod`."""
@@ -33,10 +41,18 @@ class Hybrid(SelectionMethod):
             num_tokens=working.max_length,
             num_channels=num_channels,
             scale=scale,
+            spread=index.earlier_spread,
         )
 
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
     ) -> Tensor:
-        """One bound per page and chosen channel; see `SelectionMethod`."""
-        return (lengths + page_size - 1) // page_size * num_channels * element_size
+        """One bound per page and chosen channel, and the spread; see `SelectionMethod`."""
+        bounds = (lengths + page_size - 1) // page_size * num_channels * element_size
+        return bounds + SPREAD_BYTES * head_dim if self.weighted else bounds
+
+
+class PublishedHybrid(Hybrid):
+    """Hybrid selection as published: channels by |q| alone."""
+
+    weighted = False

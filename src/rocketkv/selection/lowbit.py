@@ -1,4 +1,4 @@
-"""Ours: every kept token scored by a low-bit copy of its key, along the query's largest channels."""
+"""Ours: every kept token scored by a low-bit copy of its key, along the channels that matter most to this query."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import LowBitIndex
 from rocketkv.ops import GROUP, lowbit_logits
-from rocketkv.selection.base import SelectionMethod
+from rocketkv.selection.base import SPREAD_BYTES, SelectionMethod
 
 CHANNEL_SHARE = 0.5 / 2 + 2 / GROUP  # of a 16-bit element: what one channel of one token takes, its range included
 
@@ -37,15 +37,15 @@ class LowBit(SelectionMethod):
         return min(seq_len, int(self.more_held * super().held_tokens(seq_len, token_budget)))
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
-        """A share of the budget scores, or less where that reads all channels; the rest attends (docs/lowbit.md).
+        """A share of the budget scores, the spread included, or less where that reads all channels; the rest attends.
 
-        One channel is read at least, so that a step over more than `7 * share * token_budget * head_dim` tokens reads
-        more than the budget.
+        One channel is read at least, so that a step over more than `7 * (share * token_budget - 1) * head_dim` tokens
+        reads more than the budget.
         """
         num_open = min(num_tokens, GROUP - 1)  # at most
         scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in keys of 16 bits
-        num_channels = min(max(1, int(2 * self.share * token_budget * head_dim / scored)), head_dim)
-        scoring = scored * num_channels / (2 * head_dim)  # in tokens of keys and values
+        num_channels = min(max(1, int(2 * (self.share * token_budget - 1) * head_dim / scored)), head_dim)
+        scoring = scored * num_channels / (2 * head_dim) + 1  # in tokens of keys and values: one is the spread
         attended = max(int((1 - self.share) * token_budget), int(token_budget - scoring))
         return Split(1, num_channels, max(1, attended))
 
@@ -59,7 +59,7 @@ class LowBit(SelectionMethod):
         assert isinstance(index, LowBitIndex)
         return lowbit_logits(
             query,
-            index.stored,
+            index.stored._replace(spread=index.earlier_spread),
             lengths=working.lengths,
             num_tokens=working.max_length,
             num_channels=num_channels,
@@ -69,6 +69,6 @@ class LowBit(SelectionMethod):
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
     ) -> Tensor:
-        """Half a byte per token and channel, two elements per group, one per open token; see `SelectionMethod`."""
+        """Half a byte per token and channel, two elements per group, one per open token, and the spread."""
         groups = lengths // GROUP * (GROUP // 2 + 2 * element_size)
-        return num_channels * (groups + lengths % GROUP * element_size)
+        return num_channels * (groups + lengths % GROUP * element_size) + SPREAD_BYTES * head_dim

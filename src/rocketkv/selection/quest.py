@@ -8,10 +8,10 @@ from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import PageIndex
 from rocketkv.ops import bound_logits
-from rocketkv.selection.hybrid import Hybrid
+from rocketkv.selection.hybrid import PublishedHybrid
 
 
-class Quest(Hybrid):
+class Quest(PublishedHybrid):
     """Score pages by their upper bound; both bounds of all channels are read, so pages are larger than hybrid ones."""
 
     scoring = "bound"

@@ -6,10 +6,10 @@ from torch import Tensor
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import PageIndex
-from rocketkv.selection.hybrid import Hybrid
+from rocketkv.selection.hybrid import PublishedHybrid
 
 
-class SparQ(Hybrid):
+class SparQ(PublishedHybrid):
     """Hybrid selection with pages of one token, whose bounds are the keys themselves, held channel-major."""
 
     scoring = "hybrid"

@@ -37,7 +37,9 @@ def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
     return decline_numbers(tokens)
 
 
-def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
+def build_pages(
+    bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor, spread: Tensor | None = None
+) -> None:
     """See `ops.build_pages`."""
     keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
     lengths, page_size = lengths.contiguous(), page_size.contiguous()
@@ -52,6 +54,7 @@ def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Ten
         page_size.data_ptr(),
         bounds.shape[2],
         bounds.shape[3],
+        0 if spread is None else spread.data_ptr(),
         torch.get_num_threads(),
     )
 
@@ -111,8 +114,10 @@ class CppStep:
         self._shape = (layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3])
         self._outputs = _spare_outputs(self._shape, layer.dtype)
         buffers = [x.data_ptr() for x in layer.index]
-        codes, ranges, open_keys = buffers if layer.scoring == "lowbit" and buffers else (0, 0, 0)
+        codes, ranges, open_keys, spread = buffers if layer.scoring == "lowbit" and buffers else (0, 0, 0, 0)
         bounds = layer.index[0] if layer.scoring != "lowbit" and buffers else None
+        if bounds is not None and len(buffers) > 1:
+            spread = buffers[1]
         self._native = library().Layer(
             dtype=_dtype(layer.dtype),
             batch=layer.keys.shape[0],
@@ -136,6 +141,7 @@ class CppStep:
             codes=codes,
             ranges=ranges,
             open_keys=open_keys,
+            spread=spread,
             num_blocks=layer.index[0].shape[2] if layer.index else 0,
             page_size=layer.page_size.data_ptr(),
             num_channels=layer.num_channels.data_ptr(),

@@ -96,7 +96,9 @@ class TritonStep:
         position_capacity = layer.positions.shape[2]
         scoring = layer.scoring if layer.index or layer.scoring == "exact" else "none"
         bounds = layer.index[0] if scoring in ("hybrid", "bound") else None
-        codes, ranges, open_keys = layer.index if scoring == "lowbit" else (None, None, None)
+        codes, ranges, open_keys, spread = layer.index if scoring == "lowbit" else (None, None, None, None)
+        if bounds is not None and len(layer.index) > 1:
+            spread = layer.index[1]
         head_dim_padded = max(LEAST_DOT, _power_of_two(head_dim))
         rows = TILE_BYTES // (head_dim_padded * layer.dtype.itemsize)
         width = min(head_dim_padded, TILE_BYTES // (2 * GROUP * layer.dtype.itemsize))  # half a tile of low-bit keys
@@ -137,13 +139,15 @@ class TritonStep:
         }
         chosen = {"chosen": scratch(selected, dtype=torch.int32), "most_chosen": selected}
         dims = {"HKV": num_kv_heads, "G": group}
-        tile_dims = {
-            "SCORING": scoring,
-            "D": head_dim,
-            "NUM_ROWS": 0 if bounds is None else bounds.shape[3],
-            "G_PAD": max(LEAST_DOT, _power_of_two(group)),
-            "D_PAD": head_dim_padded,
+        index = {
+            "bounds": bounds,
+            "ranges": ranges,
+            "open_keys": open_keys,
+            "spread": spread,
+            "num_blocks": layer.index[0].shape[2] if layer.index else 0,
         }
+        row_dims = {"D": head_dim, "NUM_ROWS": 0 if bounds is None else bounds.shape[3], "D_PAD": head_dim_padded}
+        tile_dims = {"SCORING": scoring, "G_PAD": max(LEAST_DOT, _power_of_two(group))} | row_dims
         self._append_and_score = Launch(
             kernels.append_and_score,
             (num_heads, max(1, num_parts)),
@@ -153,8 +157,8 @@ class TritonStep:
             | scores
             | dims
             | tile_dims
-            | {"bounds": bounds, "codes": codes, "ranges": ranges, "open_keys": open_keys}
-            | {"num_blocks": layer.index[0].shape[2] if layer.index else 0, "PART": part, "WIDTH": width},
+            | index
+            | {"codes": codes, "sizes": scratch(head_dim_padded), "PART": part, "WIDTH": width},
             num_warps=4,
             device=layer.keys.device,
         )
@@ -162,7 +166,8 @@ class TritonStep:
         if scoring != "none":
             pins = {"top_k": layer.top_k, "sinks": layer.sinks, "recents": layer.recents}
             sizes = {"PART": part, "BLOCK": BLOCK, "WAYS_BITS": WAYS_BITS, "G_POW": _power_of_two(group)}
-            arguments = plan | pins | scores | chosen | dims | sizes | {"scores": scratch(num_units)}
+            arguments = plan | pins | scores | chosen | dims | row_dims | sizes | index
+            arguments |= {"scores": scratch(num_units)}
             self._choose = Launch(kernels.choose, (num_heads,), arguments, num_warps=8, device=layer.keys.device)
         self._attend = Launch(
             kernels.attend,
@@ -181,6 +186,7 @@ class TritonStep:
                 "num_pieces": num_pieces,
                 "read_bytes": self._read_bytes,
                 "TILE": tile,
+                "WEIGHTED": spread is not None,
             },
             # Few rows are wide ones, and a wide output wants registers; Triton 3.8 spills without selection, too.
             num_warps=8 if rows < TILE or scoring == "none" else 4,
@@ -206,7 +212,7 @@ class TritonStep:
 
 
 def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
-    """See `build_lowbit` in ops/lowbit.py: one launch."""
+    """See `build_lowbit` in ops/lowbit.py: two launches."""
     kernels = import_module("rocketkv.ops.backends.triton_prefill")
     batch, num_kv_heads, num_tokens, head_dim = keys.shape
     keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
@@ -214,7 +220,7 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
         kernels.build_lowbit[(batch * num_kv_heads, -(-num_tokens // GROUP))](
             keys,
             lengths,
-            *index,
+            *index[:3],
             index.codes.shape[2],
             *keys.stride()[:2],
             HKV=num_kv_heads,
@@ -222,19 +228,31 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
             D_PAD=max(LEAST_DOT, _power_of_two(head_dim)),
             **PREFILL_OPTIONS,
         )
+        kernels.sum_lowbit_spread[(batch * num_kv_heads, -(-head_dim // kernels.CHANNELS.value))](
+            lengths.contiguous(),
+            index.ranges,
+            index.open_keys,
+            index.spread,
+            index.codes.shape[2],
+            D=head_dim,
+            **PREFILL_OPTIONS,
+        )
 
 
-def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
-    """See `build_pages` in ops/pages.py: one launch."""
+def build_pages(
+    bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor, spread: Tensor | None = None
+) -> None:
+    """See `build_pages` in ops/pages.py: a launch, and another if there is a spread."""
     kernels = import_module("rocketkv.ops.backends.triton_prefill")
     batch, num_kv_heads, _, head_dim = keys.shape
     keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
+    lengths, page_size = lengths.contiguous(), page_size.contiguous()
     with _current(keys.device):
         kernels.build_pages[(batch * num_kv_heads, bounds.shape[2])](
             bounds,
             keys,
-            lengths.contiguous(),
-            page_size.contiguous(),
+            lengths,
+            page_size,
             bounds.shape[2],
             *keys.stride()[:2],
             HKV=num_kv_heads,
@@ -243,6 +261,18 @@ def build_pages(bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Ten
             D_PAD=max(LEAST_DOT, _power_of_two(head_dim)),
             **PREFILL_OPTIONS,
         )
+        if spread is not None:
+            kernels.sum_page_spread[(batch * num_kv_heads, -(-head_dim // kernels.CHANNELS.value))](
+                lengths,
+                page_size,
+                bounds,
+                spread,
+                bounds.shape[2],
+                HKV=num_kv_heads,
+                NUM_ROWS=bounds.shape[3],
+                D=head_dim,
+                **PREFILL_OPTIONS,
+            )
 
 
 def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:

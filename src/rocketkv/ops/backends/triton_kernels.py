@@ -8,7 +8,10 @@ scratch: `logits` `[B, Hkv, G, units]` float32; `partials` `[B, Hkv, parts, 2, G
 the sum of its tokens' exponentials relative to that; `scores` `[B, Hkv, units]` float32; `chosen` `[B, Hkv, top_k]`
 int32, places, ascending; `pieces` `[B, Hkv, pieces, G, D]` float32, weighted values, and `states`
 `[B, Hkv, pieces, 2, G]` float32, their largest logits and sums of weights; `pieces_done` `[B, Hkv]` int32, zero between
-steps.
+steps; `sizes` `[B, Hkv, D_PAD]` float32, how large the queries are along each channel, what channels are chosen by.
+
+The spread of an index, if there is one, is `[B, Hkv, D]` float32. It is read as it was before the new token, which
+`choose` lets it take in.
 """
 
 import triton
@@ -96,38 +99,110 @@ def _load_query(query, head, start, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.
 
 
 @triton.jit
-def _channel_order(queries, start, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
-    """Numbers in the order of how large the heads of `queries`, `[G, WIDTH]`, are together; no two are equal."""
-    channel = start + tl.arange(0, WIDTH)
-    sizes = _order(tl.sum(tl.abs(queries.to(tl.float32)), 0)).to(tl.int64)
-    return tl.where(channel < D, sizes * D_PAD + (D_PAD - 1 - channel), -1)
+def _store_sizes(
+    sizes, query, spread, head, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Store how large a head's queries are along each channel, |q| over the group times the spread, if there is one.
+
+    Every program of a head does, and stores the same. Sums that differ in layout differ in their last bits, so that
+    sizes are compared as they are stored.
+    """
+    STEP: tl.constexpr = min(D_PAD, CHANNELS)
+    for start in range(0, D_PAD, STEP):
+        channel = start + tl.arange(0, STEP)
+        size = tl.sum(tl.abs(_load_query(query, head, start, G, D, G_PAD, STEP).to(tl.float32)), 0)
+        if spread is not None:
+            size *= tl.load(spread + head * D + channel, mask=channel < D, other=0.0)
+        tl.store(sizes + head * D_PAD + channel, size)
+    tl.debug_barrier()
 
 
 @triton.jit
-def _are_largest(
-    query,
-    queries,
-    head,
-    start,
-    num_channels,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    G_PAD: tl.constexpr,
-    D_PAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Mark those of the channels of `queries`, `[G, WIDTH]` from `start` on, that are read: `[WIDTH]` bool.
+def _channel_order(sizes, head, start, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers in the order of the stored sizes of channels; no two are equal."""
+    channel = start + tl.arange(0, WIDTH)
+    order = _order(tl.load(sizes + head * D_PAD + channel)).to(tl.int64)
+    return tl.where(channel < D, order * D_PAD + (D_PAD - 1 - channel), -1)
 
-    Read are the `num_channels` in which the heads are largest together; see `largest_channels` in ops/channels.py. A
-    channel is among them if fewer come before it.
+
+@triton.jit
+def _are_largest(sizes, head, start, num_channels, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Mark those of the `WIDTH` channels from `start` on that are read: `[WIDTH]` bool.
+
+    Read are the `num_channels` whose stored sizes are the largest; see `largest_channels` in ops/channels.py. A channel
+    is among them if fewer come before it.
     """
-    order = _channel_order(queries, start, D, D_PAD, WIDTH)
+    order = _channel_order(sizes, head, start, D, D_PAD, WIDTH)
     num_before = tl.zeros([WIDTH], tl.int32)
     STEP: tl.constexpr = min(D_PAD, CHANNELS)
     for first in range(0, D_PAD, STEP):
-        others = _channel_order(_load_query(query, head, first, G, D, G_PAD, STEP), first, D, D_PAD, STEP)
+        others = _channel_order(sizes, head, first, D, D_PAD, STEP)
         num_before += tl.sum((others[None, :] > order[:, None]).to(tl.int32), 1)
     return num_before < num_channels
+
+
+@triton.jit
+def group_start(head, group, num_blocks, D: tl.constexpr):
+    """Where, counted in groups of one channel, that of channel 0 of a group of tokens stands."""
+    block = group // GROUPS_PER_BLOCK
+    return (head * num_blocks + block) * (D * GROUPS_PER_BLOCK) + (group - block * GROUPS_PER_BLOCK)
+
+
+@triton.jit
+def _range_of(least, most, mask):
+    """Ranges of numbers along dim 1, float32, `mask` says which count; 0 of none; what is no number stays."""
+    low = tl.where(mask, least.to(tl.float32), float("inf"))
+    high = tl.where(mask, most.to(tl.float32), -float("inf"))
+    is_broken = tl.sum(((low != low) | (high != high)).to(tl.int32), 1) > 0  # minima pass over no numbers
+    span = tl.max(high, 1) - tl.min(low, 1)
+    return tl.where(is_broken, float("nan"), tl.where(span < 0, 0.0, span))
+
+
+@triton.jit
+def lowbit_range(ranges, open_keys, head, group, length, num_blocks, channel, D: tl.constexpr):
+    """What a group adds to the spread of these channels: its steps, or the range of its keys if it is the open one."""
+    is_channel = channel < D
+    if length >= (group + 1) * GROUP:
+        row = group_start(head, group, num_blocks, D) + channel * GROUPS_PER_BLOCK
+        span = tl.load(ranges + row * 2 + 1, mask=is_channel, other=0.0).to(tl.float32)
+    else:
+        token = tl.arange(0, GROUP)
+        mask = is_channel[:, None] & (token + group * GROUP < length)[None, :]
+        keys = tl.load(open_keys + (head * D + channel[:, None]) * GROUP + token[None, :], mask=mask, other=0.0)
+        span = _range_of(keys, keys, mask)
+    return span
+
+
+@triton.jit
+def page_range(bounds, head, block, length, size, num_blocks, channel, NUM_ROWS: tl.constexpr, D: tl.constexpr):
+    """What a block of pages adds to the spread of these channels: the range of its keys."""
+    page = tl.arange(0, PAGES_PER_BLOCK)
+    mask = (channel < D)[:, None] & ((page + block * PAGES_PER_BLOCK) * size < length)[None, :]
+    at = bounds + ((head * num_blocks + block) * NUM_ROWS + channel[:, None]) * PAGES_PER_BLOCK + page[None, :]
+    least = tl.load(at, mask=mask, other=0.0)
+    most = tl.load(at + (NUM_ROWS - D) * PAGES_PER_BLOCK, mask=mask, other=0.0)
+    return _range_of(least, most, mask)
+
+
+@triton.jit
+def _extend_spread(
+    spread, bounds, ranges, open_keys, head, length, size, num_blocks, NUM_ROWS: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr
+):  # fmt: skip
+    """Let the spread of a head take in its newest token; see `append_lowbit` and `extend_spread` in ops."""
+    tokens = GROUP if bounds is None else PAGES_PER_BLOCK * size  # of a run
+    run = (length - 1) // tokens
+    if (run == 0) | (length % tokens == 0):
+        STEP: tl.constexpr = min(D_PAD, CHANNELS)
+        for start in range(0, D_PAD, STEP):
+            channel = start + tl.arange(0, STEP)
+            if bounds is None:
+                span = lowbit_range(ranges, open_keys, head, run, length, num_blocks, channel, D)
+            else:
+                span = page_range(bounds, head, run, length, size, num_blocks, channel, NUM_ROWS, D)
+            at = spread + head * D + channel
+            earlier = tl.load(at, mask=channel < D, other=0.0)
+            tl.store(at, tl.where(run == 0, span, earlier + span), mask=channel < D)
 
 
 @triton.jit
@@ -139,12 +214,6 @@ def _fold_key(bounds, key, first, NUM_ROWS: tl.constexpr, D: tl.constexpr, D_PAD
         new, old = key.to(tl.float32), tl.load(at, mask=channel < D).to(tl.float32)
         is_beyond = new > old if start + D == NUM_ROWS else new < old
         tl.store(at, key, mask=(channel < D) & (is_beyond | (new != new)))
-
-
-@triton.jit
-def group_start(head, group, num_blocks, D: tl.constexpr):
-    """Where, counted in groups of one channel, that of channel 0 of a group of tokens stands."""
-    return (head * num_blocks + group // GROUPS_PER_BLOCK) * (D * GROUPS_PER_BLOCK) + group % GROUPS_PER_BLOCK
 
 
 @triton.jit
@@ -221,9 +290,11 @@ def append_and_score(
     codes,
     ranges,
     open_keys,
+    spread,
     page_size,
     num_channels,
     dense_lengths,
+    sizes,
     logits,
     partials,
     scale,
@@ -283,6 +354,8 @@ def append_and_score(
             return
         unit = part * PART + tl.arange(0, PART)
         most_channels = tl.load(num_channels + row)
+        if (SCORING == "lowbit") | (SCORING == "hybrid"):
+            _store_sizes(sizes, query, spread, head, G, D, G_PAD, D_PAD)
         if SCORING != "lowbit":
             q = _load_query(query, head, 0, G, D, G_PAD, D_PAD)
         if SCORING == "exact":
@@ -301,7 +374,7 @@ def append_and_score(
             products = tl.zeros([G_PAD, PART], tl.float32)
             for start in range(0, D_PAD, WIDTH):
                 read = _load_query(query, head, start, G, D, G_PAD, WIDTH)
-                is_read = _are_largest(query, read, head, start, most_channels, G, D, G_PAD, D_PAD, WIDTH)
+                is_read = _are_largest(sizes, head, start, most_channels, D, D_PAD, WIDTH)
                 products += _lowbit_products(read, is_read, codes, ranges, open_keys, head, first, start, is_closed, D)
             products *= scale
         else:
@@ -310,7 +383,7 @@ def append_and_score(
             start = (head * num_blocks + block) * (NUM_ROWS * PAGES_PER_BLOCK) + unit % PAGES_PER_BLOCK
             q32 = q.to(tl.float32)
             if SCORING == "hybrid":
-                is_read = _are_largest(query, q, head, 0, most_channels, G, D, G_PAD, D_PAD, D_PAD)
+                is_read = _are_largest(sizes, head, 0, most_channels, D, D_PAD, D_PAD)
                 takes_maxima = (tl.sum(q32, 0) > 0) | (NUM_ROWS == D)
                 index_row = channel + tl.where(takes_maxima, NUM_ROWS - D, 0)
                 tile = tl.load(
@@ -318,9 +391,11 @@ def append_and_score(
                     mask=is_read[:, None] & is_there[None, :],
                     other=0.0,
                 )
-                sizes = tl.abs(q32)
-                share = tl.sum(tl.where(is_read[None, :], sizes, 0.0), 1) / tl.maximum(tl.sum(sizes, 1), 1e-30)
-                temperature = scale / tl.maximum(tl.sqrt(share), 1e-15)
+                own_sizes = tl.abs(q32)
+                if spread is not None:
+                    own_sizes *= tl.load(spread + head * D + channel, mask=is_channel, other=0.0)[None, :]
+                share = tl.sum(tl.where(is_read[None, :], own_sizes, 0.0), 1) / tl.sum(own_sizes, 1)
+                temperature = scale / tl.sqrt(tl.where(share > 0, share, 1.0))  # all sizes may be zero
                 products = product(q, tile) * temperature[:, None]  # where nothing is read the tile is zero
             else:
                 products = tl.zeros([G_PAD, PART], tl.float32)
@@ -367,11 +442,19 @@ def choose(
     partials,
     scores,
     chosen,
+    bounds,
+    ranges,
+    open_keys,
+    spread,
+    num_blocks,
     num_units,
     num_parts,
     most_chosen,
     HKV: tl.constexpr,
     G: tl.constexpr,
+    D: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    D_PAD: tl.constexpr,
     G_POW: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -379,15 +462,19 @@ def choose(
 ):
     """Choose a head's tokens; see `score_tokens` and `choose_tokens` in ops/scores.py. Grid: heads.
 
+    Before that the head's spread, if there is one, takes in the new token.
+
     The score at which to cut is found `WAYS_BITS` bits at a time, until as many tokens as wanted lie above.
     Reads the logits once and the scores `32 / WAYS_BITS + 2` times at most, of one head in cache.
     """
     head = tl.program_id(0).to(tl.int64)
     row = head // HKV
     length = tl.load(lengths + head).to(tl.int32) + 1
+    size = tl.load(page_size + row).to(tl.int32) if page_size is not None else 1
+    if spread is not None:  # all have chosen their channels
+        _extend_spread(spread, bounds, ranges, open_keys, head, length, size, num_blocks, NUM_ROWS, D, D_PAD)
     if length <= tl.load(dense_lengths + row):
         return
-    size = tl.load(page_size + row).to(tl.int32) if page_size is not None else 1
     units = (length + size - 1) // size
     lane = tl.arange(0, BLOCK)
 
@@ -424,13 +511,13 @@ def choose(
     way = tl.arange(0, 2**WAYS_BITS)
     shift = 32 - WAYS_BITS
     while (shift >= 0) & (from_cut != wanted):
-        bounds = cut | (way.to(tl.uint32) << shift)
+        cuts = cut | (way.to(tl.uint32) << shift)
         counts = tl.zeros([2**WAYS_BITS], tl.int32)
         for start in range(0, units, BLOCK):
             unit = start + lane
             order = _order(tl.load(scores + head * num_units + unit, mask=unit < units, other=0.0))
             tokens = _count_open(unit, size, first, end)
-            counts += tl.sum(tl.where(order[:, None] >= bounds[None, :], tokens[:, None], 0), 0)
+            counts += tl.sum(tl.where(order[:, None] >= cuts[None, :], tokens[:, None], 0), 0)
         best_way = tl.sum((counts >= wanted).to(tl.int32)) - 1
         cut += best_way.to(tl.uint32) << shift
         from_cut = tl.sum(tl.where(way == best_way, counts, 0))
@@ -460,14 +547,22 @@ def choose(
 
 @triton.jit
 def _scored_bytes(
-    length, size, num_channels, NUM_ROWS: tl.constexpr, D: tl.constexpr, SCORING: tl.constexpr, BYTES: tl.constexpr
+    length,
+    size,
+    num_channels,
+    NUM_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    SCORING: tl.constexpr,
+    BYTES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     """What the scoring of a head reads, if an element has so many bytes."""
     pages = (length + size - 1) // size
+    SPREAD_BYTES: tl.constexpr = 4 * D if WEIGHTED else 0
     if SCORING == "lowbit":
-        return num_channels * (length // GROUP * (HALF + 2 * BYTES) + length % GROUP * BYTES)
+        return num_channels * (length // GROUP * (HALF + 2 * BYTES) + length % GROUP * BYTES) + SPREAD_BYTES
     if SCORING == "hybrid":
-        return pages * num_channels * BYTES
+        return pages * num_channels * BYTES + SPREAD_BYTES
     if SCORING == "bound":
         return pages * NUM_ROWS * BYTES
     return length * D * BYTES
@@ -507,6 +602,7 @@ def attend(
     G_PAD: tl.constexpr,
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     """Attend to the chosen tokens of a head, or to all, in pieces that the last program merges. Grid: heads, pieces.
 
@@ -588,7 +684,7 @@ def attend(
     size = tl.load(page_size + row) if page_size is not None else 1
     BYTES: tl.constexpr = query.dtype.element_ty.primitive_bitwidth // 8
     TOKEN_BYTES: tl.constexpr = 2 * D * BYTES if exponents is None else 2 * (D + STEPS)
-    scored = _scored_bytes(length, size, tl.load(num_channels + row), NUM_ROWS, D, SCORING, BYTES)
+    scored = _scored_bytes(length, size, tl.load(num_channels + row), NUM_ROWS, D, SCORING, BYTES, WEIGHTED)
     tl.store(read_bytes + head, count * TOKEN_BYTES + tl.where(selects, scored, 0))
     if report is not None:
         tl.store(report + head * position_capacity + count, -1, mask=count < position_capacity)

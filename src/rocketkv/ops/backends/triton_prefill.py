@@ -7,7 +7,16 @@ Keys are `[B, Hkv, S, D]` with strides of their own over rows and heads. The scr
 import triton
 import triton.language as tl
 
-from rocketkv.ops.backends.triton_kernels import CHANNELS, GROUP, PAGES_PER_BLOCK, close_group, group_start, product
+from rocketkv.ops.backends.triton_kernels import (
+    CHANNELS,
+    GROUP,
+    PAGES_PER_BLOCK,
+    close_group,
+    group_start,
+    lowbit_range,
+    page_range,
+    product,
+)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "batch_stride", "head_stride"])
@@ -37,6 +46,43 @@ def build_lowbit(
             mask = (channel < D)[:, None] & (group * GROUP + token < length)[None, :]
             open_key = tl.load(keys + token[None, :] * D + channel[:, None], mask=mask)
             tl.store(open_keys + (head * D + channel[:, None]) * GROUP + token[None, :], open_key, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def sum_lowbit_spread(lengths, ranges, open_keys, spread, num_blocks, D: tl.constexpr):
+    """Spread of `CHANNELS` channels of a head, group after group; see `build_lowbit` in ops/lowbit.py.
+
+    Grid: heads, blocks of channels.
+    """
+    head, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    length = tl.load(lengths + head).to(tl.int32)
+    total = lowbit_range(ranges, open_keys, head, 0, length, num_blocks, channel, D)
+    for group in range(1, length // GROUP):
+        total += lowbit_range(ranges, open_keys, head, group, length, num_blocks, channel, D)
+    tl.store(spread + head * D + channel, total, mask=channel < D)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def sum_page_spread(
+    lengths,
+    page_size,
+    bounds,
+    spread,
+    num_blocks,
+    HKV: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Spread of `CHANNELS` channels of a head, block after block; see `build_pages` in ops/pages.py.
+
+    Grid: heads, blocks of channels.
+    """
+    head, channel = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    length, size = tl.load(lengths + head).to(tl.int32), tl.load(page_size + head // HKV).to(tl.int32)
+    total = page_range(bounds, head, 0, length, size, num_blocks, channel, NUM_ROWS, D)
+    for block in range(1, length // (PAGES_PER_BLOCK * size)):
+        total += page_range(bounds, head, block, length, size, num_blocks, channel, NUM_ROWS, D)
+    tl.store(spread + head * D + channel, total, mask=channel < D)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "batch_stride", "head_stride"])
