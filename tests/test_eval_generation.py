@@ -8,6 +8,7 @@ import torch
 
 from rocketkv import ConfigError, InputError, RocketKVCache, RocketKVConfig, UnsupportedError, disable, enable
 from rocketkv.errors import RocketKVError
+from rocketkv.eval import generation
 from rocketkv.eval.generation import SharedPrefill, decode_greedily, forward, stop_ids
 from rocketkv.eval.methods import METHODS, Arm, make_arms, method_config, sort_methods
 from rocketkv.models import LoadedModel
@@ -51,6 +52,25 @@ def test_each_method_answers_as_it_does_alone_turn_after_turn(name: str) -> None
         assert [a.token_ids for a in answers] == [e[turn] for e in expected]
         assert [a.token_ids for a in shared.answer(12, NEVER)] == [e[turn] for e in expected]
     assert len({tuple(a.token_ids) for a in answers}) > 1  # methods do differ here
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_in_pieces_is_one_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = enable(tiny_model(name))
+    tokens = prompts(200)[0][0].tolist()
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: passes.append(1), with_kwargs=True)
+    answers = []
+    for piece in (1000, 32):
+        monkeypatch.setattr(generation, "PIECE", piece)
+        passes.clear()
+        shared = SharedPrefill(model, configs())
+        shared.take_in(tokens)
+        # Only where layers have sliding windows.
+        assert len(passes) == (6 if piece == 32 and name == "gemma3" else 1)
+        answers.append([a.token_ids for a in shared.answer(12, NEVER)])
+    handle.remove()
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])

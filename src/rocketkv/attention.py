@@ -42,7 +42,7 @@ class _Observed(NamedTuple):
     query: Tensor  # [B, Hq, W, D], the last queries
     num_queries: Tensor  # [B] int64, how many of them are real, the last ones
     scale: float
-    is_first: bool  # whether nothing came before that prefill
+    is_first: bool  # whether nothing came before that prefill but pieces of the same prompt
 
 
 class LayerCache:
@@ -363,6 +363,14 @@ class LayerCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+    def join_pieces(self) -> None:
+        """Count all prefills so far as pieces of one prompt, so that a fork compresses them as one.
+
+        The last piece must have as many queries as a fork looks at, its `window_size`.
+        """
+        if self._observed is not None:
+            self._observed = self._observed._replace(is_first=True)
 
     @exclusive
     def fork(self, config: RocketKVConfig) -> "LayerCache":

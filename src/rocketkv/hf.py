@@ -220,6 +220,11 @@ class RocketKVCache(DynamicCache):
         for layer in self.compressed_layers:
             layer.end_turn()
 
+    def join_pieces(self) -> None:
+        """Count all prompts so far as pieces of one; see `LayerCache.join_pieces`."""
+        for layer in self.compressed_layers:
+            layer.cache.join_pieces()
+
     def fork(self, rocketkv_config: RocketKVConfig) -> "RocketKVCache":
         """A cache with the same past that compresses as `rocketkv_config` says; this one stays as it is.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.attention import LayerCache
-from rocketkv.eval.generation import BASE, BATCH_BYTES, forward
+from rocketkv.eval.generation import BASE, BATCH_BYTES, forward, prefill
 from rocketkv.eval.methods import FULL, Arm
 from rocketkv.eval.passages import STEPS, Passage
 from rocketkv.eval.records import Journal, Record, digest
@@ -154,7 +154,7 @@ def _prefill(loaded: LoadedModel, token_ids: Sequence[int], arms: Sequence[Arm])
     """A cache with all of the prefix, from which every arm can fork."""
     windows = [BASE.window_size, *(arm.config().window_size for arm in arms)]
     base = RocketKVCache(loaded.model.config, BASE, keep_queries=max(windows))
-    forward(loaded.model, base, [token_ids])
+    prefill(loaded.model, base, token_ids)
     return base
 
 

@@ -17,6 +17,7 @@ from rocketkv.stats import LayerStats
 from rocketkv.versions import pass_cache
 
 BATCH_BYTES = 8 * 2**30  # of caches that decode together at most, as if each held all of the past
+PIECE = 2048  # tokens of a long prompt that run through a model with sliding windows at once
 BASE = method_config(FULL, 1, mode="multi_turn")  # prefill is dense in every method, so this one's is all of theirs
 
 
@@ -103,7 +104,24 @@ class SharedPrefill:
 
     def _prefill(self, cache: RocketKVCache, token_ids: Sequence[int]) -> Tensor:
         cache.end_turn()
-        return forward(self.model, cache, [token_ids])
+        return prefill(self.model, cache, token_ids)
+
+
+def prefill(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[int]) -> Tensor:
+    """Logits `[1, V]` after a prompt, which `cache` takes in.
+
+    Where nothing is evicted, a model with sliding-window layers takes in a long first prompt in pieces: transformers
+    pays the square of a piece's length for the attention of such a layer, most of which the window hides.
+    """
+    first = 0
+    if len(cache.compressed_layers) < len(cache) and cache.config == BASE and cache.get_seq_length() == 0:
+        while len(token_ids) - first > 2 * PIECE:  # the last piece has all the queries that stage 1 looks at
+            forward(model, cache, [token_ids[first : first + PIECE]])
+            first += PIECE
+    logits = forward(model, cache, [token_ids[first:]])
+    if first > 0:
+        cache.join_pieces()
+    return logits
 
 
 def forward(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[Sequence[int]] | Tensor) -> Tensor:
