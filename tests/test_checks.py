@@ -554,3 +554,28 @@ def test_room_for_very_many_tokens_is_made_in_steps(x: Inputs) -> None:
     for t in range(200, 260):
         cache.decode(*x.part(t, t + 1))
     assert cache.row_seen == [260, 260]
+
+
+@pytest.mark.parametrize(
+    ("selection", "kv_dtype", "limit"), [("lowbit", "auto", 1.75), ("lowbit", "int8", 2.33), ("sparq", "auto", 1)]
+)
+def test_a_budget_that_a_long_row_exceeds_is_told(selection: str, kv_dtype: str, limit: float) -> None:
+    config = RocketKVConfig(token_budget=16, window_size=8, selection=selection, kv_dtype=kv_dtype, dense_below=0)
+    most = int(limit * 16 * 8)
+
+    def adopted(num_tokens: int) -> LayerCache:
+        cache = LayerCache(config)
+        cache.adopt(*torch.randn(2, 1, 1, num_tokens, 8).bfloat16(), num_seen=num_tokens)
+        return cache
+
+    def decode(cache: LayerCache, count: int) -> None:
+        for _ in range(count):
+            cache.decode(*torch.randn(3, 1, 1, 1, 8).bfloat16())
+
+    cache = adopted(int(0.9 * most))
+    with pytest.warns(UserWarning, match="its steps read more than the budget; raise token_budget, or set selection="):
+        decode(cache, most)
+    with pytest.warns(UserWarning, match="token_budget=16: its steps read more than the budget"):
+        cache = adopted(2 * most)
+    decode(cache, 1)
+    assert cache.read_bytes > 16 * 2 * 8 * 2
