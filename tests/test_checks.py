@@ -148,11 +148,13 @@ def test_a_wrong_call_is_refused_in_a_sentence_and_changes_nothing(x: Inputs, ba
     cache = prefilled(x, backend=backend, mode=mode)
     untouched = cache.copy()
     for call, message in WRONG:
-        with pytest.raises((InputError, ConfigError), match=message):
-            call(cache, x)
+        for is_enabled in (False, True):  # without gradients a step of a kind that passed before is not checked again
+            with torch.set_grad_enabled(is_enabled), pytest.raises((InputError, ConfigError), match=message):
+                call(cache, x)
     assert_same(cache, untouched, x)
 
 
+@torch.no_grad()
 def test_a_kind_of_tensors_that_once_passed_is_checked_anew_after_the_batch_has_changed(x: Inputs) -> None:
     cache = prefilled(x)
     cache.select_rows(torch.tensor([1]))
@@ -172,8 +174,8 @@ def test_a_kind_of_tensors_that_once_passed_is_checked_anew_after_the_batch_has_
 def test_outputs_lie_where_the_tensors_do_whatever_torch_makes_by_default(
     x: Inputs, backend: str, change: Callable[[], None]
 ) -> None:
-    cpp._spare_outputs.cache_clear()
     expected, cache = prefilled(x, backend=backend), LayerCache(RocketKVConfig(**SMALL, backend=backend))
+    cpp._spare_outputs.cache_clear()
     try:
         change()
         cache.prefill(*x.part(0, 200))
