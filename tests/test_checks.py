@@ -17,6 +17,7 @@ from torch import Tensor
 import rocketkv
 from inputs import Inputs, make_inputs
 from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError, ops, split_budget
+from rocketkv.budget import Split
 from rocketkv.eviction import KeepAll, SnapKV
 from rocketkv.ops.backends import cpp
 from rocketkv.selection import Hybrid, LowBit
@@ -202,7 +203,7 @@ def test_outputs_lie_where_the_tensors_do_whatever_torch_makes_by_default(
         (lambda k: (k, k, 300.5, None), "num_seen=300.5 is no whole number"),
         (lambda k: (k, k, True, None), "num_seen=True is no whole number"),
         (lambda k: (k, k, 199, None), "200 tokens of 199 seen cannot be adopted"),
-        (lambda k: (k, k, 1 << 31, None), "less than"),
+        (lambda k: (k, k, (1 << 30) + 1, None), "1073741824 at most"),
         (lambda k: (k, k, 300, torch.arange(199)), "positions=.* do not fit; give int64"),
         (lambda k: (k, k, 300, torch.arange(200.0)), "do not fit"),
         (lambda k: (k, k, 300, list(range(200))), "do not fit"),
@@ -304,6 +305,27 @@ def test_a_method_of_ones_own_that_answers_amiss_decodes_nothing(x: Inputs, retu
         cache.decode(*x.part(200, 201))
     method.answers = None
     assert_same(cache, untouched, x)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ((1, 4, 8), r"Mine.split returned \(1, 4, 8\); return a rocketkv.budget.Split"),
+        (Split(0, 4, 8), "Mine.split: page_size=0 is too small; give 1 or more"),
+        (Split(1, -1, 8), "Mine.split: num_channels=-1 is too small"),
+        (Split(1, 4, 7.5), "Mine.split: top_k=7.5 is not a whole number"),
+        (Split(1, 17, 8), "num_channels=17 is more than head_dim=16"),
+    ],
+)
+def test_a_split_of_ones_own_that_cannot_be_is_refused(x: Inputs, split: Any, message: str) -> None:
+    class Mine(Hybrid):
+        def split(self, *args: Any) -> Any:
+            return split
+
+    cache = LayerCache(RocketKVConfig(**SMALL, selection=Mine()))
+    with pytest.raises(ConfigError, match=message):
+        cache.prefill(*x.part(0, 200))
+    assert (cache.num_seen, cache.working) == (0, None)
 
 
 # ---- broken off half way

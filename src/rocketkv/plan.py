@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rocketkv.budget import Budget, Split, dense_split, kept_tokens
+from rocketkv.budget import Budget, Split, check_count, dense_split, kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError
 from rocketkv.ops import stored_bytes
@@ -29,6 +29,7 @@ def plan_eviction(config: RocketKVConfig, selection: SelectionMethod, seen: Sequ
             kept.append(num_seen)
         else:
             held = selection.held_tokens(total, config.token_budget)
+            held = check_count(f"{type(selection).__name__}.held_tokens: held", held, 0)
             kept.append(max(1, kept_tokens(held, num_seen, config.new_tokens)))
     return kept
 
@@ -134,6 +135,10 @@ def select_plan_rows(config: RocketKVConfig, plan: SelectionPlan, rows: Sequence
 def _split(config: RocketKVConfig, selection: SelectionMethod, num_tokens: int, head_dim: int) -> Split:
     """The method's split; tokens stored in 8 bits, not the 16 of a budget's, let the same bytes attend to more."""
     split = selection.split(num_tokens, config.token_budget, head_dim)
+    name = f"{type(selection).__name__}.split"
+    if not isinstance(split, Split):
+        raise ConfigError(f"{name} returned {split!r}; return a rocketkv.budget.Split.")
+    split = Split(*(check_count(f"{name}: {field}", n, 1) for field, n in zip(Split._fields, split, strict=True)))
     if config.kv_dtype == "int8":
         split = split._replace(top_k=min(split.top_k * 4 * head_dim // stored_bytes(head_dim), sys.maxsize))
     return split
