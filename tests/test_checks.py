@@ -17,6 +17,7 @@ from torch import Tensor
 import rocketkv
 from inputs import Inputs, make_inputs
 from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError, ops, split_budget
+from rocketkv.budget import Split
 from rocketkv.eviction import KeepAll, SnapKV
 from rocketkv.ops.backends import cpp
 from rocketkv.selection import Hybrid, LowBit
@@ -148,11 +149,13 @@ def test_a_wrong_call_is_refused_in_a_sentence_and_changes_nothing(x: Inputs, ba
     cache = prefilled(x, backend=backend, mode=mode)
     untouched = cache.copy()
     for call, message in WRONG:
-        with pytest.raises((InputError, ConfigError), match=message):
-            call(cache, x)
+        for is_enabled in (False, True):  # without gradients a step of a kind that passed before is not checked again
+            with torch.set_grad_enabled(is_enabled), pytest.raises((InputError, ConfigError), match=message):
+                call(cache, x)
     assert_same(cache, untouched, x)
 
 
+@torch.no_grad()
 def test_a_kind_of_tensors_that_once_passed_is_checked_anew_after_the_batch_has_changed(x: Inputs) -> None:
     cache = prefilled(x)
     cache.select_rows(torch.tensor([1]))
@@ -172,8 +175,8 @@ def test_a_kind_of_tensors_that_once_passed_is_checked_anew_after_the_batch_has_
 def test_outputs_lie_where_the_tensors_do_whatever_torch_makes_by_default(
     x: Inputs, backend: str, change: Callable[[], None]
 ) -> None:
-    cpp._spare_outputs.cache_clear()
     expected, cache = prefilled(x, backend=backend), LayerCache(RocketKVConfig(**SMALL, backend=backend))
+    cpp._spare_outputs.cache_clear()
     try:
         change()
         cache.prefill(*x.part(0, 200))
@@ -200,7 +203,7 @@ def test_outputs_lie_where_the_tensors_do_whatever_torch_makes_by_default(
         (lambda k: (k, k, 300.5, None), "num_seen=300.5 is no whole number"),
         (lambda k: (k, k, True, None), "num_seen=True is no whole number"),
         (lambda k: (k, k, 199, None), "200 tokens of 199 seen cannot be adopted"),
-        (lambda k: (k, k, 1 << 31, None), "less than"),
+        (lambda k: (k, k, (1 << 30) + 1, None), "1073741824 at most"),
         (lambda k: (k, k, 300, torch.arange(199)), "positions=.* do not fit; give int64"),
         (lambda k: (k, k, 300, torch.arange(200.0)), "do not fit"),
         (lambda k: (k, k, 300, list(range(200))), "do not fit"),
@@ -302,6 +305,27 @@ def test_a_method_of_ones_own_that_answers_amiss_decodes_nothing(x: Inputs, retu
         cache.decode(*x.part(200, 201))
     method.answers = None
     assert_same(cache, untouched, x)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ((1, 4, 8), r"Mine.split returned \(1, 4, 8\); return a rocketkv.budget.Split"),
+        (Split(0, 4, 8), "Mine.split: page_size=0 is too small; give 1 or more"),
+        (Split(1, -1, 8), "Mine.split: num_channels=-1 is too small"),
+        (Split(1, 4, 7.5), "Mine.split: top_k=7.5 is not a whole number"),
+        (Split(1, 17, 8), "num_channels=17 is more than head_dim=16"),
+    ],
+)
+def test_a_split_of_ones_own_that_cannot_be_is_refused(x: Inputs, split: Any, message: str) -> None:
+    class Mine(Hybrid):
+        def split(self, *args: Any) -> Any:
+            return split
+
+    cache = LayerCache(RocketKVConfig(**SMALL, selection=Mine()))
+    with pytest.raises(ConfigError, match=message):
+        cache.prefill(*x.part(0, 200))
+    assert (cache.num_seen, cache.working) == (0, None)
 
 
 # ---- broken off half way
@@ -554,3 +578,28 @@ def test_room_for_very_many_tokens_is_made_in_steps(x: Inputs) -> None:
     for t in range(200, 260):
         cache.decode(*x.part(t, t + 1))
     assert cache.row_seen == [260, 260]
+
+
+@pytest.mark.parametrize(
+    ("selection", "kv_dtype", "limit"), [("lowbit", "auto", 1.75), ("lowbit", "int8", 2.33), ("sparq", "auto", 1)]
+)
+def test_a_budget_that_a_long_row_exceeds_is_told(selection: str, kv_dtype: str, limit: float) -> None:
+    config = RocketKVConfig(token_budget=16, window_size=8, selection=selection, kv_dtype=kv_dtype, dense_below=0)
+    most = int(limit * 16 * 8)
+
+    def adopted(num_tokens: int) -> LayerCache:
+        cache = LayerCache(config)
+        cache.adopt(*torch.randn(2, 1, 1, num_tokens, 8).bfloat16(), num_seen=num_tokens)
+        return cache
+
+    def decode(cache: LayerCache, count: int) -> None:
+        for _ in range(count):
+            cache.decode(*torch.randn(3, 1, 1, 1, 8).bfloat16())
+
+    cache = adopted(int(0.9 * most))
+    with pytest.warns(UserWarning, match="its steps read more than the budget; raise token_budget, or set selection="):
+        decode(cache, most)
+    with pytest.warns(UserWarning, match="token_budget=16: its steps read more than the budget"):
+        cache = adopted(2 * most)
+    decode(cache, 1)
+    assert cache.read_bytes > 16 * 2 * 8 * 2

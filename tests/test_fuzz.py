@@ -1,4 +1,4 @@
-"""Random wrong calls between right ones: each is refused in a sentence and changes nothing (`make sanitize`)."""
+"""Random wrong calls between right ones: each is refused in a sentence and changes nothing (`make sanitize` too)."""
 
 import random
 from collections.abc import Callable
@@ -161,6 +161,7 @@ class Conversation:
             assert torch.equal(options["attended"], twins_options["attended"])
 
 
+@pytest.mark.filterwarnings("ignore:a row has grown so long")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wrong_calls_are_refused_and_change_nothing(seed: int) -> None:
     conversation = Conversation(seed)

@@ -147,7 +147,7 @@ class LayerCache:
         Args:
             keys: `[B, Hkv, N, D]` float, after RoPE; what stage 1 would have kept.
             values: like `keys`.
-            num_seen: tokens that each row has seen, those left out by stage 1 included, N to 2**31 - 1.
+            num_seen: tokens that each row has seen, those left out by stage 1 included, N to 2**30.
             positions: `[N]` or `[B, Hkv, N]` int64 or int32, ascending, less than num_seen, where the tokens stood in
                 their text; None: 0 to N - 1.
 
@@ -205,9 +205,10 @@ class LayerCache:
         if attended is not None:
             check_attended(attended, working)
         if kind != self._fused_kind or self._fused_room == 0:
+            factor = check_scale(scale, query.shape[3])
             self._fused_kind = None
             plan = self.plan = self._prepare(working, plan)
-            self._fused = self._bind(working, plan, query.shape[1], check_scale(scale, query.shape[3]))
+            self._fused = self._bind(working, plan, query.shape[1], factor)
             self._fused_room = min(working.room, plan.steps_left)
             if working.max_length < plan.dense_length:
                 self._fused_room = min(self._fused_room, plan.dense_length - working.max_length)

@@ -14,6 +14,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError, InputError, UnsupportedError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_SEEN = 1 << 30  # tokens: positions are stored in 32 bits, and a row goes on
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -200,9 +201,9 @@ def check_adopted(
     if not isinstance(num_seen, Integral) or isinstance(num_seen, bool):
         raise InputError(f"num_seen={num_seen!r} is no whole number; give {num_tokens} or more.")
     seen = int(num_seen)
-    if not num_tokens <= seen < 1 << 31:
+    if not num_tokens <= seen <= MOST_SEEN:
         raise InputError(
-            f"{num_tokens} tokens of {seen} seen cannot be adopted; give at most num_seen, which is less than 2**31."
+            f"{num_tokens} tokens of {seen} seen cannot be adopted; give at most num_seen, {MOST_SEEN} at most."
         )
     if is_complete and seen > num_tokens:
         raise InputError(

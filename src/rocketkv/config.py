@@ -22,7 +22,9 @@ class RocketKVConfig:
 
     Attributes:
         token_budget: tokens' worth of KV traffic that one decode step may cost per KV head, >= window_size with
-            `snapkv`.
+            `snapkv`. A method that scores every token reads one channel of each at least, so the step of a row that
+            holds very many costs more, and a warning says so: `lowbit` from `1.75 * token_budget * head_dim` tokens
+            on (2.3 with 8 bits), `sparq` from `token_budget * head_dim` on.
         mode: `single_turn` frees what stage 1 evicts; `multi_turn` keeps every token in an archive and chooses anew
             at each turn.
         archive_on_host: whether the archive of `multi_turn` lies in the host's memory, so that a GPU holds the working
@@ -39,8 +41,9 @@ class RocketKVConfig:
         dense_below: a row that holds no more tokens than this is attended in full; None: twice the token budget, up to
             which that takes no longer than to select (docs/benchmarks.md), or 0 with a `budget` of your own. With 0 no
             step of a selecting method but `exact` reads more than the budget, but for what a row grows before it is
-            split anew: an eighth at most.
-        new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown.
+            split anew, an eighth at most, and for very long rows, see `token_budget`.
+        new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown. Room for very many
+            is made in steps, as they come.
         budget: the split itself instead of the formulas, the same for every row and turn.
         backend: what decodes: `auto`, the fastest that accepts device, dtype and method, or plain torch if none does;
             `reference`, plain torch; or a backend's name, which a cache that it does not accept then refuses. What a

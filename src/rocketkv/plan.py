@@ -1,13 +1,14 @@
 """How each row of a batch spends its budget: what stage 1 keeps, what stage 2 reads, and for how long that holds."""
 
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rocketkv.budget import Budget, Split, dense_split, kept_tokens
+from rocketkv.budget import Budget, Split, check_count, dense_split, kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError
 from rocketkv.ops import stored_bytes
@@ -28,6 +29,7 @@ def plan_eviction(config: RocketKVConfig, selection: SelectionMethod, seen: Sequ
             kept.append(num_seen)
         else:
             held = selection.held_tokens(total, config.token_budget)
+            held = check_count(f"{type(selection).__name__}.held_tokens: held", held, 0)
             kept.append(max(1, kept_tokens(held, num_seen, config.new_tokens)))
     return kept
 
@@ -71,6 +73,8 @@ def plan_prefilled(
 ) -> SelectionPlan:
     """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 left `held` (`[B, Hkv]` int64).
 
+    Warns where a step over what is held reads more than the budget, as `RocketKVConfig.token_budget` says.
+
     Raises:
         ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than are attended, now or
             however long a row gets.
@@ -87,6 +91,7 @@ def plan_prefilled(
         else:
             splits.append(_split(config, selection, total, head_dim))
             limits.append(int(OUTGROWN * total))
+            _warn_above_budget(config, selection, splits[-1], num_held, head_dim)
     if config.budget is None:  # a row that fits in the budget now may outgrow it
         _check(config, _split(config, selection, ENDLESS, head_dim), head_dim)
     for split in splits:
@@ -107,6 +112,8 @@ def plan_outgrown(
 ) -> SelectionPlan:
     """Plan the rows anew that outgrow their `plan` with the next token, holding `held` (`[B, Hkv]` int64) now.
 
+    Warns as `plan_prefilled` does.
+
     Raises:
         ConfigError: more tokens are pinned than attended.
     """
@@ -116,6 +123,7 @@ def plan_outgrown(
             splits[row] = _split(config, selection, num_held + 1, head_dim)
             limits[row] = int(OUTGROWN * (num_held + 1))
             _check(config, splits[row], head_dim)
+            _warn_above_budget(config, selection, splits[row], num_held + 1, head_dim)
     return _plan(config, splits, limits, held)
 
 
@@ -127,9 +135,31 @@ def select_plan_rows(config: RocketKVConfig, plan: SelectionPlan, rows: Sequence
 def _split(config: RocketKVConfig, selection: SelectionMethod, num_tokens: int, head_dim: int) -> Split:
     """The method's split; tokens stored in 8 bits, not the 16 of a budget's, let the same bytes attend to more."""
     split = selection.split(num_tokens, config.token_budget, head_dim)
+    name = f"{type(selection).__name__}.split"
+    if not isinstance(split, Split):
+        raise ConfigError(f"{name} returned {split!r}; return a rocketkv.budget.Split.")
+    split = Split(*(check_count(f"{name}: {field}", n, 1) for field, n in zip(Split._fields, split, strict=True)))
     if config.kv_dtype == "int8":
         split = split._replace(top_k=min(split.top_k * 4 * head_dim // stored_bytes(head_dim), sys.maxsize))
     return split
+
+
+def _warn_above_budget(
+    config: RocketKVConfig, selection: SelectionMethod, split: Split, num_tokens: int, head_dim: int
+) -> None:
+    """Say where a method cannot score so many tokens within the budget: it reads one channel of each at least."""
+    if split.num_channels > 1 or getattr(selection, "scoring", None) == "exact":  # whose scoring is not counted
+        return
+    lengths, page_size, num_channels = (torch.tensor([[n]]) for n in (num_tokens, split.page_size, split.num_channels))
+    scored = int(selection.scored_bytes(lengths, page_size, num_channels, head_dim, 2))  # 16 bits, as the budget counts
+    attended = split.top_k * (stored_bytes(head_dim) if config.kv_dtype == "int8" else 4 * head_dim)
+    if scored > 0 and scored + attended > config.token_budget * 4 * head_dim:
+        warnings.warn(
+            f"a row has grown so long that even one channel of every token takes {type(selection).__name__} more than "
+            f"its share of token_budget={config.token_budget}: its steps read more than the budget; "
+            "raise token_budget, or set selection='hybrid', whose pages grow.",
+            stacklevel=2,
+        )
 
 
 def _check(config: RocketKVConfig, split: Split, head_dim: int) -> None:
