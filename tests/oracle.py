@@ -23,8 +23,8 @@ def dense(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
     return out
 
 
-def window_scores(query: np.ndarray, keys: np.ndarray, window: int) -> np.ndarray:
-    """Attention mass from the last `window` queries: query [Hq, T, D], keys [Hkv, S, D] -> [Hkv, S]."""
+def window_scores(query: np.ndarray, keys: np.ndarray, window: int, by_peak: bool = False) -> np.ndarray:
+    """Attention from the last `window` queries, all or most: query [Hq, T, D], keys [Hkv, S, D] -> [Hkv, S]."""
     num_heads, num_tokens, head_dim = query.shape
     group, total = num_heads // keys.shape[0], keys.shape[1]
     scores = np.zeros(keys.shape[:2])
@@ -32,7 +32,8 @@ def window_scores(query: np.ndarray, keys: np.ndarray, window: int) -> np.ndarra
         for i in range(window):
             seen = total - window + i + 1
             logits = keys[h // group, :seen] @ query[h, num_tokens - window + i] / math.sqrt(head_dim)
-            scores[h // group, :seen] += softmax(logits)
+            given, so_far = softmax(logits), scores[h // group, :seen]
+            scores[h // group, :seen] = np.maximum(so_far, given) if by_peak else so_far + given
     return scores
 
 

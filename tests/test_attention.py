@@ -47,13 +47,19 @@ def decode_all(cache: LayerCache, x: Inputs, start: int, stop: int) -> Tensor:
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(6, 2, 64), (3, 3, 80), (8, 1, 96)])
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-@pytest.mark.parametrize("selection", ["hybrid", "lowbit"])
+@pytest.mark.parametrize(("eviction", "selection"), [("snapkv", "hybrid"), ("peak", "lowbit")])
 def test_rocketkv_is_the_method_in_plain_loops(
-    seeded: torch.Generator, mode: str, selection: str, num_heads: int, num_kv_heads: int, head_dim: int
+    seeded: torch.Generator,
+    mode: str,
+    eviction: str,
+    selection: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> None:
     x = make_inputs(seeded, 1, num_heads, num_kv_heads, 420, head_dim)
     sizes = {"window_size": 16, "kernel_size": 5, "sink_tokens": 3, "recent_tokens": 5, "new_tokens": 20}
-    cache = LayerCache(strict(token_budget=64, mode=mode, selection=selection, **sizes))
+    cache = LayerCache(strict(token_budget=64, mode=mode, eviction=eviction, selection=selection, **sizes))
     prompt = x.part(0, 400)
     output = cache.prefill(*prompt)
     q, k, v = (a[0].double().numpy() for a in x)
@@ -62,7 +68,7 @@ def test_rocketkv_is_the_method_in_plain_loops(
     kept_count = int(cache.num_stored[0, 0])
     # 420 tokens at 64: c = 6.56, r = 0.363, 212 held, 20 of them new; 1.4 times as many for low-bit keys
     assert kept_count == {"hybrid": 192, "lowbit": 276}[selection]
-    scores = oracle.pooled(oracle.window_scores(q[:, :400], k[:, :400], 16), 16, 5)
+    scores = oracle.pooled(oracle.window_scores(q[:, :400], k[:, :400], 16, by_peak=eviction == "peak"), 16, 5)
     group = num_heads // num_kv_heads
     for head in range(num_kv_heads):
         kept = cache.positions[0, head].tolist()

@@ -15,7 +15,7 @@ from conftest import Report
 from inputs import Inputs, make_inputs
 from rocketkv import LayerCache, RocketKVConfig, ops
 
-OURS = [("snapkv", "lowbit"), ("snapkv", "hybrid"), ("streaming_llm", "lowbit"), ("keep_all", "hybrid"),
+OURS = [("peak", "lowbit"), ("snapkv", "hybrid"), ("streaming_llm", "lowbit"), ("keep_all", "hybrid"),
         ("keep_all", "exact"), ("snapkv", "dense"), ("streaming_llm", "dense")]  # fmt: skip
 PUBLISHED = ["hybrid_paper", "sparq"]
 TURNS = [(150, 110), (40, 60)]  # tokens of a prompt and of the answer, in which groups close and blocks fill

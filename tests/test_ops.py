@@ -59,8 +59,9 @@ def test_dense_attention_of_ragged_rows_and_heads(seeded: torch.Generator) -> No
             np.testing.assert_allclose(output[row, heads, 600 - real :], oracle.dense(q, k, v), atol=1e-5)
 
 
+@pytest.mark.parametrize("by_peak", [False, True])
 @pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)
-def test_window_scores(seeded: torch.Generator, size: int, group: int, head_dim: int) -> None:
+def test_window_scores(seeded: torch.Generator, size: int, group: int, head_dim: int, by_peak: bool) -> None:
     x = make_inputs(seeded, 1, 2 * group, 2, size, head_dim)
     window = min(32, size)
     scores = ops.score_window(
@@ -69,23 +70,26 @@ def test_window_scores(seeded: torch.Generator, size: int, group: int, head_dim:
         lengths=torch.full((1, 2), size),
         num_queries=torch.tensor([window]),
         scale=head_dim**-0.5,
+        by_peak=by_peak,
     )
     np.testing.assert_allclose(
-        scores[0], oracle.window_scores(*(a[0] for a in arrays(x.query, x.key)), window), atol=1e-4
+        scores[0], oracle.window_scores(*(a[0] for a in arrays(x.query, x.key)), window, by_peak), atol=1e-4
     )
 
 
-def test_window_scores_in_blocks_and_of_ragged_rows(seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_peak", [False, True])
+def test_window_scores_in_blocks_and_of_ragged_rows(
+    seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, by_peak: bool
+) -> None:
     x = make_inputs(seeded, 2, 4, 2, 120, 64)
     lengths, num_queries = torch.tensor([[120, 100], [9, 9]]), torch.tensor([32, 5])
     monkeypatch.setattr("rocketkv.ops.scores.BLOCK_ELEMENTS", 7 * 2 * 2 * 125)  # seven queries at a time
-    scores = ops.score_window(
-        x.query[:, :, -32:], poisoned(x.key, lengths), lengths=lengths, num_queries=num_queries, scale=0.125
-    )
+    given = {"lengths": lengths, "num_queries": num_queries, "scale": 0.125, "by_peak": by_peak}
+    scores = ops.score_window(x.query[:, :, -32:], poisoned(x.key, lengths), **given)
     for row, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:
         count, window = int(lengths[row, head]), int(num_queries[row])
         q, k = arrays(x.query[row, 2 * head : 2 * head + 2], x.key[row, [head], :count])
-        np.testing.assert_allclose(scores[row, head, :count], oracle.window_scores(q, k, window)[0], atol=1e-5)
+        np.testing.assert_allclose(scores[row, head, :count], oracle.window_scores(q, k, window, by_peak)[0], atol=1e-5)
         assert not scores[row, head, count:].any()
 
 

@@ -238,8 +238,10 @@ def test_windows_are_scored_as_by_the_reference(
             keys[row, head, : lengths[row, head]] = some.to(dtype)
     query[0, 0, -1, 0] = torch.nan  # worth nothing
     given = {"lengths": lengths, "num_queries": torch.tensor([window, max(1, window // 3)]), "scale": head_dim**-0.5}
-    expected = ops.score_window(query, keys.nan_to_num(), **given)
-    torch.testing.assert_close(triton.score_window(query, keys, **given), expected, rtol=1e-4, atol=1e-5)
+    for by_peak in (False, True):
+        expected = ops.score_window(query, keys.nan_to_num(), **given, by_peak=by_peak)
+        scores = triton.score_window(query, keys, **given, by_peak=by_peak)
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_backend_takes_the_place_of_an_operation_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:

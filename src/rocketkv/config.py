@@ -22,9 +22,9 @@ class RocketKVConfig:
 
     Attributes:
         token_budget: tokens' worth of KV traffic that one decode step may cost per KV head, >= window_size with
-            `snapkv`. A method that scores every token reads one channel of each at least, so the step of a row that
-            holds very many costs more, and a warning says so: `lowbit` from `1.75 * token_budget * head_dim` tokens
-            on (2.3 with 8 bits), `sparq` from `token_budget * head_dim` on.
+            `peak` and `snapkv`. A method that scores every token reads one channel of each at least, so the step of a
+            row that holds very many costs more, and a warning says so: `lowbit` from
+            `1.75 * token_budget * head_dim` tokens on (2.3 with 8 bits), `sparq` from `token_budget * head_dim` on.
         mode: `single_turn` frees what stage 1 evicts; `multi_turn` keeps every token in an archive and chooses anew
             at each turn.
         archive_on_host: whether the archive of `multi_turn` lies in the host's memory, so that a GPU holds the working
@@ -58,7 +58,7 @@ class RocketKVConfig:
     mode: Literal["single_turn", "multi_turn"] = "single_turn"
     archive_on_host: bool = False
     kv_dtype: Literal["auto", "int8"] = "auto"
-    eviction: str | EvictionPolicy = "snapkv"
+    eviction: str | EvictionPolicy = "peak"
     selection: str | SelectionMethod = DEFAULT_SELECTION
     window_size: int = 32
     kernel_size: int = 63
@@ -129,7 +129,7 @@ class RocketKVConfig:
             raise ConfigError(
                 f"kernel_size={self.kernel_size} is even; a pooling window has a centre, so give an odd one."
             )
-        if self.eviction == "snapkv" and self.token_budget < self.window_size:
+        if self.eviction in ("snapkv", "peak") and self.token_budget < self.window_size:
             raise ConfigError(
                 f"token_budget={self.token_budget} is smaller than window_size={self.window_size}; "
                 "raise token_budget or lower window_size."
@@ -158,7 +158,7 @@ class RocketKVConfig:
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
         """The method as published: page bounds, channels by |q|, nothing pinned. Options, errors as above."""
-        published = {"selection": "hybrid_paper", "recent_tokens": 0, "dense_below": 0}
+        published = {"eviction": "snapkv", "selection": "hybrid_paper", "recent_tokens": 0, "dense_below": 0}
         return cls(**{"token_budget": token_budget, **published, **options})
 
     @property

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rocketkv.eviction.keep_all import KeepAll
+from rocketkv.eviction.peak import Peak
 from rocketkv.eviction.snapkv import SnapKV
 from rocketkv.eviction.streaming_llm import StreamingLLM
 
@@ -36,7 +37,8 @@ class EvictionPolicy(Protocol):
 EVICTION_POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {  # by window_size and kernel_size
     "keep_all": lambda window_size, kernel_size: KeepAll(),
     "snapkv": SnapKV,
+    "peak": Peak,
     "streaming_llm": lambda window_size, kernel_size: StreamingLLM(),
 }
 
-__all__ = ["EVICTION_POLICIES", "EvictionPolicy", "KeepAll", "SnapKV", "StreamingLLM"]
+__all__ = ["EVICTION_POLICIES", "EvictionPolicy", "KeepAll", "Peak", "SnapKV", "StreamingLLM"]

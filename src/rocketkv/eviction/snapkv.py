@@ -1,6 +1,7 @@
 """SnapKV (arXiv:2404.14469) as RocketKV uses it: keep what the end of the prompt looked at, per KV head."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ class SnapKV:
     Attributes:
         window_size: last prompt tokens that vote and always stay, >= 1.
         kernel_size: width of the max-pooling over the sequence, odd, >= 1.
+        by_peak: whether the query that looks hardest at a token decides, not all queries together.
     """
 
+    by_peak: ClassVar[bool] = False
     window_size: int
     kernel_size: int
 
@@ -28,7 +31,7 @@ class SnapKV:
         """Keep the window and the best of what lies before it; see `EvictionPolicy.keep`."""
         window = num_queries.clamp(max=self.window_size)  # [B]
         score, last = fastest(score_window, keys), query[:, :, -self.window_size :]
-        scores = score(last, keys, lengths=lengths, num_queries=window, scale=scale)
+        scores = score(last, keys, lengths=lengths, num_queries=window, scale=scale, by_peak=self.by_peak)
         before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv] tokens before the window
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)

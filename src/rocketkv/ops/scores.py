@@ -6,11 +6,14 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20  # float32 logits held at once while scoring a window: 4 MiB
 
 
-def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:
-    """Attention mass that a row's last queries give to each of its tokens.
+def score_window(
+    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+) -> Tensor:
+    """Attention that a row's last queries give to each of its tokens.
 
     SnapKV as RocketKV uses it (section "SnapKV with GQA support"): softmax over all tokens in float32, causal inside
-    the window, summed over the window's queries and over the query heads of a KV head.
+    the window, summed over the window's queries and over the query heads of a KV head; with `by_peak`, the largest
+    instead of the sum.
 
     Args:
         query: `[B, Hq, W, D]` float, right aligned.
@@ -18,6 +21,7 @@ def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: T
         lengths: `[B, Hkv]` int64, tokens in each row.
         num_queries: `[B]` int64, how many of the W columns count, the last ones.
         scale: factor on the dot products.
+        by_peak: whether a token's score is the most that any query gives it, not what all give it together.
 
     Returns:
         `[B, Hkv, S]` float32, zero beyond the lengths.
@@ -40,7 +44,11 @@ def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: T
             visible &= (query_from_end < num_queries[:, None])[..., None]
             logits = (queries.flatten(1, 2) @ transposed).reshape(*queries.shape[:3], num_tokens)  # [B, G, w, S]
             logits.mul_(scale).masked_fill_(~visible[:, None], -torch.inf)
-            scores[:, head] += logits.softmax(-1).nan_to_num_(0.0).sum((1, 2))  # NaN: a padded query sees nothing
+            shares = logits.softmax(-1).nan_to_num_(0.0)  # NaN: a padded query sees nothing
+            if by_peak:
+                scores[:, head] = scores[:, head].maximum(shares.amax((1, 2)))
+            else:
+                scores[:, head] += shares.sum((1, 2))
     return scores
 
 

@@ -275,7 +275,9 @@ def build_pages(
             )
 
 
-def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float) -> Tensor:
+def score_window(
+    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+) -> Tensor:
     """See `score_window` in ops/scores.py: two launches, which hold no logits but a tile's."""
     kernels = import_module("rocketkv.ops.backends.triton_prefill")
     batch, num_heads, window, head_dim = query.shape
@@ -308,8 +310,9 @@ def score_window(query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: T
     inputs = (query.contiguous(), keys, lengths, num_queries, partials)
     with _current(keys.device):
         kernels.sum_window[grid](*inputs, **sizes, **PREFILL_OPTIONS)
-        kernels.score_window[grid](*inputs, scores=scores, num_tokens=num_tokens, **sizes, **PREFILL_OPTIONS)
-    return scores.sum(2)
+        own = {"scores": scores, "num_tokens": num_tokens, "BY_PEAK": by_peak}
+        kernels.score_window[grid](*inputs, **own, **sizes, **PREFILL_OPTIONS)
+    return scores.amax(2) if by_peak else scores.sum(2)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -182,10 +182,10 @@ def sum_window(
 @triton.jit(do_not_specialize=["num_parts", "part_size", "num_tokens", "batch_stride", "head_stride"])
 def score_window(
     query, keys, lengths, num_queries, partials, scores, scale, num_parts, part_size, num_tokens, batch_stride,
-    head_stride, HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R_PAD: tl.constexpr,
-    D_PAD: tl.constexpr, TILE: tl.constexpr
+    head_stride, BY_PEAK: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
+    R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """What `R_PAD` queries give to the tokens of a part, to be summed; see `score_window` in ops/scores.py.
+    """What `R_PAD` queries give to the tokens of a part, together or at most; see `score_window` in ops/scores.py.
 
     Grid: heads, parts, groups of `R_PAD` queries. Reads the part's keys.
     """
@@ -215,4 +215,4 @@ def score_window(
         )
         mass = tl.where(share[:, None] > 0, tl.exp(logits - safe[:, None]) * share[:, None], 0.0)
         token = start + tl.arange(0, TILE)
-        tl.store(scores + token, tl.sum(mass, 0), mask=token < end)
+        tl.store(scores + token, tl.max(mass, 0) if BY_PEAK else tl.sum(mass, 0), mask=token < end)
