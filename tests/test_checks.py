@@ -581,25 +581,29 @@ def test_room_for_very_many_tokens_is_made_in_steps(x: Inputs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("selection", "kv_dtype", "limit"), [("lowbit", "auto", 1.75), ("lowbit", "int8", 2.33), ("sparq", "auto", 1)]
+    ("selection", "kv_dtype", "most"),
+    [
+        ("lowbit", "auto", 7 * (64 // 4 - 1) * 16),
+        ("lowbit", "int8", 7 * (64 // 3 - 1) * 16),
+        ("sparq", "auto", 64 * 16),
+    ],
 )
-def test_a_budget_that_a_long_row_exceeds_is_told(selection: str, kv_dtype: str, limit: float) -> None:
-    config = RocketKVConfig(token_budget=16, window_size=8, selection=selection, kv_dtype=kv_dtype, dense_below=0)
-    most = int(limit * 16 * 8)
+def test_a_budget_that_a_long_row_exceeds_is_told(selection: str, kv_dtype: str, most: int) -> None:
+    config = RocketKVConfig(token_budget=64, window_size=8, selection=selection, kv_dtype=kv_dtype, dense_below=0)
 
     def adopted(num_tokens: int) -> LayerCache:
         cache = LayerCache(config)
-        cache.adopt(*torch.randn(2, 1, 1, num_tokens, 8).bfloat16(), num_seen=num_tokens)
+        cache.adopt(*torch.randn(2, 1, 1, num_tokens, 16).bfloat16(), num_seen=num_tokens)
         return cache
 
     def decode(cache: LayerCache, count: int) -> None:
         for _ in range(count):
-            cache.decode(*torch.randn(3, 1, 1, 1, 8).bfloat16())
+            cache.decode(*torch.randn(3, 1, 1, 1, 16).bfloat16())
 
     cache = adopted(int(0.9 * most))
     with pytest.warns(UserWarning, match="its steps read more than the budget; raise token_budget, or set selection="):
         decode(cache, most)
-    with pytest.warns(UserWarning, match="token_budget=16: its steps read more than the budget"):
+    with pytest.warns(UserWarning, match="token_budget=64: its steps read more than the budget"):
         cache = adopted(2 * most)
     decode(cache, 1)
-    assert cache.read_bytes > 16 * 2 * 8 * 2
+    assert cache.read_bytes > 64 * 2 * 16 * 2

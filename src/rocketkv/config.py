@@ -24,7 +24,8 @@ class RocketKVConfig:
         token_budget: tokens' worth of KV traffic that one decode step may cost per KV head, >= window_size with
             `peak` and `snapkv`. A method that scores every token reads one channel of each at least, so the step of a
             row that holds very many costs more, and a warning says so: `lowbit` from
-            `1.75 * token_budget * head_dim` tokens on (2.3 with 8 bits), `sparq` from `token_budget * head_dim` on.
+            `7 * (token_budget / 4 - 1) * head_dim` tokens on (a third instead of a quarter with 8 bits), `sparq` from
+            `token_budget * head_dim` on.
         mode: `single_turn` frees what stage 1 evicts; `multi_turn` keeps every token in an archive and chooses anew
             at each turn.
         archive_on_host: whether the archive of `multi_turn` lies in the host's memory, so that a GPU holds the working

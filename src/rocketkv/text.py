@@ -30,9 +30,9 @@ class PlainText:
 
     @property
     def start(self) -> list[int]:
-        """The token that the tokenizer puts before a text; empty if it puts none."""
-        first: int = self.tokenizer("a").input_ids[0]
-        return [first] if first == self.tokenizer.bos_token_id else []
+        """What the tokenizer puts before a text, such as a first token; empty if it puts nothing."""
+        text, alone = (self.tokenizer("a", add_special_tokens=added).input_ids for added in (True, False))
+        return list(text[: text.index(alone[0])])
 
     def hide(self, text: str) -> str:
         """The text with every special token in it, and every `ESCAPE`, as two private characters."""

@@ -40,4 +40,4 @@ def add_runs(spread: Tensor, ranges: Tensor, is_closed: Tensor) -> None:
         is_closed: `[B, Hkv, runs]` bool.
     """
     for run in range(ranges.shape[2]):
-        torch.where(is_closed[:, :, run, None], spread + ranges[:, :, run], spread, out=spread)
+        torch.where(is_closed[:, :, run, None], spread + ranges[:, :, run].float(), spread, out=spread)

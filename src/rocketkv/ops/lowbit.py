@@ -93,7 +93,7 @@ def append_lowbit(index: LowBitKeys, key: Tensor, slots: Tensor) -> None:
     for stored, new in zip(index[:2], (codes, ranges), strict=True):
         stored[row, head, block, :, group] = new
     earlier = index.spread[row, head].where(slots[row, head, None] >= GROUP, 0.0)  # the first group's step replaces
-    index.spread[row, head] = earlier + ranges[..., 1]
+    index.spread[row, head] = earlier + ranges[..., 1].float()
     _spread_open_keys(index, slots + 1)
 
 
