@@ -364,7 +364,7 @@ class LayerCache:
         seen = self._started().row_seen
         if len(row_seen) != len(seen) or not all(0 < left <= num for left, num in zip(row_seen, seen, strict=True)):
             raise InputError(f"rows that have seen {seen} tokens cannot go back to {list(row_seen)}; give 1 to those.")
-        if not self._rewinds_decoded(seen, row_seen) and self.config.mode != "multi_turn":
+        if not self.only_decoded_since(row_seen) and self.config.mode != "multi_turn":
             raise InputError(
                 f"a single_turn cache goes back over the {self.num_decoded} tokens decoded since its last prompt only, "
                 "as it has evicted tokens of the prompt; call reset(), or set mode='multi_turn'."
@@ -388,12 +388,11 @@ class LayerCache:
         if num_seen == self.num_seen:
             return
         working = self._started().draft()
-        seen = working.row_seen
-        if self._rewinds_decoded(seen, row_seen):
-            num_dropped = seen[0] - row_seen[0]
+        if self.only_decoded_since(row_seen):
+            num_dropped = working.row_seen[0] - row_seen[0]
             num_decoded = self.num_decoded - num_dropped
             working.take_back(working.max_length - num_dropped, max(working.num_pending - num_dropped, 0))
-            plan = plan_decoded(
+            self.plan = plan_decoded(
                 self.config,
                 self.selection,
                 seen=[num - num_decoded for num in row_seen],
@@ -401,17 +400,17 @@ class LayerCache:
                 num_decoded=num_decoded,
                 head_dim=working.head_dim,
             )
-            self.plan, self.num_decoded = self._prepare(working, plan), num_decoded
+            self.num_decoded = num_decoded
         else:
             working.truncate(torch.tensor(row_seen, device=working.seen.device))
             self.plan, self.num_decoded, self._observed = None, 0, None
         self.working, self.num_seen, self._fused_kind = working, num_seen, None
         self.just_prefilled = self.plan is not None and self.num_decoded == 0
 
-    def _rewinds_decoded(self, seen: Sequence[int], row_seen: Sequence[int]) -> bool:
-        """Whether going back from `seen` to `row_seen` drops equally many tokens of every row, all of them decoded."""
-        (fewest, most) = (f(a - b for a, b in zip(seen, row_seen, strict=True)) for f in (min, max))
-        return self.plan is not None and fewest == most <= self.num_decoded
+    def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
+        """Whether the tokens after the first `row_seen` of each row were decoded since the last prefill."""
+        dropped = [seen - left for seen, left in zip(self._started().row_seen, row_seen, strict=True)]
+        return self.plan is not None and min(dropped) == max(dropped) <= self.num_decoded
 
     @exclusive
     def copy(self) -> "LayerCache":

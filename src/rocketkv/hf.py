@@ -112,6 +112,10 @@ class RocketKVLayer(CacheLayerMixin):
         """A layer with the same past that compresses as `config` says; see `LayerCache.fork`."""
         return RocketKVLayer(self.cache.fork(config), self.window)
 
+    def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
+        """Whether the tokens after the first `row_seen` of each row were decoded since the last prompt."""
+        return self.cache.only_decoded_since(row_seen)
+
     def check_rewind(self, row_seen: Sequence[int]) -> None:
         """Refuse what `rewind` cannot do."""
         self.cache.check_rewind(row_seen)
@@ -229,6 +233,11 @@ class RocketKVCache(DynamicCache):
         self._decoder: ref[PreTrainedModel] | None = None  # what has filled the cache; None: nothing, or not known
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether the cache has taken in a prompt."""
+        return all(layer.is_initialized for layer in self.layers)
+
+    @property
     def compressed_layers(self) -> list[RocketKVLayer]:
         """The layers that are compressed, in order."""
         return [layer for layer in self.layers if isinstance(layer, RocketKVLayer)]
@@ -305,8 +314,9 @@ class RocketKVCache(DynamicCache):
         """Forget all that does not belong to a text, so that `generate` can continue with that text.
 
         The longest beginning that the text has in common with what was taken in stays, without the text's last token,
-        which `generate` takes in anew. So a chat template that drops earlier thoughts, an answer that is to be given
-        again, or a forward pass that broke off need not cost the conversation.
+        or, where tokens of a prompt go, without its last `window_size`: `generate` takes those in anew. So a chat
+        template that drops earlier thoughts, an answer that is to be given again, or a forward pass that broke off need
+        not cost the conversation.
 
         Args:
             ids: `[B, L]` integers, the text so far, as it will be given to `generate`; padded as it was.
@@ -316,15 +326,22 @@ class RocketKVCache(DynamicCache):
 
         Raises:
             InputError: ids do not fit the cache's rows, or tokens of a prompt are to go from a `single_turn` cache.
-            UnsupportedError: sliding-window layers have dropped what would be needed, or the cache is a stack.
+            UnsupportedError: sliding-window layers have dropped what would be needed.
         """
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
             raise InputError("rewind_to takes the ids of a text, a tensor of integers [B, L]; give those for generate.")
         rows = self.history.num_rows
-        if rows is not None and rows != ids.shape[0]:
+        if rows not in (None, ids.shape[0]):
             raise InputError(f"the cache holds {rows} rows, not {ids.shape[0]}; give as many.")
+        if rows is None:
+            self.reset()
+            return 0
         keep = min(self.history.num_common(ids), ids.shape[1] - 1)
         counts = self.history.num_tokens(keep)
+        goes_on = keep == self.history.num_columns or min(counts) == 0
+        if not goes_on and not all(layer.only_decoded_since(counts) for layer in self.compressed_layers):
+            keep = max(0, min(keep, ids.shape[1] - self.config.window_size))
+            counts = self.history.num_tokens(keep)
         if keep == 0 or min(counts) == 0:
             self.reset()
             return 0
@@ -345,6 +362,7 @@ class RocketKVCache(DynamicCache):
             self.layers[i] = _first_columns(layer, keep)
         self.history.truncate(keep)
         self._pass = None
+        self.end_turn()
         return keep
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -411,11 +429,12 @@ class RocketKVCache(DynamicCache):
         rows, seen = self.history.num_rows, self.history.num_columns
         if rows is None:
             return
-        if rows % ids.shape[0]:
-            raise self._other_rows(ids.shape[0])
-        common = self.history.num_common(ids.repeat_interleave(rows // ids.shape[0], 0))
+        repeats, remainder = divmod(rows, ids.shape[0])
+        common = 0 if remainder else self.history.num_common(ids.repeat_interleave(repeats, 0))
         if common == seen < ids.shape[1]:
             return
+        if rows != ids.shape[0]:
+            raise self._other_rows(ids.shape[0])
         if common == ids.shape[1]:
             problem = f"all {common} tokens of the text were taken in already, so there is nothing to go on from"
         else:

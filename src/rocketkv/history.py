@@ -68,14 +68,14 @@ class History:
     def num_common(self, ids: Tensor) -> int:
         """Columns, from the first on, in which `ids` (`[B, L]` integers) has the tokens of this history in every row.
 
-        Padded columns and unknown tokens agree with anything.
+        Padded columns and unknown tokens, on either side, agree with anything.
         """
         if not self._parts:
             return 0
         own = self.ids
         width = min(own.shape[1], ids.shape[1])
-        own = own[:, :width]
-        differs = (own != ids[:, :width].to(own.device)) & (own != UNKNOWN)
+        own, ids = own[:, :width], ids[:, :width].to(own.device)
+        differs = (own != ids) & (own != UNKNOWN) & (ids != UNKNOWN)
         if self.mask is not None:
             differs &= self.mask[:, :width].to(own.device)
         columns = differs.any(0).nonzero()

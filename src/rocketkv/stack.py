@@ -51,13 +51,20 @@ class StackedLayer(RocketKVLayer):
         """
         raise UnsupportedError("a stack cannot be forked; fork its caches and stack the forks.")
 
-    def check_rewind(self, row_seen: Sequence[int]) -> None:
-        """Refused: rows go back one by one.
+    def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
+        """Whether the tokens after the first `row_seen` of each row were decoded since the last prompt."""
+        return all(part.only_decoded_since([seen]) for part, seen in zip(self.parts, row_seen, strict=True))
 
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("a stack cannot go back; call rewind_to of its caches and stack them again.")
+    def check_rewind(self, row_seen: Sequence[int]) -> None:
+        """Refuse what `rewind` cannot do."""
+        for part, seen in zip(self.parts, row_seen, strict=True):
+            part.check_rewind([seen])
+
+    def rewind(self, num_seen: int, row_seen: Sequence[int]) -> None:
+        """Forget all but the first columns, `num_seen` of them."""
+        for part, seen in zip(self.parts, row_seen, strict=True):
+            part.rewind(num_seen, [seen])
+        self.call = None
 
     @property
     def part_seen(self) -> set[int]:
