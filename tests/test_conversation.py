@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Phi3Config, PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
 
 from rocketkv import InputError, LayerCache, RocketKVCache, RocketKVConfig, UnsupportedError, disable, enable
 from rocketkv.eviction import KeepAll
@@ -436,10 +437,13 @@ def test_a_cache_that_generate_was_given_and_does_not_hand_on_is_noticed() -> No
 def test_a_model_that_is_enabled_generates_batches_as_before() -> None:
     model = tiny_model("llama")
     inputs = [prompts(20)[0][0].tolist(), prompts(31, seed=1)[0][0].tolist()]
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
     options = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0)
 
     def batch() -> list[list[int]]:
-        outputs = model.generate_batch(inputs=inputs, generation_config=options)
+        outputs = model.generate_batch(
+            inputs=inputs, generation_config=options, continuous_batching_config=small, warmup=False
+        )
         return [outputs[key].generated_tokens for key in sorted(outputs)]
 
     plain = batch()

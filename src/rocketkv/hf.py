@@ -242,6 +242,11 @@ class RocketKVCache(DynamicCache):
         """The layers that are compressed, in order."""
         return [layer for layer in self.layers if isinstance(layer, RocketKVLayer)]
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included."""
+        layer = self.layers[layer_idx] if layer_idx else self.compressed_layers[0]  # a refused pass leaves these alone
+        return int(layer.get_seq_length())
+
     def stats(self) -> CacheStats:
         """What the cache holds and reads, per layer and in all, beside what a full cache would."""
         return cache_stats(self)
