@@ -1,10 +1,11 @@
 """The cache inside transformers' own `generate`, on tiny models of every architecture that is named as supported."""
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import threading
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -285,7 +286,7 @@ def test_importing_changes_nothing() -> None:
         "from transformers.models.llama import modeling_llama\n"
         "def state(): return dict(AttentionInterface()), dict(AttentionMaskInterface()), dict(vars(modeling_llama))\n"
         "before = state()\n"
-        "import rocketkv.hf\n"
+        "import rocketkv.hooks\n"
         "assert state() == before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -350,12 +351,10 @@ def test_a_copy_of_a_cache_goes_its_own_way() -> None:
     ids, _ = prompts(200)
     for config in (COMPRESSED, COMPRESSED_MT):
         cache = RocketKVCache(model.config, config)
-        generate(model, ids, **pass_cache(cache), new=3)
-        following, _ = prompts(220, seed=1)
-        following[:, :200] = ids
-        copies = [cache.copy(), cache.copy()]
+        following = torch.cat([generate(model, ids, **pass_cache(cache), new=3), prompts(17, seed=1)[0]], 1)
+        copies = [cache.copy(), copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
         answers = [generate(model, following, **pass_cache(c)) for c in copies]
-        assert torch.equal(*answers)
+        assert all(torch.equal(answer, answers[0]) for answer in answers)
         assert cache.get_seq_length() == 202
         assert torch.equal(generate(model, following, **pass_cache(cache)), answers[0])
 
@@ -434,7 +433,7 @@ def test_no_quadratic_mask_when_nothing_is_padded(monkeypatch: pytest.MonkeyPatc
         return result
 
     monkeypatch.setattr(torch.Tensor, "__ge__", watched)
-    monkeypatch.setattr("rocketkv.hf.sdpa_mask", lambda *_, **__: pytest.fail("a mask was made"))
+    monkeypatch.setattr("rocketkv.hooks.sdpa_mask", lambda *_, **__: pytest.fail("a mask was made"))
     ids, _ = prompts(1800)
     cache = RocketKVCache(model.config, COMPRESSED)
     generate(model, ids, **pass_cache(cache), new=2)
@@ -485,7 +484,7 @@ def test_architectures_that_do_not_fit_are_refused_by_name() -> None:
     sinks = AutoModelForCausalLM.from_config(
         GptOssConfig(**GROUPED, head_dim=32, num_local_experts=2, num_experts_per_tok=1)
     )
-    assert "GptOssForCausalLM was loaded with attn_implementation='eager'" in refused(sinks)
+    assert "GptOssForCausalLM is not supported: its attention has sinks" in refused(sinks)
 
 
 def test_assisted_decoding_is_refused() -> None:
@@ -568,7 +567,7 @@ def test_other_misuse_is_refused() -> None:
     with torch.inference_mode():
         with pytest.raises(UnsupportedError, match="no attention weights"):
             model(input_ids=ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)), output_attentions=True)
-        deeper = deepcopy(model.config)
+        deeper = copy.deepcopy(model.config)
         deeper.num_hidden_layers = 5
         deeper.layer_types = None
         with pytest.raises(InputError, match="the cache has 5 layers, the model 3"):
@@ -585,7 +584,7 @@ def test_other_misuse_is_refused() -> None:
         model(input_ids=ids, **pass_cache(RocketKVCache(model.config, COMPRESSED)))
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [1, 2])
 def test_a_cache_whose_pass_broke_off_says_so(layer: int) -> None:
     class Breaks(KeepAll):
         calls = 0
@@ -602,7 +601,7 @@ def test_a_cache_whose_pass_broke_off_says_so(layer: int) -> None:
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match="no luck"):
             model(input_ids=ids, **pass_cache(cache))
-        with pytest.raises(InputError, match=r"broke off half way; call cache.reset\(\)"):
+        with pytest.raises(InputError, match=rf"in layer {layer}, .* broke off half way; call cache.reset\(\)"):
             model(input_ids=ids, **pass_cache(cache))
         cache.reset()
 

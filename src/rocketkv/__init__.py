@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from rocketkv.budget import Budget, split_budget
     from rocketkv.config import RocketKVConfig
     from rocketkv.errors import ConfigError, InputError, RocketKVError, UnknownOptionError, UnsupportedError
-    from rocketkv.hf import RocketKVCache, disable, enable
+    from rocketkv.hf import RocketKVCache
+    from rocketkv.hooks import disable, enable
 
 __version__ = "0.1.0"
 
@@ -22,8 +23,8 @@ _HOMES = {  # resolved on first use, so that `import rocketkv` and the command l
     "RocketKVError": "errors",
     "UnknownOptionError": "errors",
     "UnsupportedError": "errors",
-    "disable": "hf",
-    "enable": "hf",
+    "disable": "hooks",
+    "enable": "hooks",
     "split_budget": "budget",
 }
 

@@ -7,6 +7,7 @@ decode:  append -> stage 2 scores the kept tokens cheaply -> exact attention to 
 in plain torch, which any selection method, device and dtype can take and to which every backend is held.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -33,7 +34,14 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.index import BackedIndex, PageIndex
 from rocketkv.ops.backends import FusedStep, LayerTensors, find_backend
-from rocketkv.plan import SelectionPlan, plan_eviction, plan_outgrown, plan_prefilled, select_plan_rows
+from rocketkv.plan import (
+    SelectionPlan,
+    plan_decoded,
+    plan_eviction,
+    plan_outgrown,
+    plan_prefilled,
+    select_plan_rows,
+)
 
 
 class _Observed(NamedTuple):
@@ -68,6 +76,7 @@ class LayerCache:
         plan: how stage 2 spends the budget in each row; None before the first prefill.
         num_seen: columns seen so far, left padding included.
         just_prefilled: whether nothing was decoded since the last prefill.
+        num_decoded: tokens decoded since the last prefill.
         user: empty, or the thread that uses this cache now.
 
     Raises:
@@ -89,6 +98,7 @@ class LayerCache:
         self.plan: SelectionPlan | None = None
         self.num_seen = 0
         self.just_prefilled = False
+        self.num_decoded = 0
         self._read_bytes: int | Tensor = 0  # of a fused step perhaps numbers on the device: asking for them waits
         self._observed: _Observed | None = None
         self._fused: FusedStep | None = None  # over the buffers as they are; None: to be bound, or there is no backend
@@ -223,6 +233,7 @@ class LayerCache:
             self._fused_room -= 1
         plan.steps_left -= 1
         self.num_seen += 1
+        self.num_decoded += 1
         self.just_prefilled = False
         return output
 
@@ -317,6 +328,11 @@ class LayerCache:
         return self._started().row_seen
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype in which keys and values come; None before the first prefill."""
+        return None if self.working is None else self.working.none.dtype
+
+    @property
     def read_bytes(self) -> int:
         """Bytes of index, keys and values that the last decode step had to read, all rows and heads."""
         return self._read_bytes if isinstance(self._read_bytes, int) else int(self._read_bytes.sum())
@@ -343,6 +359,59 @@ class LayerCache:
             observed = observed._replace(query=observed.query[rows], num_queries=observed.num_queries[rows])
         plan = select_plan_rows(self.config, plan, chosen, working.lengths)
         self.working, self.plan, self._observed, self._fused_kind = working, plan, observed, None
+
+    def check_rewind(self, row_seen: Sequence[int]) -> None:
+        """Refuse what `rewind` cannot do."""
+        seen = self._started().row_seen
+        if len(row_seen) != len(seen) or not all(0 < left <= num for left, num in zip(row_seen, seen, strict=True)):
+            raise InputError(f"rows that have seen {seen} tokens cannot go back to {list(row_seen)}; give 1 to those.")
+        if not self.only_decoded_since(row_seen) and self.config.mode != "multi_turn":
+            raise InputError(
+                f"a single_turn cache goes back over the {self.num_decoded} tokens decoded since its last prompt only, "
+                "as it has evicted tokens of the prompt; call reset(), or set mode='multi_turn'."
+            )
+
+    @exclusive
+    def rewind(self, num_seen: int, row_seen: Sequence[int]) -> None:
+        """Forget the last tokens, as if they had never come.
+
+        Tokens decoded since the last prefill go without a trace, and decode may follow at once. Going back further
+        takes the archive of `multi_turn`; then a prefill must follow, which chooses anew from what is left.
+
+        Args:
+            num_seen: columns that stay, left padding included.
+            row_seen: tokens of each row that stay, padding left out, 1 to those it has seen.
+
+        Raises:
+            InputError: the numbers do not fit, or tokens of the prompt are to go from a `single_turn` cache.
+        """
+        self.check_rewind(row_seen)
+        if num_seen == self.num_seen:
+            return
+        working = self._started().draft()
+        if self.only_decoded_since(row_seen):
+            num_dropped = working.row_seen[0] - row_seen[0]
+            num_decoded = self.num_decoded - num_dropped
+            working.take_back(working.max_length - num_dropped, max(working.num_pending - num_dropped, 0))
+            self.plan = plan_decoded(
+                self.config,
+                self.selection,
+                seen=[num - num_decoded for num in row_seen],
+                held=working.lengths - num_decoded,
+                num_decoded=num_decoded,
+                head_dim=working.head_dim,
+            )
+            self.num_decoded = num_decoded
+        else:
+            working.truncate(torch.tensor(row_seen, device=working.seen.device))
+            self.plan, self.num_decoded, self._observed = None, 0, None
+        self.working, self.num_seen, self._fused_kind = working, num_seen, None
+        self.just_prefilled = self.plan is not None and self.num_decoded == 0
+
+    def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
+        """Whether the tokens after the first `row_seen` of each row were decoded since the last prefill."""
+        dropped = [seen - left for seen, left in zip(self._started().row_seen, row_seen, strict=True)]
+        return self.plan is not None and min(dropped) == max(dropped) <= self.num_decoded
 
     @exclusive
     def copy(self) -> "LayerCache":
@@ -431,7 +500,7 @@ class LayerCache:
     def _begin_with(self, working: WorkingSet, plan: SelectionPlan, num_seen: int, observed: _Observed | None) -> None:
         """Take over what a prefill has made: nothing of this can fail."""
         self.working, self.plan, self.num_seen, self._observed = working, plan, num_seen, observed
-        self.just_prefilled, self._fused_kind = True, None
+        self.just_prefilled, self.num_decoded, self._fused_kind = True, 0, None
 
     def _empty(self, key: Tensor) -> WorkingSet:
         """A working set without tokens yet, for keys like `key`."""

@@ -339,6 +339,19 @@ class WorkingSet:
         self.num_pending = num_pending
         self.index = None
 
+    def truncate(self, counts: Tensor) -> None:
+        """Forget all but the first `counts` (`[B]` int64) tokens of every row; nothing to choose from until `keep`.
+
+        There must be an archive.
+        """
+        assert self.archive is not None
+        self._archive_decoded()
+        lengths = self.archive.lengths
+        self.archive.set_lengths(counts.to(lengths.device)[:, None].expand_as(lengths).clone())
+        self.tokens = RaggedTokens.empty_like(self.tokens.fields)
+        self.seen = counts
+        self.index = None
+
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen or stored in 8 bits."""
         if self.source is None:

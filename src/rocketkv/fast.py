@@ -22,7 +22,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rocketkv import ops
 from rocketkv.errors import UnsupportedError
-from rocketkv.hf import Call, RocketKVCache, RocketKVLayer, after_forward, before_forward, enable
+from rocketkv.hf import Call, RocketKVCache, RocketKVLayer
+from rocketkv.hooks import after_forward, before_forward, enable
 from rocketkv.versions import CACHE_ARGUMENT, pass_cache
 from rocketkv.weights import quantize, quantized_as
 
@@ -105,8 +106,7 @@ class _FastCall:
                 stacklevel=3,
             )
             self.step = None
-            for layer in cache.compressed_layers:
-                layer.call = None
+            cache.withdraw()
             return self.model._call_impl(**kwargs)
         after_forward(decoder, (), kwargs, None)
         return CausalLMOutputWithPast(logits=logits, **pass_cache(cache))
@@ -134,7 +134,8 @@ class _FastCall:
             and all(value is None or value is False for value in others.values())
             and (config.return_dict if return_dict is None else return_dict)
             and not (config.output_attentions or config.output_hidden_states)
-            and not (model.training or model._forward_hooks or model._forward_pre_hooks or torch.is_grad_enabled())
+            and not (model.training or model._forward_hooks or torch.is_grad_enabled())
+            and set(model._forward_pre_hooks) == {model._rocketkv[0].id}  # its own, of which a step has no need
         )
 
     def _step(self, input_ids: Tensor, position_ids: Tensor, handle: Tensor) -> Tensor:

@@ -1,34 +1,30 @@
-"""RocketKV in transformers: a cache for `generate` and the switch that lets a model use it. Only this file knows how.
+"""RocketKV as a cache of transformers: what `generate` and a model's layers see of it.
 
-The way of a call: `enable` hangs one hook before the decoder's forward. The hook reads the padding from the mask and
-passes the cache along as a keyword argument; the decoder hands it down to the attention function that `enable`
-registered; that function finds the layer's cache and calls its prefill or decode. Nothing is patched and nothing is
-global: a model without a `RocketKVCache` among its arguments computes exactly what it computed before.
+`hooks.py` hangs the cache into a model; `support.py` says which models fit, `history.py` what was taken in so far.
 """
 
 import warnings
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from functools import cache as once
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rocketkv.attention import LayerCache
+from rocketkv.checks import check_config as check_rocketkv_config
+from rocketkv.checks import check_rows
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
+from rocketkv.history import UNKNOWN, History, join
 from rocketkv.ops import take_tokens
 from rocketkv.stats import CacheStats, LayerStats
-from rocketkv.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency
-
-NAME = "rocketkv"  # our attention implementation in the registries of transformers
-_REFUSED_OPTIONS = ("softcap", "s_aux", "position_bias")  # what our attention would have to ignore
+from rocketkv.support import check_config, is_full
+from rocketkv.versions import dependency
 
 
 class Call(NamedTuple):
@@ -36,7 +32,14 @@ class Call(NamedTuple):
 
     padding: Tensor | None = None  # [B] int64, padded columns among the new ones
     order: Tensor | None = None  # [B, T] int64, the new columns with the padded ones first; None: they are
-    mask: Tensor | None = None  # [B, seen + T] bool, False in padded columns; None: there are none
+
+
+class Pass(NamedTuple):
+    """A forward pass that has begun, and what was there before it."""
+
+    ids: Tensor  # [B, T] integers, the new columns
+    mask: Tensor | None  # [B, seen + T] bool, False in padded columns; None: there are none
+    plain_layers: dict[int, DynamicLayer]  # transformers' own, as they were
 
 
 class RocketKVLayer(CacheLayerMixin):
@@ -52,7 +55,15 @@ class RocketKVLayer(CacheLayerMixin):
         self.cache = cache
         self.window = window  # of a sliding-window layer whose window covers the model's whole context
         self.call: Call | None = None  # set by the hook, taken by the attention function
-        self.seen_mask: Tensor | None = None  # the mask of the last call, to tell when a later one contradicts it
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer has taken in a prompt."""
+        return self.cache.num_seen > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """Nothing to do: transformers says so, the cache knows it."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the layer starts with its first prompt."""
@@ -76,8 +87,8 @@ class RocketKVLayer(CacheLayerMixin):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the new tokens, `[B, Hq, T, D]`, through the compressed cache."""
         assert self.call is not None
-        padding, order, self.seen_mask = self.call
-        if query.shape[2] == 1 and self.cache.num_seen > 0:
+        padding, order = self.call
+        if query.shape[2] == 1 and self.cache.plan is not None:
             output = self.cache.decode(query, key, value, scale=scale)
         elif order is None:
             output = self.cache.prefill(query, key, value, padding=padding, scale=scale)
@@ -95,15 +106,29 @@ class RocketKVLayer(CacheLayerMixin):
 
     def copy(self) -> "RocketKVLayer":
         """An independent layer in the same state."""
-        copied = copy(self)
-        copied.cache = self.cache.copy()
-        return copied
+        return RocketKVLayer(self.cache.copy(), self.window)
 
     def fork(self, config: RocketKVConfig) -> "RocketKVLayer":
         """A layer with the same past that compresses as `config` says; see `LayerCache.fork`."""
-        forked = RocketKVLayer(self.cache.fork(config), self.window)
-        forked.seen_mask = self.seen_mask
-        return forked
+        return RocketKVLayer(self.cache.fork(config), self.window)
+
+    def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
+        """Whether the tokens after the first `row_seen` of each row were decoded since the last prompt."""
+        return self.cache.only_decoded_since(row_seen)
+
+    def check_rewind(self, row_seen: Sequence[int]) -> None:
+        """Refuse what `rewind` cannot do."""
+        self.cache.check_rewind(row_seen)
+
+    def rewind(self, num_seen: int, row_seen: Sequence[int]) -> None:
+        """Forget all but the first columns, `num_seen` of them; see `LayerCache.rewind`."""
+        self.cache.rewind(num_seen, row_seen)
+        self.call = None
+
+    @property
+    def part_seen(self) -> set[int]:
+        """Columns seen by the parts of the layer: one number, unless a pass broke off inside."""
+        return {self.cache.num_seen}
 
     def get_seq_length(self) -> int:
         """Columns seen, padding included: what positions and masks of transformers count in."""
@@ -120,7 +145,7 @@ class RocketKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.cache.reset()
-        self.call = self.seen_mask = None
+        self.call = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the batch by the rows `beam_idx` (`[B]` int64), as beam search does."""
@@ -129,8 +154,6 @@ class RocketKVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (`[B']` int64)."""
         self.cache.select_rows(indices)
-        if self.seen_mask is not None:
-            self.seen_mask = self.seen_mask.index_select(0, indices.to(self.seen_mask.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -175,29 +198,54 @@ class RocketKVCache(DynamicCache):
     Versions of transformers before 5.24 call the argument `past_key_values`.
 
     Full-attention layers are compressed; sliding-window layers stay as transformers has them. A second `generate` with
-    the same cache is the next turn of the conversation. One cache serves one conversation, or batch, at a time.
+    the same cache is the next turn of the conversation: it is given the whole text so far, with what is new at its end.
+    One cache serves one conversation, or batch, at a time. `copy.copy`, `copy.deepcopy` and `pickle` make independent
+    caches in the same state.
 
     Args:
         config: the model's configuration, `model.config`.
         rocketkv_config: how to compress.
         keep_queries: last queries of each prompt to keep for `fork`, in `multi_turn` only; 0: none.
 
+    Attributes:
+        history: the token ids taken in so far.
+
     Raises:
+        InputError: config is no configuration of transformers.
+        ConfigError: rocketkv_config is no `RocketKVConfig`.
         UnsupportedError: the architecture does not fit.
     """
 
     def __init__(self, config: PreTrainedConfig, rocketkv_config: RocketKVConfig, *, keep_queries: int = 0) -> None:
-        _check_architecture(config, config.model_type)
+        check_config(config)
+        check_rocketkv_config(rocketkv_config)
         super().__init__(config=config)
         self.model_config = config
         self.config = rocketkv_config
         self.keep_queries = keep_queries
         self.layers[:] = [_compressed(layer, config, rocketkv_config, keep_queries) for layer in self.layers]
+        self.history = History()
+        self.noted: tuple[Tensor | None, Any] = (
+            None,
+            None,
+        )  # ids and mask that the model was given, for its decoder's hook
+        self._pass: Pass | None = None  # begun and not finished
+        self._decoder: ref[PreTrainedModel] | None = None  # what has filled the cache; None: nothing, or not known
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the cache has taken in a prompt."""
+        return all(layer.is_initialized for layer in self.layers)
 
     @property
     def compressed_layers(self) -> list[RocketKVLayer]:
         """The layers that are compressed, in order."""
         return [layer for layer in self.layers if isinstance(layer, RocketKVLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included."""
+        layer = self.layers[layer_idx] if layer_idx else self.compressed_layers[0]  # a refused pass leaves these alone
+        return int(layer.get_seq_length())
 
     def stats(self) -> CacheStats:
         """What the cache holds and reads, per layer and in all, beside what a full cache would."""
@@ -206,14 +254,30 @@ class RocketKVCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything, sliding-window layers included (some versions of transformers only zero those)."""
         self.layers[:] = RocketKVCache(self.model_config, self.config, keep_queries=self.keep_queries).layers
+        self.history = History()
+        self._pass = self._decoder = None
 
     def copy(self) -> "RocketKVCache":
-        """An independent cache in the same state."""
-        copied = RocketKVCache(self.model_config, self.config, keep_queries=self.keep_queries)
-        copied.layers[:] = [
-            layer.copy() if isinstance(layer, RocketKVLayer) else deepcopy(layer) for layer in self.layers
-        ]
-        return copied
+        """An independent cache in the same state.
+
+        Raises:
+            InputError: a forward pass broke off half way; so for `fork` and the methods that select rows.
+        """
+        self._recover()
+        return self._like(
+            self.config,
+            [layer.copy() if isinstance(layer, RocketKVLayer) else deepcopy(layer) for layer in self.layers],
+        )
+
+    def __copy__(self) -> "RocketKVCache":
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RocketKVCache":
+        return self.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._recover()
+        return {**vars(self), "noted": (None, None), "_decoder": None}
 
     def end_turn(self) -> None:
         """Say that the next prompt is a turn of its own, though nothing was decoded since the last one."""
@@ -235,34 +299,193 @@ class RocketKVCache(DynamicCache):
         Raises:
             InputError: this cache is not `multi_turn` or a stack, or the fork would need queries that were not kept.
         """
-        forked = RocketKVCache(self.model_config, rocketkv_config, keep_queries=self.keep_queries)
-        for i, layer in enumerate(self.layers):
-            forked.layers[i] = layer.fork(rocketkv_config) if isinstance(layer, RocketKVLayer) else deepcopy(layer)
-        return forked
+        self._recover()
+        return self._like(
+            rocketkv_config,
+            [
+                layer.fork(rocketkv_config) if isinstance(layer, RocketKVLayer) else deepcopy(layer)
+                for layer in self.layers
+            ],
+        )
+
+    def _like(self, rocketkv_config: RocketKVConfig, layers: list[Any]) -> "RocketKVCache":
+        """A cache with the same past in other layers."""
+        other = RocketKVCache(self.model_config, rocketkv_config, keep_queries=self.keep_queries)
+        other.layers[:] = layers
+        other.history, other._decoder = self.history.copy(), self._decoder
+        return other
+
+    def follow(self, caches: Sequence["RocketKVCache"]) -> None:
+        """Take over what is known of the past of several caches, whose rows this one has now."""
+        self.history = join([cache.history for cache in caches])
+        self._decoder = caches[0]._decoder
+
+    def rewind_to(self, ids: Tensor) -> int:
+        """Forget all that does not belong to a text, so that `generate` can continue with that text.
+
+        The longest beginning that the text has in common with what was taken in stays, without the text's last token,
+        or, where tokens of a prompt go, without its last `window_size`: `generate` takes those in anew. So a chat
+        template that drops earlier thoughts, an answer that is to be given again, or a forward pass that broke off need
+        not cost the conversation.
+
+        Args:
+            ids: `[B, L]` integers, the text so far, as it will be given to `generate`; padded as it was.
+
+        Returns:
+            Columns that stay, 0 to L - 1.
+
+        Raises:
+            InputError: ids do not fit the cache's rows, or tokens of a prompt are to go from a `single_turn` cache.
+            UnsupportedError: sliding-window layers have dropped what would be needed.
+        """
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
+            raise InputError("rewind_to takes the ids of a text, a tensor of integers [B, L]; give those for generate.")
+        rows = self.history.num_rows
+        if rows not in (None, ids.shape[0]):
+            raise InputError(f"the cache holds {rows} rows, not {ids.shape[0]}; give as many.")
+        if rows is None:
+            self.reset()
+            return 0
+        keep = min(self.history.num_common(ids), ids.shape[1] - 1)
+        counts = self.history.num_tokens(keep)
+        goes_on = keep == self.history.num_columns or min(counts) == 0
+        if not goes_on and not all(layer.only_decoded_since(counts) for layer in self.compressed_layers):
+            keep = max(0, min(keep, ids.shape[1] - self.config.window_size))
+            counts = self.history.num_tokens(keep)
+        if keep == 0 or min(counts) == 0:
+            self.reset()
+            return 0
+        plain_layers = {} if self._pass is None else self._pass.plain_layers
+        plain = {i: plain_layers.get(i, layer) for i, layer in self._plain_layers().items()}
+        num_dropped = self.history.num_columns - keep
+        for i, layer in plain.items():
+            if num_dropped > 0 and layer.keys.shape[2] < layer.get_seq_length():
+                raise UnsupportedError(
+                    f"layer {i} has a sliding window and has dropped what came before it, so the cache cannot go back "
+                    "to an earlier token; call cache.reset() and give the whole text."
+                )
+        for compressed in self.compressed_layers:
+            compressed.check_rewind(counts)
+        for compressed in self.compressed_layers:
+            compressed.rewind(keep, counts)
+        for i, layer in plain.items():
+            self.layers[i] = _first_columns(layer, keep)
+        self.history.truncate(keep)
+        self._pass = None
+        self.end_turn()
+        return keep
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the batch by the rows `beam_idx` (`[B]` int64), as beam search does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices` (`[B']` int64)."""
+        self._recover()
+        if self.history.num_rows is None:
+            return
+        check_rows(indices, self.history.num_rows)
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+        self.history.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.history.num_rows is not None:
+            self.batch_select_indices(torch.arange(self.history.num_rows).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
         """Refused before any layer changes; see `RocketKVLayer.crop`."""
         self.compressed_layers[0].activate_past_recording()
 
-    def begin(self, num_new: int, attention_mask: Tensor | None) -> None:
-        """Announce a forward pass of `num_new` columns to every compressed layer; called by the hook of `enable`.
+    def check_decoder(self, decoder: PreTrainedModel) -> None:
+        """Refuse a decoder that this cache was not made for, or that has not filled it.
 
         Raises:
-            InputError: the mask does not fit, or an earlier pass broke off.
+            InputError: layers, windows, KV heads or head_dim differ, or another model has filled the cache.
+        """
+        if self._decoder is not None and self._decoder() is decoder:
+            return
+        own, other = (_layout(config) for config in (self.model_config, decoder.config))
+        if len(own) != len(other):
+            raise InputError(
+                f"the cache has {len(own)} layers, the model {len(other)}; "
+                "make it with RocketKVCache(model.config, ...)."
+            )
+        for i, (mine, its) in enumerate(zip(own, other, strict=True)):
+            for name, a, b in zip(_Layout._fields, mine, its, strict=True):
+                if a != b:
+                    raise InputError(
+                        f"the cache was made for {name.replace('_', ' ')} {a} in layer {i}, but the model has {b}; "
+                        "make it with RocketKVCache(model.config, ...)."
+                    )
+        if self._decoder is not None and self.history.num_columns > 0:
+            raise InputError(
+                f"another model has filled this cache, not this {type(decoder).__name__}; "
+                "go on with that one, or call cache.reset()."
+            )
+        self._decoder = ref(decoder)
+
+    def check_continued(self, ids: Tensor) -> None:
+        """Refuse a text that does not continue what was taken in.
+
+        Args:
+            ids: `[B, L]` integers, the whole text so far.
+
+        Raises:
+            InputError: it begins otherwise, or nothing of it is new.
+        """
+        self._recover()
+        rows, seen = self.history.num_rows, self.history.num_columns
+        if rows is None:
+            return
+        repeats, remainder = divmod(rows, ids.shape[0])
+        common = 0 if remainder else self.history.num_common(ids.repeat_interleave(repeats, 0))
+        if common == seen < ids.shape[1]:
+            return
+        if rows != ids.shape[0]:
+            raise self._other_rows(ids.shape[0])
+        if common == ids.shape[1]:
+            problem = f"all {common} tokens of the text were taken in already, so there is nothing to go on from"
+        else:
+            problem = (
+                f"the cache has taken in {seen} tokens, and the text of {ids.shape[1]} differs from them at token "
+                f"{common}"
+            )
+        raise InputError(
+            f"{problem}; give all that the cache has taken in, the last answer included, followed by what is new. "
+            "To go back to what they have in common call cache.rewind_to(ids), to begin anew cache.reset()."
+        )
+
+    def begin(self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> None:
+        """Announce a forward pass to every compressed layer; called by the hook of `enable`. What raises costs nothing.
+
+        Args:
+            tokens: `[B, T]` integers, the new columns; UNKNOWN where there is no id.
+            attention_mask: `[B, seen + T]`, zero in padded columns; None: no padding.
+            position_ids: `[B, T]` or `[1, T]` integers, if given.
+
+        Raises:
+            InputError: the mask, the batch or positions do not fit, nothing is new, or an earlier pass broke off.
             UnsupportedError: the mask is not one of left padding.
         """
+        self._recover()
         layers = self.compressed_layers
-        if any(layer.call is not None for layer in layers) or len({layer.get_seq_length() for layer in layers}) > 1:
-            raise InputError(
-                "an earlier forward pass with this cache broke off half way; call cache.reset() and start anew."
-            )
-        seen = layers[0].get_seq_length()
+        seen = self.history.num_columns
+        rows, num_new = tokens.shape
+        if num_new == 0:
+            raise InputError("no new tokens came with this cache; give one at least.")
+        if self.history.num_rows not in (None, rows):
+            raise self._other_rows(rows)
         for layer in layers:
             if layer.window is not None and seen + num_new > layer.window:
                 raise UnsupportedError(
                     f"{seen + num_new} tokens are more than this model's sliding window of {layer.window}; "
                     "give a shorter text or use transformers' DynamicCache."
                 )
+        call, mask = self._read_padding(tokens, attention_mask)
+        if position_ids is not None and num_new > 1 and seen > 0:
+            self._check_positions(position_ids, num_new, call.padding)
         is_short = self.config.mode == "single_turn" or num_new < self.config.window_size
         if num_new > 1 and layers[0].cache.just_prefilled and is_short:
             warnings.warn(
@@ -270,42 +493,118 @@ class RocketKVCache(DynamicCache):
                 "chunks is not what it is in one piece; use mode='multi_turn' and a last chunk of window_size or more.",
                 stacklevel=2,
             )
-        call = self._read_padding(num_new, attention_mask)
+        self._pass = Pass(tokens, mask, {i: copy(layer) for i, layer in self._plain_layers().items()})
         for layer in layers:
             layer.call = call
 
-    def _read_padding(self, num_new: int, attention_mask: Tensor | None) -> Call:
-        """Find the padded columns among the new ones in the mask `[B, seen + num_new]`; see `begin` for errors."""
-        first = self.compressed_layers[0]
-        seen, seen_mask = first.get_seq_length(), first.seen_mask
+    def finish(self) -> bool:
+        """Note that every layer has taken part in the pass that has begun; False, and no note, if one has not."""
+        if self._pass is None or any(layer.call is not None for layer in self.compressed_layers):
+            return False
+        self.history.append(self._pass.ids, self._pass.mask)
+        self._pass = None
+        return True
+
+    def _recover(self) -> None:
+        """Make good a pass that has begun and not finished: if no layer has taken it in, or all have.
+
+        Raises:
+            InputError: some have.
+        """
+        if self._pass is None:
+            self._note_adopted()
+            return
+        before, num_new = self.history.num_columns, self._pass.ids.shape[1]
+        seen = [
+            layer.part_seen if isinstance(layer, RocketKVLayer) else {layer.get_seq_length()} for layer in self.layers
+        ]
+        if all(columns == {before + num_new} for columns in seen) and self.finish():
+            return
+        compressed = [i for i, layer in enumerate(self.layers) if isinstance(layer, RocketKVLayer)]
+        if any(seen[i] != {before} for i in compressed):
+            broken = next((i for i, columns in enumerate(seen) if columns != {before + num_new}), len(seen) - 1)
+            way_out = "" if before == 0 else ", or cache.rewind_to(ids) with the text that it had seen before"
+            raise InputError(
+                f"in layer {broken}, an earlier forward pass with this cache broke off half way; call cache.reset() "
+                f"and start anew{way_out}."
+            )
+        for i, layer in self._pass.plain_layers.items():
+            self.layers[i] = layer
+        self.withdraw()
+
+    def _note_adopted(self) -> None:
+        """Count the columns that came without a forward pass, through `LayerCache.adopt`."""
+        cache = self.compressed_layers[0].cache
+        if cache.num_seen > self.history.num_columns:
+            unknown = torch.full((len(cache.row_seen), cache.num_seen - self.history.num_columns), UNKNOWN)
+            self.history.append(unknown, None)
+
+    def withdraw(self) -> None:
+        """Take back the announcement of a pass that no layer has taken part in."""
+        self._pass = None
+        for layer in self.compressed_layers:
+            layer.call = None
+
+    def _plain_layers(self) -> dict[int, DynamicLayer]:
+        return {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, RocketKVLayer)}
+
+    def _other_rows(self, rows: int) -> InputError:
+        return InputError(
+            f"the cache holds {self.history.num_rows} rows, but {rows} came; give as many (after beams or "
+            "num_return_sequences the cache has a row for each), choose some by "
+            "cache.batch_select_indices(torch.tensor([0])), or call cache.reset()."
+        )
+
+    def _check_positions(self, position_ids: Tensor, num_new: int, padding: Tensor | None) -> None:
+        """Refuse new tokens that stand where others stood."""
+        if position_ids.dim() != 2:  # of models whose positions are no numbers of tokens
+            return
+        seen = torch.tensor(self.history.num_tokens(self.history.num_columns), device=position_ids.device)
+        last = seen + num_new - 1 - (0 if padding is None else padding.to(seen.device))
+        if bool((position_ids[:, -1] < last).any()):
+            raise InputError(
+                f"position_ids end at {position_ids[:, -1].tolist()}, but the cache has seen {seen.tolist()} tokens "
+                f"and {num_new} came; give the new tokens only, or call cache.reset() to take in the text anew."
+            )
+
+    def _read_padding(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Call, Tensor | None]:
+        """Find the padded columns among the new ones, and the mask of all; see `begin` for arguments and errors."""
+        seen, seen_mask, num_new = self.history.num_columns, self.history.mask, tokens.shape[1]
         if attention_mask is None:
-            return Call(mask=None if seen_mask is None else pad(seen_mask, (0, num_new), value=True))
+            return Call(), None if seen_mask is None else pad(seen_mask, (0, num_new), value=True)
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
             raise UnsupportedError(
                 "a RocketKVCache makes its own masks; give a two-dimensional attention_mask of zeros and ones, or none."
             )
-        if attention_mask.shape[1] != seen + num_new:
+        if attention_mask.shape != (tokens.shape[0], seen + num_new):
             raise InputError(
                 f"attention_mask has {attention_mask.shape[1]} columns, but the cache has seen {seen} and {num_new} "
                 f"are new; give {seen + num_new}."
+                if attention_mask.shape[1] != seen + num_new
+                else f"attention_mask has {attention_mask.shape[0]} rows for {tokens.shape[0]}; give as many."
             )
         mask = attention_mask.bool()
         new, past = mask[:, seen:], mask[:, :seen]
         if not bool(new[:, -1].all()):
+            if bool(new.any(1).all()):
+                raise UnsupportedError(
+                    "attention_mask ends in zeros: the prompts are padded at the right; "
+                    "pad at the left (tokenizer.padding_side='left')."
+                )
             raise UnsupportedError(
-                "attention_mask ends in zeros: the prompts are padded at the right; "
-                "pad at the left (tokenizer.padding_side='left')."
+                f"attention_mask leaves a row without a token among the {num_new} new columns: they are all padding; "
+                "take in the prompts in one piece, without prefill_chunk_size, or in chunks longer than the padding."
             )
-        if not torch.equal(past, torch.ones_like(past) if seen_mask is None else seen_mask):
+        if not torch.equal(past, torch.ones_like(past) if seen_mask is None else seen_mask.to(past.device)):
             raise UnsupportedError(
                 "attention_mask hides or reveals tokens that the cache has already taken in; "
                 "keep the mask of earlier columns as it was, ones for generated tokens."
             )
         if bool(new.all()):
-            return Call(mask=mask)
+            return Call(), mask
         is_left = bool((new[:, 1:] >= new[:, :-1]).all())  # else a token of the last answer stands before the padding
         order = None if is_left else new.to(torch.uint8).argsort(dim=1, stable=True)
-        return Call(num_new - new.sum(1), order, mask)
+        return Call(num_new - new.sum(1), order), mask
 
 
 def cache_stats(cache: DynamicCache) -> CacheStats:
@@ -325,6 +624,37 @@ def head_dims(config: PreTrainedConfig) -> list[int]:
     ]
 
 
+class _Layout(NamedTuple):
+    """What a layer's keys and values look like."""
+
+    layer_kind: str
+    sliding_window: int | None
+    KV_heads: int
+    head_dim: int
+
+
+def _layout(config: PreTrainedConfig) -> list[_Layout]:
+    """What a model caches, layer by layer."""
+    text = config.get_text_config(decoder=True)
+    parts = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
+    kv_heads = [getattr(part, "num_key_value_heads", None) or part.num_attention_heads for part in parts]
+    return [
+        _Layout(type(layer).__name__, getattr(layer, "sliding_window", None), heads, head_dim)
+        for layer, heads, head_dim in zip(DynamicCache(config=config).layers, kv_heads, head_dims(config), strict=True)
+    ]
+
+
+def _first_columns(layer: DynamicLayer, num_columns: int) -> DynamicLayer:
+    """A layer of transformers' own that has seen only its first columns, all of which it holds."""
+    if layer.get_seq_length() == num_columns:
+        return layer
+    first = copy(layer)
+    first.keys, first.values = (x[:, :, :num_columns] for x in (layer.keys, layer.values))
+    if hasattr(first, "cumulative_length"):
+        first.cumulative_length = num_columns
+    return first
+
+
 def join_rows(layers: Sequence[DynamicLayer]) -> DynamicLayer:
     """A layer of transformers' own with the rows of several that have seen equally many columns; they stay as is."""
     joined = copy(layers[0])
@@ -337,221 +667,13 @@ def take_columns(tokens: Tensor, order: Tensor) -> Tensor:
     return take_tokens(tokens, order[:, None].expand(-1, tokens.shape[1], -1))
 
 
-def enable(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model use a `RocketKVCache`; with any other cache, or none, it computes what it did before.
-
-    With a version of transformers newer than the tested ones it warns once.
-
-    Args:
-        model: a decoder of transformers, with the `sdpa` attention implementation.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UnsupportedError: the architecture does not fit; the message names it and says why.
-    """
-    if hasattr(model, "_rocketkv"):
-        return model
-    name = type(model).__name__
-    _check_architecture(model.config, name)
-    if not model._can_set_attn_implementation() or not getattr(model, "_supports_attention_backend", False):
-        raise _unsupported(name, "its attention bypasses transformers' attention interface")
-    implementation = model.config._attn_implementation
-    decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):
-        raise _unsupported(name, "its decoder cannot be told apart from its head")
-    if implementation == NAME:
-        raise UnsupportedError(
-            f"{name} shares its configuration with a model that is enabled already; load or configure it on its own."
-        )
-    if implementation != "sdpa":
-        raise UnsupportedError(
-            f"{name} was loaded with attn_implementation={implementation!r}; load it with attn_implementation='sdpa'."
-        )
-    _warn_if_untested()
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    model.set_attn_implementation(NAME)
-    handles = [
-        decoder.register_forward_pre_hook(before_forward, with_kwargs=True),
-        decoder.register_forward_hook(after_forward, with_kwargs=True),
-    ]
-    model._rocketkv = handles
-    return model
-
-
-@once
-def _warn_if_untested() -> None:
-    """Say, once, that this transformers is not among the tested versions."""
-    known = dependency("transformers")
-    if not known.is_tested:
-        warnings.warn(
-            f"transformers {known.installed} is not among the versions that rocketkv was tested with, {known.tested}; "
-            "if something fails, install one of those.",
-            stacklevel=3,
-        )
-
-
-def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `enable`; a model that is not enabled stays as it is."""
-    if hasattr(model, "_rocketkv"):
-        for handle in model._rocketkv:
-            handle.remove()
-        model.set_attn_implementation("sdpa")
-        model._compiled_call_impl = None  # what `rocketkv.fast.accelerate` put there
-        del model._rocketkv
-    return model
-
-
-def _unsupported(name: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"{name} is not supported: {reason}; use it with transformers' own DynamicCache.")
-
-
-def _check_architecture(config: PreTrainedConfig, name: str) -> None:
-    """Refuse, by name, what would be answered wrongly or has nothing to compress."""
-    text = config.get_text_config(decoder=True)
-    if config.is_encoder_decoder:
-        raise _unsupported(name, "it is an encoder-decoder")
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise _unsupported(name, "multi-head latent attention (MLA) caches no plain keys and values")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise _unsupported(name, "it caps attention logits (softcap)")
-    if getattr(text, "alibi", False):
-        raise _unsupported(name, "it adds position biases to the attention logits (ALiBi)")
-    if getattr(text, "num_kv_shared_layers", None):
-        raise _unsupported(name, "some of its layers share the cache of others")
-    if not getattr(text, "is_causal", True):
-        raise _unsupported(name, "its attention is bidirectional")
-    layers = DynamicCache(config=config).layers
-    for i, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise _unsupported(name, f"layer {i} keeps a {type(layer).__name__}, not plain keys and values")
-    if not any(_is_full(layer, text) for layer in layers):
-        raise _unsupported(name, "it has sliding-window layers only, so there is nothing to compress")
-
-
-def _is_full(layer: DynamicLayer, config: PreTrainedConfig) -> bool:
-    """Whether a layer attends to everything, be it through a window as long as the model's context."""
-    return type(layer) is DynamicLayer or layer.sliding_window >= config.max_position_embeddings
-
-
 def _compressed(
     layer: DynamicLayer, config: PreTrainedConfig, rocketkv_config: RocketKVConfig, keep_queries: int
 ) -> Any:
     """The layer to use in place of one of transformers' own: a compressed one if it attends to everything."""
-    if not _is_full(layer, config.get_text_config(decoder=True)):
+    if not is_full(layer, config.get_text_config(decoder=True)):
         return layer
     return RocketKVLayer(LayerCache(rocketkv_config, keep_queries), window=getattr(layer, "sliding_window", None))
-
-
-def before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Read the padding, announce the pass to the cache and hand the cache down to the attention function."""
-    if any(isinstance(arg, RocketKVCache) for arg in args):
-        raise InputError(f"pass a RocketKVCache by keyword: model(..., {CACHE_ARGUMENT}=cache).")
-    cache = _passed_cache(kwargs)
-    if cache is None:
-        return None
-    if len(args) > 1:
-        raise InputError("with a RocketKVCache pass everything but input_ids by keyword, attention_mask too.")
-    if decoder.config._attn_implementation != NAME:
-        raise UnsupportedError(
-            f"{type(decoder).__name__} was enabled, but its attn_implementation is now "
-            f"{decoder.config._attn_implementation!r}; call rocketkv.disable(model) and rocketkv.enable(model)."
-        )
-    if len(cache) != decoder.config.num_hidden_layers:
-        raise InputError(
-            f"the cache has {len(cache)} layers, the model {decoder.config.num_hidden_layers}; "
-            "make it with RocketKVCache(model.config, ...)."
-        )
-    if kwargs.get("output_attentions"):
-        raise UnsupportedError("a RocketKVCache gives no attention weights; call with output_attentions=False.")
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    if tokens is None:
-        tokens = args[0]
-    cache.begin(tokens.shape[1], kwargs.get("attention_mask"))
-    return args, {**kwargs, "rocketkv_cache": cache}
-
-
-def _passed_cache(kwargs: dict[str, Any]) -> RocketKVCache | None:
-    """The compressed cache among a forward pass's arguments, under whichever name transformers knows it by.
-
-    Raises:
-        InputError: it was passed under a name that this version of transformers ignores.
-    """
-    for name in CACHE_ARGUMENTS:
-        cache = kwargs.get(name)
-        if isinstance(cache, RocketKVCache):
-            if CACHE_ARGUMENT == "past_key_values" and name != CACHE_ARGUMENT:
-                raise InputError(
-                    f"transformers {dependency('transformers').installed} ignores {name}=; pass {CACHE_ARGUMENT}=cache."
-                )
-            return cache
-    return None
-
-
-def after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Make sure that every compressed layer did attend through its cache."""
-    cache = _passed_cache(kwargs)
-    if cache is not None and any(layer.call is not None for layer in cache.compressed_layers):
-        raise _unsupported(type(decoder).__name__, "some layers bypass transformers' attention interface")
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    rocketkv_cache: RocketKVCache | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The registered attention function: compressed layers attend through their cache, all else through SDPA.
-
-    Args:
-        module: the model's attention layer, with its `layer_idx`.
-        query: `[B, Hq, T, D]` float, after RoPE.
-        key: `[B, Hkv, T, D]`, what the cache's `update` returned: the new tokens only, in a compressed layer.
-        value: like `key`.
-        attention_mask: what `_mask` made; None for a compressed layer.
-        scaling: factor on the dot products; None: 1 / sqrt(D).
-        dropout: must be 0 in a compressed layer.
-        rocketkv_cache: what the hook handed down.
-        kwargs: passed on to SDPA.
-
-    Returns:
-        `[B, T, Hq, D]` and no attention weights.
-    """
-    layer = None if rocketkv_cache is None else rocketkv_cache.layers[module.layer_idx]
-    if not isinstance(layer, RocketKVLayer):
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        return output, None
-    for option in _REFUSED_OPTIONS:
-        if kwargs.get(option) is not None:
-            raise _unsupported(type(module).__name__, f"its attention needs {option}")
-    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-        raise _unsupported(type(module).__name__, "its attention is bidirectional")
-    if kwargs.get("sliding_window") != layer.window:
-        raise _unsupported(type(module).__name__, "its sliding window is not the one of its configuration")
-    if attention_mask is not None or dropout > 0:
-        raise UnsupportedError(
-            f"{type(module).__name__} passes {'dropout' if dropout > 0 else 'a mask of its own'} "
-            "to a compressed layer; use model.eval() and left padding only."
-        )
-    if layer.call is None:
-        raise _unsupported(type(module).__name__, "it attends without updating its cache")
-    return layer.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
-
-
-def _mask(*args: Any, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """The registered mask function: none for layers that report no columns (`get_mask_sizes`), else SDPA's."""
-    return None if kv_length == 0 else sdpa_mask(*args, kv_length=kv_length, **kwargs)
 
 
 def plain_stats(layer: DynamicLayer, rows: int = 1) -> LayerStats:

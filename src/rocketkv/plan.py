@@ -127,6 +127,25 @@ def plan_outgrown(
     return _plan(config, splits, limits, held)
 
 
+def plan_decoded(
+    config: RocketKVConfig,
+    selection: SelectionMethod,
+    *,
+    seen: Sequence[int],
+    held: Tensor,
+    num_decoded: int,
+    head_dim: int,
+) -> SelectionPlan:
+    """The plan of rows that have decoded `num_decoded` tokens since they were prefilled; `seen`, `held`: as of then."""
+    plan = plan_prefilled(config, selection, seen=seen, held=held, head_dim=head_dim)
+    while num_decoded > plan.steps_left:
+        num_decoded -= plan.steps_left
+        held = held + plan.steps_left
+        plan = plan_outgrown(config, selection, plan, held=held, head_dim=head_dim)
+    plan.steps_left -= num_decoded
+    return plan
+
+
 def select_plan_rows(config: RocketKVConfig, plan: SelectionPlan, rows: Sequence[int], held: Tensor) -> SelectionPlan:
     """The plan of a batch made of the rows `rows`, which hold `held` (`[B', Hkv]` int64) tokens."""
     return _plan(config, [plan.splits[row] for row in rows], [plan.limits[row] for row in rows], held)

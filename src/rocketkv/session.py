@@ -12,7 +12,8 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, Stoppi
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError
-from rocketkv.hf import RocketKVCache, cache_stats, enable
+from rocketkv.hf import RocketKVCache, cache_stats
+from rocketkv.hooks import enable
 from rocketkv.models import LoadedModel
 from rocketkv.stats import CacheStats
 from rocketkv.text import PlainText

@@ -31,7 +31,6 @@ class StackedLayer(RocketKVLayer):
             row = slice(i, i + 1)
             part.call = Call(*(None if x is None else x[row] for x in self.call))
             outputs.append(part.attend(query[row], key[row], value[row], scale))
-        self.seen_mask = self.call.mask
         self.call = None
         return torch.cat(outputs)
 
@@ -42,9 +41,7 @@ class StackedLayer(RocketKVLayer):
 
     def copy(self) -> "StackedLayer":
         """An independent layer in the same state."""
-        copied = StackedLayer([part.copy() for part in self.parts])
-        copied.seen_mask = self.seen_mask
-        return copied
+        return StackedLayer([part.copy() for part in self.parts])
 
     def fork(self, config: RocketKVConfig) -> RocketKVLayer:
         """Refused: a fork is of one way to compress.
@@ -53,6 +50,26 @@ class StackedLayer(RocketKVLayer):
             UnsupportedError: always.
         """
         raise UnsupportedError("a stack cannot be forked; fork its caches and stack the forks.")
+
+    def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
+        """Whether the tokens after the first `row_seen` of each row were decoded since the last prompt."""
+        return all(part.only_decoded_since([seen]) for part, seen in zip(self.parts, row_seen, strict=True))
+
+    def check_rewind(self, row_seen: Sequence[int]) -> None:
+        """Refuse what `rewind` cannot do."""
+        for part, seen in zip(self.parts, row_seen, strict=True):
+            part.check_rewind([seen])
+
+    def rewind(self, num_seen: int, row_seen: Sequence[int]) -> None:
+        """Forget all but the first columns, `num_seen` of them."""
+        for part, seen in zip(self.parts, row_seen, strict=True):
+            part.rewind(num_seen, [seen])
+        self.call = None
+
+    @property
+    def part_seen(self) -> set[int]:
+        """Columns seen by the parts of the layer."""
+        return {part.cache.num_seen for part in self.parts}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices` (`[B']` int64).
@@ -65,8 +82,6 @@ class StackedLayer(RocketKVLayer):
             raise UnsupportedError("rows of a stack cannot be repeated; decode greedily or with num_beams=1.")
         self.parts = [self.parts[row] for row in rows]
         self.cache = self.parts[0].cache
-        if self.seen_mask is not None:
-            self.seen_mask = self.seen_mask[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row: refused unless once; see `batch_select_indices`."""
@@ -104,6 +119,7 @@ def stack(caches: Sequence[RocketKVCache]) -> RocketKVCache:
         if any(len(part.cache.row_seen) > 1 or part.cache.row_seen != seen for part in parts):
             raise InputError("a cache of several rows or with padding cannot be stacked; give one row without padding.")
         stacked.layers[i] = StackedLayer(parts)
+    stacked.follow(caches)
     return stacked
 
 

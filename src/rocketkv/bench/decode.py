@@ -14,7 +14,8 @@ from rocketkv.bench.model import Sizes, decode_step, full_cache, our_cache, size
 from rocketkv.bench.tensors import dense_config, held_bytes, kept_tokens, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.fast import accelerate
-from rocketkv.hf import RocketKVCache, cache_stats, disable, enable
+from rocketkv.hf import RocketKVCache, cache_stats
+from rocketkv.hooks import disable, enable
 
 Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # undone by `disable`
 

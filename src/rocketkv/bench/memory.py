@@ -102,7 +102,8 @@ def run_case(case: Case) -> dict[str, object]:
     from rocketkv.bench.machine import peak_rss_bytes
     from rocketkv.bench.model import build_model, decode_step, full_cache, our_cache, sizes_of
     from rocketkv.bench.tensors import kept_tokens, same_tokens, sparse_config
-    from rocketkv.hf import RocketKVCache, cache_stats, enable
+    from rocketkv.hf import RocketKVCache, cache_stats
+    from rocketkv.hooks import enable
 
     model = enable(build_model(find_geometry(case.geometry), getattr(torch, case.dtype)))
     sizes = sizes_of(model)

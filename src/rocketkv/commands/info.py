@@ -124,7 +124,8 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
     """Which way the decode steps of each kind of layer go, and why, as `LayerCache` would decide."""
     import torch
 
-    from rocketkv.hf import RocketKVCache, RocketKVLayer, enable, head_dims
+    from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
+    from rocketkv.hooks import enable
     from rocketkv.ops.backends import BACKENDS, find_backend
 
     scoring = getattr(config.selection_method(), "scoring", None)

@@ -20,7 +20,8 @@ from rocketkv.eval.methods import FULL, Arm
 from rocketkv.eval.passages import STEPS, Passage
 from rocketkv.eval.records import Journal, Record, digest
 from rocketkv.eval.runner import OnProgress
-from rocketkv.hf import RocketKVCache, RocketKVLayer, enable
+from rocketkv.hf import RocketKVCache, RocketKVLayer
+from rocketkv.hooks import enable
 from rocketkv.models import LoadedModel
 from rocketkv.session import prefill_progress
 from rocketkv.stack import row_stats, stack

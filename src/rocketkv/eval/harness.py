@@ -19,7 +19,8 @@ from tqdm import tqdm
 from rocketkv.errors import InputError, RocketKVError, UnsupportedError
 from rocketkv.eval.generation import forward
 from rocketkv.eval.methods import method_config
-from rocketkv.hf import RocketKVCache, enable
+from rocketkv.hf import RocketKVCache
+from rocketkv.hooks import enable
 from rocketkv.models import load
 from rocketkv.versions import pass_cache
 

@@ -9,7 +9,7 @@ from rocketkv.errors import InputError
 from rocketkv.eval.fidelity import predict
 from rocketkv.eval.methods import make_arms
 from rocketkv.eval.runner import OnProgress
-from rocketkv.hf import enable
+from rocketkv.hooks import enable
 from rocketkv.models import LoadedModel
 from rocketkv.text import PlainText
 

@@ -12,7 +12,7 @@ from rocketkv.eval.methods import FULL, Arm
 from rocketkv.eval.records import Case, Journal, Record, Shard, digest
 from rocketkv.eval.rows import Fault, Sample
 from rocketkv.eval.suites.base import Request, Suite
-from rocketkv.hf import enable
+from rocketkv.hooks import enable
 from rocketkv.models import LoadedModel
 
 BASE_SUITES = (  # what a model without a chat template can be asked

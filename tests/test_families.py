@@ -1,0 +1,191 @@
+"""Every model type that transformers generates text with: right, or refused by name with a reason, by both doors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, enable
+from rocketkv.versions import pass_cache
+from test_hf import generate
+from tiny import prompts
+
+README = Path(__file__).parents[1].joinpath("README.md").read_text()
+
+# Whatever a configuration calls its sizes; each takes those that it knows.
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+    "d_model": 32,
+    "d_ff": 48,
+    "ffn_dim": 48,
+    "ffn_hidden_size": 48,
+    "rotary_dim": 8,
+    "partial_rotary_factor": 1.0,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "n_routed_experts": 2,
+    "moe_num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_k": 1,
+    "moe_topk": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+DECODER = {"is_decoder": True}
+SPECIAL: dict[str, dict[str, Any]] = {  # what they need beside that
+    name: DECODER
+    for name in (
+        *("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta"),
+        *("roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl"),
+    )
+}
+SPECIAL["gpt_neo"] = {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+# Generate the same tokens; the README lists them.
+WORKS = """
+    afmoe apertus apertus1p5_text arcee aria_text beam bert bert-generation bitnet camembert codegen
+    cohere cohere2 cohere2_moe ctrl cwm data2vec-text dots1 electra emu3 ernie ernie4_5 ernie4_5_moe
+    exaone exaone4 exaone_moe flex_olmo fuyu gemma gemma3 gemma3_text glm glm4 glm4_moe
+    gpt-sw3 gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
+    laguna lfm2 llama mellum minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+    moss_transcribe_diarize nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal
+    phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelayernorm roc_bert sarvam_moe seed_oss
+    smollm3 solar_open starcoder2 xlm-roberta xlm-roberta-xl
+"""
+
+REFUSED = {  # by the sentence that says why
+    "its attention bypasses transformers' attention interface": """
+    falcon     bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom cpmant git got_ocr2 gpt_neo
+        gpt_neox_japanese marian mbart mpt mvp openai-gpt pegasus plbart prophetnet rwkv stablelm
+        trocr whisper xglm xlm xlstm
+    """,
+    r"layer \d+ keeps a \w+, not plain keys and values": """
+        deepseek_v4 falcon_h1 falcon_mamba inkling2_loop_text inkling2_text inkling_text jamba
+        lara_mini lfm2_moe lfm3 mamba minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe
+        qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma zaya
+    """,
+    r"multi-head latent attention \(MLA\) caches no plain keys and values": """
+        axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa
+        hy_v4 kimi_linear longcat_flash minicpm3 sarvam_mla youtu
+    """,
+    "its attention is bidirectional unless its configuration has is_decoder=True": """
+        big_bird megatron-bert rembert roformer xmod
+    """,
+    "its attention has sinks, learned logits that share in every softmax": """
+        flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash
+    """,
+    "it runs its layers several times over and caches each time anew": """
+        dory hrm_text
+    """,
+    r"it caps attention logits \(softcap\)": """
+        gemma2 vaultgemma
+    """,
+    "its layers attend in chunks": """
+        llama4 llama4_text
+    """,
+    "transformers' own cache cannot be made from its configuration": """
+        blt
+    """,
+    "its attention is the difference of two": """
+        diffllama
+    """,
+    "it adds a mask of its own, made from the values, to the attention logits": """
+        doge
+    """,
+    "some of its layers attend to images only": """
+        mllama
+    """,
+    "its decoder cannot be told apart from its head": """
+        modernbert-decoder
+    """,
+    "its attention does not say how wide its window is": """
+        moshi
+    """,
+    "its layers hand no options down to their attention": """
+        nemotron
+    """,
+}
+
+# The sizes above do not make a configuration of theirs, or it needs a package.
+NOT_TRIED = """
+    bamba cohere_compass_text dbrx dots3_note dots3_note_text gemma3n gemma3n_text gemma4
+    gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text
+    granitemoehybrid mamba2 musicgen musicgen_melody reformer xlnet zamba zamba2
+"""
+
+KINDS = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in NOT_TRIED.split()]
+
+
+def tiny_config(kind: str) -> PreTrainedConfig:
+    """A configuration of this type with sizes as small as it lets us make them."""
+    config_class = CONFIG_MAPPING[kind]
+    plain = config_class()
+
+    def known(config: PreTrainedConfig) -> dict[str, Any]:
+        names = {**{name: name for name in SIZES}, **{name: name for name in config.attribute_map}}
+        return {
+            name: SIZES[name]
+            for name in names
+            if name in SIZES
+            and hasattr(config, name)
+            and not isinstance(getattr(config, name), (list, tuple, dict))
+            and not isinstance(getattr(type(config), name, None), property)
+        }
+
+    options = known(plain)
+    for name in plain.sub_configs:
+        if (part := getattr(plain, name, None)) is not None:
+            options[name] = {**known(part), "model_type": part.model_type}
+    return config_class(**{**options, **SPECIAL.get(kind, {})})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_is_right_or_refused_by_name(kind: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    config = RocketKVConfig(token_budget=4096)
+    ids, _ = prompts(40)
+    if kind in WORKS.split():
+        expected = generate(model, ids, new=6)
+        enable(model)
+        assert torch.equal(generate(model, ids, new=6, **pass_cache(RocketKVCache(model.config, config))), expected)
+        return
+    (reason,) = (reason for reason, kinds in REFUSED.items() if kind in kinds.split())
+    for refused in (lambda: enable(model), lambda: RocketKVCache(model.config, config)):
+        with pytest.raises(UnsupportedError, match=f" is not supported: {reason}; use it with transformers' own"):
+            refused()
+
+
+def test_every_type_has_its_place() -> None:
+    listed = [*WORKS.split(), *NOT_TRIED.split(), *(kind for kinds in REFUSED.values() for kind in kinds.split())]
+    assert len(listed) == len(set(listed))
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= set(listed)
+
+
+def test_the_readme_lists_what_works() -> None:
+    (listed,) = re.findall(r"^Right, token for token, .*?: (.*)\.$", README, re.MULTILINE)
+    assert set(re.findall(r"`([^`]+)`", listed)) == set(WORKS.split())
