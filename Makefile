@@ -85,7 +85,8 @@ demo: setup
 # what the defaults were chosen from, `eval-smoke` for CI. `eval-report` is of whatever has been run.
 DATA ?= ../shared/data
 EVAL ?= build/eval
-METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv_paper,rocketkv:selection=exact,rocketkv:selection=hybrid
+METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper,$\
+    rocketkv:eviction=snapkv,rocketkv:selection=hybrid
 RUN := $(BIN)/rocketkv eval run --dtype bfloat16 --methods
 NOVELS := $(EVAL)/novels
 eval-core: setup $(NOVELS)

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent / "accuracy"
 FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
 TURNS = ("niah-turns", "squad-turns")
 BEYOND = ("lines", "kv")  # what this model cannot do
+SPREAD = ("gemma-niah", "smollm2-peak")  # with channels by |q| times the spread and, in `rocketkv`, the peak in stage 1
 ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
 MIN_SAMPLES = 30  # of a cell that counts for the average
@@ -56,6 +57,15 @@ def main() -> None:
     by_budget(fidelity, (64, *BUDGETS), lambda arm: faithful(fidelity, arm))
     print("## Of the published method: error above the oracle, mean and worst text; bytes held, in all and by text\n")
     by_budget(fidelity, (64, *BUDGETS), lambda arm: beside_published(fidelity, arm))
+    for name in SPREAD:
+        results = read(name)
+        cells = results.cells
+        print(f"## {name}: {', '.join(f'{c} (n = {len(results.values(FULL_CACHE, c))})' for c in cells)}\n")
+        by_budget(
+            results,
+            BUDGETS,
+            lambda arm, results=results, cells=cells: " / ".join(score(results, arm, cell) for cell in cells),
+        )
     for names in ABLATIONS:
         print(f"## {', '.join(names)}: needles, KL, relative error of the output\n")
         ablation = read(*names)
