@@ -63,6 +63,7 @@ SPECIAL: dict[str, dict[str, Any]] = {  # what they need beside that
         *("roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl"),
     )
 }
+SPECIAL["lfm2_moe"] = {"layer_types": ["conv", "full_attention"]}
 SPECIAL["gpt_neo"] = {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
 # Generate the same tokens; the README lists them.
 WORKS = """
