@@ -7,7 +7,7 @@ import pytest
 import torch
 from packaging.specifiers import SpecifierSet
 
-from rocketkv import InputError, RocketKVCache, RocketKVConfig, UnsupportedError, enable, hf, versions
+from rocketkv import InputError, RocketKVCache, RocketKVConfig, UnsupportedError, enable, versions
 from rocketkv.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency, pass_cache
 from tiny import prompts, tiny_model
 
@@ -36,13 +36,13 @@ def test_only_the_claimed_range_counts_as_tested(
 
 def test_enable_warns_once_of_a_version_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "version", lambda name: "5.999.0")
-    hf._warn_if_untested.cache_clear()
+    hooks._warn_if_untested.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"transformers 5\.999\.0 is not among .* >=5\.16,<5\.25"):
             enable(tiny_model("llama"))
         enable(tiny_model("llama"))  # a warning would be an error here
     finally:
-        hf._warn_if_untested.cache_clear()
+        hooks._warn_if_untested.cache_clear()
 
 
 def test_a_pass_that_no_hook_has_seen_is_refused_with_the_tested_versions() -> None:

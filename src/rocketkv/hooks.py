@@ -164,9 +164,16 @@ def before_model(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped; it reads what is no part of a graph
 def before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Read the padding, announce the pass to the cache and hand the cache down to the attention function."""
+    """Announce the pass to the cache and hand the cache down to the attention function."""
+    if "rocketkv_cache" in kwargs:
+        return None  # a compiled step, announced before it began
+    return _announce(decoder, args, kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped; this looks at what no graph holds
+def _announce(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Check all that can be refused before anything changes, read the padding and announce the pass to the cache."""
     if any(isinstance(arg, RocketKVCache) for arg in args):
         raise InputError(f"pass a RocketKVCache by keyword: model(..., {CACHE_ARGUMENT}=cache).")
     given, cache = _given.get(), _passed_cache(kwargs)
@@ -252,12 +259,16 @@ def _passed_cache(kwargs: dict[str, Any]) -> RocketKVCache | None:
     return None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # as before_forward
 def after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Make sure that every compressed layer did attend through its cache."""
     cache = _passed_cache(kwargs)
-    if cache is not None and not cache.finish():
+    if cache is not None and not _finish(cache):
         raise unsupported(type(decoder).__name__, "some layers bypass transformers' attention interface")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
+def _finish(cache: RocketKVCache) -> bool:
+    return cache.finish()
 
 
 def _attention(

@@ -107,7 +107,10 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 def is_full(layer: DynamicLayer, config: PreTrainedConfig) -> bool:
     """Whether a layer attends to everything, be it through a window as long as the model's context."""
-    return type(layer) is DynamicLayer or layer.sliding_window >= config.max_position_embeddings
+    if type(layer) is DynamicLayer:
+        return True
+    context = getattr(config, "max_position_embeddings", None)
+    return context is not None and bool(layer.sliding_window >= context)
 
 
 def _check_config(config: PreTrainedConfig, name: str) -> None:
