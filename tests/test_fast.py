@@ -16,8 +16,9 @@ from rocketkv.fast import accelerate, decelerate
 from rocketkv.versions import pass_cache
 from tiny import prompts, tiny_model
 
-SMALL = RocketKVConfig(dense_below=0, token_budget=26, window_size=8, kernel_size=5)
-SMALL_MT = RocketKVConfig(dense_below=0, token_budget=26, window_size=8, kernel_size=5, mode="multi_turn")
+# A budget for several channels: along two, keys of the same token tie where a model rotates a part of its channels only.
+SMALL = RocketKVConfig(dense_below=0, token_budget=40, window_size=8, kernel_size=5)
+SMALL_MT = RocketKVConfig(dense_below=0, token_budget=40, window_size=8, kernel_size=5, mode="multi_turn")
 
 
 @pytest.fixture(autouse=True)
