@@ -7,7 +7,7 @@ import pytest
 import torch
 from packaging.specifiers import SpecifierSet
 
-from rocketkv import InputError, RocketKVCache, RocketKVConfig, UnsupportedError, enable, hf, versions
+from rocketkv import InputError, RocketKVCache, RocketKVConfig, UnsupportedError, enable, hooks, versions
 from rocketkv.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency, pass_cache
 from tiny import prompts, tiny_model
 
