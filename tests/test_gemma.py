@@ -8,6 +8,7 @@ import torch
 from rocketkv import RocketKVCache, RocketKVConfig, disable, enable
 from rocketkv.eval.haystack import default_text
 from rocketkv.models import LoadedModel
+from rocketkv.versions import pass_cache
 
 NEW = 6
 
@@ -34,7 +35,7 @@ def test_a_budget_for_everything_gives_plain_generates_tokens(gemma: LoadedModel
     plain = gemma.model.generate(**batch, **options)
     enable(gemma.model)
     cache = RocketKVCache(gemma.model.config, RocketKVConfig(dense_below=0, token_budget=4096))
-    ours = gemma.model.generate(**batch, **options, past_key_values=cache)
+    ours = gemma.model.generate(**batch, **options, **pass_cache(cache))
     assert batch.input_ids.shape[1] > 512
     assert ours.tolist() == plain.tolist()
     assert "48213" in gemma.tokenizer.decode(ours[0, batch.input_ids.shape[1] :])

@@ -328,6 +328,11 @@ class LayerCache:
         return self._started().row_seen
 
     @property
+    def awaits_prompt(self) -> bool:
+        """Whether a prefill must come before anything is decoded, as the cache was forked or went back."""
+        return self.working is not None and self.plan is None
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype in which keys and values come; None before the first prefill."""
         return None if self.working is None else self.working.none.dtype

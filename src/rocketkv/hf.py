@@ -88,7 +88,7 @@ class RocketKVLayer(CacheLayerMixin):
         """Attention of the new tokens, `[B, Hq, T, D]`, through the compressed cache."""
         assert self.call is not None
         padding, order = self.call
-        if query.shape[2] == 1 and self.cache.plan is not None:
+        if query.shape[2] == 1 and self.cache.num_seen > 0 and not self.cache.awaits_prompt:
             output = self.cache.decode(query, key, value, scale=scale)
         elif order is None:
             output = self.cache.prefill(query, key, value, padding=padding, scale=scale)
@@ -471,8 +471,11 @@ class RocketKVCache(DynamicCache):
         """
         self._recover()
         layers = self.compressed_layers
-        seen = self.history.num_columns
         rows, num_new = tokens.shape
+        adopted = layers[0].get_seq_length() - self.history.num_columns
+        if adopted > 0:  # they came through `LayerCache.adopt`
+            self.history.append(torch.full((self.history.num_rows or rows, adopted), UNKNOWN), self.history.mask)
+        seen = self.history.num_columns
         if num_new == 0:
             raise InputError("no new tokens came with this cache; give one at least.")
         if self.history.num_rows not in (None, rows):
@@ -512,7 +515,6 @@ class RocketKVCache(DynamicCache):
             InputError: some have.
         """
         if self._pass is None:
-            self._note_adopted()
             return
         before, num_new = self.history.num_columns, self._pass.ids.shape[1]
         seen = [
@@ -531,13 +533,6 @@ class RocketKVCache(DynamicCache):
         for i, layer in self._pass.plain_layers.items():
             self.layers[i] = layer
         self.withdraw()
-
-    def _note_adopted(self) -> None:
-        """Count the columns that came without a forward pass, through `LayerCache.adopt`."""
-        cache = self.compressed_layers[0].cache
-        if cache.num_seen > self.history.num_columns:
-            unknown = torch.full((len(cache.row_seen), cache.num_seen - self.history.num_columns), UNKNOWN)
-            self.history.append(unknown, None)
 
     def withdraw(self) -> None:
         """Take back the announcement of a pass that no layer has taken part in."""
