@@ -16,7 +16,7 @@ from rocketkv.fast import accelerate, decelerate
 from rocketkv.versions import pass_cache
 from tiny import prompts, tiny_model
 
-# A budget for several channels: along two, keys of the same token tie where a model rotates a part of its channels only.
+# A budget for several channels: along two, keys of the same token tie where a model rotates only a part of them.
 SMALL = RocketKVConfig(dense_below=0, token_budget=40, window_size=8, kernel_size=5)
 SMALL_MT = RocketKVConfig(dense_below=0, token_budget=40, window_size=8, kernel_size=5, mode="multi_turn")
 
