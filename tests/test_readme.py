@@ -1,17 +1,20 @@
-"""What the README shows must run."""
+"""What the README and the method page show must run."""
 
 import re
 from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from rocketkv import RocketKVCache, RocketKVConfig, enable
 from rocketkv.cli import app
 from rocketkv.versions import CACHE_ARGUMENT
-from tiny import save_tiny
+from tiny import prompts, save_tiny, tiny_model
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text()
 
 
 def test_the_python_examples_run_and_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +26,23 @@ def test_the_python_examples_run_and_are_short(tmp_path: Path, capsys: pytest.Ca
         exec(example.replace("cache=cache", f"{CACHE_ARGUMENT}=cache"), names)  # the README shows what 5.24 takes
     assert "LayerStats(num_seen=" in capsys.readouterr().out
     assert names["cache"].get_seq_length() == names["output"].shape[1] - 1  # nothing was taken in twice
+
+
+@torch.inference_mode()
+def test_the_turns_of_the_method_page_run() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", ROOT.joinpath("docs", "method.md").read_text(), re.DOTALL)
+    names = {
+        "torch": torch,
+        "RocketKVCache": RocketKVCache,
+        "RocketKVConfig": RocketKVConfig,
+        "model": enable(tiny_model("llama")),
+        "document_and_question": prompts(300)[0],
+        "next_question": prompts(20, seed=1)[0],
+    }
+    names["model"].generation_config.update(eos_token_id=None, do_sample=False)
+    exec(example.replace("cache=cache", f"{CACHE_ARGUMENT}=cache"), names)
+    assert names["second"].shape[1] == 300 + 30 + 20 + 30
+    assert names["cache"].get_seq_length() == names["second"].shape[1] - 1  # nothing was taken in twice
 
 
 def test_every_command_it_names_exists() -> None:
