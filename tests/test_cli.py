@@ -467,12 +467,12 @@ def test_a_stream_that_cannot_be_used_is_one_sentence(redirected: str, code: int
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\x00", "- is not UTF-8 text"), (b" \n", "- is empty; give a file with text.")]
+    ("content", "message"), [(b"\xff\x00", "is not UTF-8 text"), (b" \n", "is empty; give a file with text.")]
 )
 def test_standard_input_that_is_no_text_is_one_sentence(run: Any, content: bytes, message: str) -> None:
     result = run("generate", "-f", "-", "-q", "What?", stdin=content)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.startswith(f"error: standard input {message}")
 
 
 @pytest.mark.parametrize("command", ["budget --seq-len 5000", "budget --seq-len 5000 --json", "eval run --help"])

@@ -233,7 +233,7 @@ def test_arms_are_every_method_at_every_budget_and_the_full_cache_once() -> None
 
 
 def test_a_method_takes_options_of_the_configuration() -> None:
-    config = method_config("rocketkv:sink_tokens=0:recent_tokens=0:selection=exact:window_size=8", 64)
+    config = method_config("rocketkv:eviction=snapkv:recent_tokens=0:selection=exact:window_size=8", 64)
     expected = RocketKVConfig.paper(64, selection="exact", window_size=8)
     assert config == expected
     names = ["rocketkv:window_size=8", "snapkv", "rocketkv", "full", "snapkv"]
