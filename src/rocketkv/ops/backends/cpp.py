@@ -192,7 +192,7 @@ def library_names() -> list[str]:
         names = ["_kernels_x86_64_v3"] if capability in ("AVX2", "AVX512") else []
         if capability == "AVX512":
             names.insert(0, "_kernels_x86_64_v4")
-            if torch.cpu.get_capabilities()["avx512_bf16"]:
+            if torch.cpu._is_avx512_bf16_supported():  # private, but the same from torch 2.9 on
                 names.insert(0, "_kernels_x86_64_v4_bf16")
     return [f"{__package__}.{name}" for name in names]
 
