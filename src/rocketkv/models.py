@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +24,7 @@ from rocketkv.errors import InputError
 from rocketkv.weights import check_format, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FEW_TOKENS = 1024  # a tokenizer of bytes or letters has fewer
 _ROUND_TRIP = 'The fare to "St. Ives" rose 3.50 in 1897; who paid?'
 
 
@@ -83,7 +83,14 @@ def load(name: str, dtype: str = "auto", weights: str | None = None) -> LoadedMo
         config = _read_config(name, source, options)
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
         model = _read_model(source, options, config, chosen)
-    if tokenizer.decode(tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)).strip() != _ROUND_TRIP:
+    encoded = tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)
+    if len(encoded) >= len(_ROUND_TRIP) and len(tokenizer) > _FEW_TOKENS:
+        raise InputError(
+            f"the tokenizer of {name!r} cuts text into single characters although it has {len(tokenizer)} tokens: "
+            f"transformers {transformers.__version__} reads it wrongly; install a newer version, or load it from its "
+            "original files."
+        )
+    if tokenizer.decode(encoded).strip() != _ROUND_TRIP:
         raise InputError(
             f"the tokenizer of {name!r} does not give back the text it encodes, so no answer could be trusted; "
             "load it from its original files."
