@@ -33,7 +33,8 @@ class RocketKVConfig:
         kv_dtype: how keys and values are stored: `auto`, as they come; or `int8`, in half the memory of 16 bits, so
             that a method that selects attends to nearly twice as many tokens for the same traffic (docs/lowbit.md). A
             first prompt is still attended exactly.
-        eviction: stage 1, a name of `EVICTION_POLICIES` or an object with the method of `EvictionPolicy`.
+        eviction: stage 1, a name of `EVICTION_POLICIES` or an object with the method of `EvictionPolicy`; `peak` keeps
+            what any query of the window looked hard at, `snapkv`, as published, what all of them together looked at.
         selection: stage 2, a name of `SELECTION_METHODS` or an object with the methods of `SelectionMethod`.
         window_size: last prompt tokens that vote in stage 1 and always stay, >= 1.
         kernel_size: width of stage 1's max-pooling over the sequence, odd, >= 1.
@@ -158,7 +159,11 @@ class RocketKVConfig:
 
     @classmethod
     def paper(cls, token_budget: int, **options: Any) -> Self:
-        """The method as published: page bounds, channels by |q|, nothing pinned. Options, errors as above."""
+        """The method as published; options and errors are those of the class.
+
+        Stage 1 sums the attention of the window, and stage 2 reads page bounds along the channels of the largest |q|.
+        No token is pinned, and no row is attended beyond its budget.
+        """
         published = {"eviction": "snapkv", "selection": "hybrid_paper", "recent_tokens": 0, "dense_below": 0}
         return cls(**{"token_budget": token_budget, **published, **options})
 
