@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from rocketkv.backends.triton import LEAST_DOT, LEAST_WINDOW_PART, PART, PROGRAMS_PER_CORE, TILE, WAYS_BITS
 from rocketkv.bench.geometries import GEOMETRIES
 from rocketkv.config import RocketKVConfig
 from rocketkv.eval.markdown import table
-from rocketkv.ops.backends.triton import LEAST_DOT, LEAST_WINDOW_PART, PART, PROGRAMS_PER_CORE, TILE, WAYS_BITS
 from rocketkv.ops.lowbit import GROUP
 from rocketkv.plan import plan_budget
 

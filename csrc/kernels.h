@@ -9,9 +9,9 @@ enum class Dtype { kFloat32, kBfloat16, kFloat16 };
 
 // How the tokens of a row are scored before the best are chosen. A method is one case of `Step::score`.
 enum class Scoring {
-  kNone,    // attend to everything
-  kHybrid,  // bounds of pages along the query's largest channels (RocketKV, SparQ)
-  kBound,   // upper bounds of pages along all channels (Quest)
+  kDense,   // attend to everything
+  kPages,   // bounds of pages along the query's largest channels (RocketKV, SparQ)
+  kBounds,  // upper bounds of pages along all channels (Quest)
   kExact,   // the true logits
   kLowBit,  // low-bit keys along the query's largest channels
 };
@@ -59,7 +59,7 @@ struct Layer {
   int64_t* seen;             // [B] tokens seen; grows by one
 
   Scoring scoring;
-  Pages pages;         // of kHybrid and kBound
+  Pages pages;         // of kPages and kBounds
   LowBitKeys lowbit;   // of kLowBit
   const int64_t *num_channels, *top_k, *sinks, *recents;  // [B]
   const int64_t* dense_lengths;  // [B] >= top_k; up to so many tokens are attended in full

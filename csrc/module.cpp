@@ -44,9 +44,9 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       .value("bfloat16", Dtype::kBfloat16)
       .value("float16", Dtype::kFloat16);
   nb::enum_<Scoring>(m, "Scoring")
-      .value("none", Scoring::kNone)
-      .value("hybrid", Scoring::kHybrid)
-      .value("bound", Scoring::kBound)
+      .value("dense", Scoring::kDense)
+      .value("pages", Scoring::kPages)
+      .value("bounds", Scoring::kBounds)
       .value("exact", Scoring::kExact)
       .value("lowbit", Scoring::kLowBit);
   nb::class_<Layer>(m, "Layer")

@@ -98,8 +98,8 @@ class Step {
       head.index = i;
       head.row = i / layer_.num_kv_heads;
       head.length = layer_.lengths[i] + 1;
-      head.selects = layer_.scoring != Scoring::kNone && head.length > layer_.dense_lengths[head.row];
-      const bool has_pages = layer_.scoring == Scoring::kHybrid || layer_.scoring == Scoring::kBound;
+      head.selects = layer_.scoring != Scoring::kDense && head.length > layer_.dense_lengths[head.row];
+      const bool has_pages = layer_.scoring == Scoring::kPages || layer_.scoring == Scoring::kBounds;
       head.page_size = head.selects && has_pages ? layer_.pages.page_size[head.row] : 1;
       head.num_units = head.selects ? (head.length + head.page_size - 1) / head.page_size : 0;
       head.num_chosen = head.selects ? layer_.top_k[head.row] : head.length;
@@ -237,9 +237,9 @@ class Step {
 
   // Which rows of the index are read; false if none are.
   bool find_channels(const Head& head, Channels<T>& channels) {
-    if (layer_.scoring == Scoring::kHybrid || layer_.scoring == Scoring::kLowBit)
+    if (layer_.scoring == Scoring::kPages || layer_.scoring == Scoring::kLowBit)
       channels.choose_largest(layer_, head.row, query_of(head), spread_of(head));
-    if (layer_.scoring == Scoring::kBound) channels.take_all(layer_, query_of(head));
+    if (layer_.scoring == Scoring::kBounds) channels.take_all(layer_, query_of(head));
     return layer_.scoring != Scoring::kExact;
   }
 

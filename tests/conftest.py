@@ -12,10 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 
 import torch
 
+from rocketkv import backends
 from rocketkv.embedded import EMBEDDED, missing_wheels
 from rocketkv.errors import InputError
 from rocketkv.models import LoadedModel, load
-from rocketkv.ops import backends
 
 if folder := os.environ.get("ROCKETKV_TEST_KERNELS"):  # another build of the native libraries, see `make sanitize`
     for library in backends.cpp.library_names():

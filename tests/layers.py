@@ -5,16 +5,16 @@ from dataclasses import replace
 import torch
 
 from rocketkv import ops
+from rocketkv.backends import Backend, LayerTensors, Scoring
 from rocketkv.index import LowBitIndex, PageIndex
-from rocketkv.ops.backends import Backend, LayerTensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SCORINGS = ("none", "hybrid", "bound", "exact", "lowbit")
+SCORINGS = tuple(Scoring)
 
 
 def make_layer(
     generator: torch.Generator,
-    scoring: str,
+    scoring: Scoring,
     lengths: list[list[int]],
     *,
     group: int = 3,
@@ -63,10 +63,10 @@ def make_layer(
         return torch.tensor([value] * batch if isinstance(value, int) else value)
 
     index: PageIndex | LowBitIndex | None = None
-    if scoring in ("hybrid", "bound"):
-        is_weighted = weighted and scoring == "hybrid"
+    if scoring in (Scoring.PAGES, Scoring.BOUNDS):
+        is_weighted = weighted and scoring == Scoring.PAGES
         index = PageIndex(ops.take_tokens(keys, slots), held, column(page_size), weighted=is_weighted)
-    elif scoring == "lowbit":
+    elif scoring == Scoring.LOWBIT:
         index = LowBitIndex(ops.take_tokens(keys, slots), held)
         index.reserve(capacity)
     if int8:
@@ -81,8 +81,8 @@ def make_layer(
         archive_lengths=seen[:, None].expand(-1, num_kv_heads).clone() if archived else None,
         seen=seen,
         scoring=scoring,
-        index=() if index is None else index.buffers,
-        page_size=column(page_size),
+        pages=index.stored if isinstance(index, PageIndex) else None,
+        lowbit=index.stored if isinstance(index, LowBitIndex) else None,
         num_channels=column(num_channels),
         top_k=column(top_k),
         dense_lengths=column(top_k).clamp(min=dense_below),
@@ -100,6 +100,11 @@ def keys_and_values(layer: LayerTensors) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.restore_tokens(layer.keys, layer.values, layer.exponents, layer.dtype)
 
 
+def clone(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy of a tensor that need not be there."""
+    return None if x is None else x.clone()
+
+
 def slots_of(layer: LayerTensors) -> torch.Tensor:
     """Where the tokens to choose from lie, `[B, Hkv, position_capacity]`; 0 beyond the lengths."""
     places = torch.arange(layer.positions.shape[2])
@@ -109,31 +114,32 @@ def slots_of(layer: LayerTensors) -> torch.Tensor:
 
 def spread_of(layer: LayerTensors) -> torch.Tensor | None:
     """The spread by which channels are chosen; None if there is none."""
-    return layer.index[-1] if len(layer.index) in (2, 4) else None
+    index = layer.lowbit or layer.pages
+    return None if index is None else index.spread
 
 
 def reference_scores(layer: LayerTensors, query: torch.Tensor, spread: torch.Tensor | None) -> torch.Tensor:
     """The score of every token by the reference operations, channels chosen by this spread."""
     grouped = query.reshape(*layer.keys.shape[:2], -1, layer.keys.shape[3])
     num_tokens = int(layer.lengths.max())
-    if layer.scoring == "hybrid":
+    if layer.scoring == Scoring.PAGES:
         logits = ops.hybrid_logits(
             grouped,
-            layer.index[0],
-            page_size=layer.page_size,
+            layer.pages.bounds,
+            page_size=layer.pages.page_size,
             num_tokens=num_tokens,
             num_channels=layer.num_channels,
             scale=layer.scale,
             spread=spread,
         )
-    elif layer.scoring == "bound":
+    elif layer.scoring == Scoring.BOUNDS:
         logits = ops.bound_logits(
-            grouped, *layer.index, page_size=layer.page_size, num_tokens=num_tokens, scale=layer.scale
+            grouped, layer.pages.bounds, page_size=layer.pages.page_size, num_tokens=num_tokens, scale=layer.scale
         )
-    elif layer.scoring == "lowbit":
+    elif layer.scoring == Scoring.LOWBIT:
         logits = ops.lowbit_logits(
             grouped,
-            ops.LowBitKeys(*layer.index[:3], spread),
+            layer.lowbit._replace(spread=spread),
             lengths=layer.lengths,
             num_tokens=num_tokens,
             num_channels=layer.num_channels,
@@ -159,7 +165,8 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         before = replace(
             layer,
             **{name: x.clone() for name, x in vars(layer).items() if isinstance(x, torch.Tensor)},
-            index=tuple(x.clone() for x in layer.index),
+            pages=None if layer.pages is None else ops.PageBounds(*map(clone, layer.pages)),
+            lowbit=None if layer.lowbit is None else ops.LowBitKeys(*map(clone, layer.lowbit)),
         )
         spread = None if spread_of(before) is None else spread_of(before).clone()  # from before the new token
         chosen = torch.full_like(layer.positions, -2)
@@ -178,19 +185,20 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         newest = before.seen[:, None, None].expand(-1, num_kv_heads, 1).int()
         before.positions.scatter_(2, before.lengths[..., None], newest)
         assert torch.equal(layer.positions, before.positions)
-        if layer.scoring == "lowbit":
-            ops.append_lowbit(ops.LowBitKeys(*before.index), key, before.lengths)
-        elif before.index:
-            ops.fold_into_pages(before.index[0], key, slots=before.lengths[..., None], page_size=layer.page_size)
-            if spread is not None:
-                ops.extend_spread(before.index[1], before.index[0], lengths=layer.lengths, page_size=layer.page_size)
+        if before.lowbit is not None:
+            ops.append_lowbit(before.lowbit, key, before.lengths)
+        elif before.pages is not None:
+            bounds, page_size, own = before.pages
+            ops.fold_into_pages(bounds, key, slots=before.lengths[..., None], page_size=page_size)
+            if own is not None:
+                ops.extend_spread(own, bounds, lengths=layer.lengths, page_size=page_size)
         for mine, expected in zip(layer.index, before.index, strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=0, equal_nan=True)
 
         # choose
-        selects = (layer.lengths > layer.dense_lengths[:, None]) & (layer.scoring != "none")
+        selects = (layer.lengths > layer.dense_lengths[:, None]) & (layer.scoring != Scoring.DENSE)
         counts = layer.top_k[:, None].where(selects, layer.lengths)
-        scores = reference_scores(layer, query, spread) if layer.scoring != "none" else None
+        scores = reference_scores(layer, query, spread) if layer.scoring != Scoring.DENSE else None
         scored = 0
         for row in range(batch):
             for head in range(num_kv_heads):
@@ -208,13 +216,13 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
                 best = open_scores.sort(descending=True).values[: count - int(pinned.sum())]
                 mine = scores[row, head, places[~pinned]].sort(descending=True).values
                 torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-7)
-                pages = -(-length // int(layer.page_size[row]))  # where there are any
+                pages = 0 if layer.pages is None else -(-length // int(layer.pages.page_size[row]))
                 num_channels = int(layer.num_channels[row])
                 scored += {
-                    "hybrid": pages * num_channels * size,
-                    "bound": pages * layer.index[0].shape[3] * size if layer.index else 0,
-                    "exact": length * head_dim * size,
-                    "lowbit": num_channels * (length // 64 * (32 + 2 * size) + length % 64 * size),
+                    Scoring.PAGES: pages * num_channels * size,
+                    Scoring.BOUNDS: pages * layer.index[0].shape[3] * size if layer.index else 0,
+                    Scoring.EXACT: length * head_dim * size,
+                    Scoring.LOWBIT: num_channels * (length // 64 * (32 + 2 * size) + length % 64 * size),
                 }[layer.scoring] + (0 if spread is None else 4 * head_dim)
         token_bytes = 2 * head_dim * size if layer.exponents is None else 2 * (head_dim + -(-head_dim // 32))
         assert int(torch.as_tensor(num_bytes).sum()) == scored + int(counts.sum()) * token_bytes
@@ -233,7 +241,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
 
 def check_8_bits_of_extremes(backend: Backend, dtype: torch.dtype, generator: torch.Generator, steps: int) -> None:
     """Append numbers at the ends of the range, zeros and what is no number; hold what is stored to the reference."""
-    layer = make_layer(generator, "none", [[4, 4]], dtype=dtype, int8=True)
+    layer = make_layer(generator, Scoring.DENSE, [[4, 4]], dtype=dtype, int8=True)
     assert layer.exponents is not None
     ends = [0.0, 1.0, -1.0, 127.6, -127.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 3e-7, torch.nan, torch.inf]
     key = torch.tensor(ends, dtype=dtype)[torch.randint(0, len(ends), (steps, 1, 2, 1, 64), generator=generator)]

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layers import DTYPES, SCORINGS, check_8_bits_of_extremes, check_steps, make_layer
-from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, ops
+from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, backends, ops
+from rocketkv.backends import BACKENDS, Backend, Scoring, cpp, find_backend
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import int8
-from rocketkv.ops.backends import BACKENDS, Backend, cpp, find_backend
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 from rocketkv.selection.hybrid import Hybrid
 
@@ -70,7 +70,7 @@ def test_odd_sizes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.LOWBIT])
 @pytest.mark.parametrize(("size", "group", "head_dim"), [(1, 1, 64), (63, 3, 80), (130, 5, 256), (70, 2, 20)])
 def test_keys_and_values_in_8_bits(
     backend: Backend, seeded: torch.Generator, dtype: torch.dtype, scoring: str, size: int, group: int, head_dim: int
@@ -96,7 +96,7 @@ def test_numbers_in_8_bits_at_the_ends_of_their_range(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scoring", ["hybrid", "bound", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.PAGES, Scoring.BOUNDS, Scoring.LOWBIT])
 def test_an_odd_number_of_index_rows(
     backend: Backend, seeded: torch.Generator, scoring: str, dtype: torch.dtype
 ) -> None:
@@ -129,12 +129,12 @@ def test_ragged_rows_with_plans_of_their_own(
     check_steps(backend, layer, seeded, steps=20)
 
 
-@pytest.mark.parametrize("scoring", ["hybrid", "bound", "exact", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.PAGES, Scoring.BOUNDS, Scoring.EXACT, Scoring.LOWBIT])
 @pytest.mark.parametrize("page_size", [1, 3])
 def test_ties_go_to_the_earlier_token(backend: Backend, seeded: torch.Generator, scoring: str, page_size: int) -> None:
     layer = make_layer(seeded, scoring, [[90, 400]], page_size=page_size, sinks=2, recents=2, tied=True)
     layer.keys.fill_(1.0)
-    if scoring == "lowbit":
+    if scoring == Scoring.LOWBIT:
         for stored, new in zip(layer.index, LowBitIndex(layer.keys, layer.lengths).buffers, strict=True):
             stored.copy_(new)
     elif layer.index:
@@ -151,12 +151,12 @@ def test_ties_go_to_the_earlier_token(backend: Backend, seeded: torch.Generator,
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_long_rows_are_shared_out(backend: Backend, seeded: torch.Generator, heads: int) -> None:
-    check_steps(backend, make_layer(seeded, "none", [[5000] * heads], head_dim=32), seeded)
+    check_steps(backend, make_layer(seeded, Scoring.DENSE, [[5000] * heads], head_dim=32), seeded)
     for scoring, size in (
-        ("hybrid", 5000),
-        ("exact", 5000),
-        ("lowbit", 5055),
-        ("lowbit", 5118),
+        (Scoring.PAGES, 5000),
+        (Scoring.EXACT, 5000),
+        (Scoring.LOWBIT, 5055),
+        (Scoring.LOWBIT, 5118),
     ):  # a group, a block fills
         layer = make_layer(seeded, scoring, [[size] * heads], head_dim=32, num_channels=9, top_k=700, recents=64)
         check_steps(backend, layer, seeded)
@@ -226,7 +226,7 @@ def test_any_layer(backend: Backend, data: st.DataObject) -> None:
 def test_a_row_shorter_than_the_pieces_beside_a_long_one(
     backend: Backend, seeded: torch.Generator, archived: bool, int8: bool
 ) -> None:
-    layer = make_layer(seeded, "none", [[1, 5000]], head_dim=32, archived=archived, int8=int8)
+    layer = make_layer(seeded, Scoring.DENSE, [[1, 5000]], head_dim=32, archived=archived, int8=int8)
     check_steps(backend, layer, seeded)
 
 
@@ -234,15 +234,15 @@ def test_an_output_that_the_reference_rounds_hardly(backend: Backend) -> None:
     """Here the reference errs so little, by chance, that weights rounded to bfloat16 showed beside it."""
     generator = torch.Generator().manual_seed(1160033)
     sizes = {"group": 3, "head_dim": 7, "page_size": 1, "num_channels": 1, "top_k": 1, "dtype": torch.bfloat16}
-    check_steps(backend, make_layer(generator, "none", [[181, 2, 2]], **sizes), generator, steps=2)
+    check_steps(backend, make_layer(generator, Scoring.DENSE, [[181, 2, 2]], **sizes), generator, steps=2)
 
 
 def test_infinite_logits_of_large_keys_stay_finite_where_the_reference_does(
     backend: Backend, seeded: torch.Generator
 ) -> None:
-    layer = make_layer(seeded, "hybrid", [[200, 200]])
+    layer = make_layer(seeded, Scoring.PAGES, [[200, 200]])
     layer.keys.mul_(1e4)
-    layer.index[0].copy_(PageIndex(layer.keys[:, :, :200], layer.lengths, layer.page_size).bounds)
+    layer.index[0].copy_(PageIndex(layer.keys[:, :, :200], layer.lengths, layer.pages.page_size).bounds)
     check_steps(backend, layer, seeded)
 
 
@@ -266,17 +266,17 @@ def test_a_backend_declines_with_a_reason() -> None:
     assert "head_dim=257" in str(cpp.decline(torch.zeros(1, 1, 1, 257)))
     assert "float64" in str(cpp.decline(torch.zeros(1, 1, 1, 64, dtype=torch.float64)))
     assert "meta" in str(cpp.decline(torch.zeros(1, 1, 1, 64, device="meta")))
-    backend, reasons = find_backend("auto", torch.zeros(1, 1, 1, 257), "hybrid")
+    backend, reasons = find_backend("auto", torch.zeros(1, 1, 1, 257), Scoring.PAGES)
     assert backend is None
     assert any(reason.startswith("cpp: ") for reason in reasons)
-    assert find_backend("reference", torch.zeros(1, 1, 1, 64), "hybrid") == (None, [])
+    assert find_backend("reference", torch.zeros(1, 1, 1, 64), Scoring.PAGES) == (None, [])
 
 
 def test_an_unknown_scoring_is_declined(backend: Backend) -> None:
     for scoring in (None, "magic"):
         found, reasons = find_backend(backend.NAME, torch.zeros(1, 1, 1, 64), scoring)
         assert found is None
-        assert f"scoring={scoring!r} is none of none, hybrid" in reasons[0]
+        assert f"scoring={scoring!r} is none of dense, exact" in reasons[0]
 
 
 def test_every_method_of_ours_has_a_fused_form(backend: Backend) -> None:
@@ -292,7 +292,7 @@ def test_a_method_with_logits_of_its_own_is_not_taken_for_its_parent() -> None:
         """The same under another name."""
 
     assert Mine.scoring is None
-    assert Renamed.scoring == "hybrid"
+    assert Renamed.scoring == Scoring.PAGES
     assert SelectionMethod.scoring is None
 
 
@@ -307,7 +307,7 @@ def test_linear_is_a_matrix_product(
     weight = torch.randn(num_out, num_in, generator=seeded).to(dtype)
     exact = x.double() @ weight.double().T
     assert cpp.takes_linear(x, weight) or cpp.decline(x[None, None]) is not None
-    output = ops.linear(x[:, None], weight)[:, 0]
+    output = backends.linear(x[:, None], weight)[:, 0]
     assert output.dtype == dtype
     torch.testing.assert_close(
         output.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(exact.abs().max())
@@ -316,11 +316,11 @@ def test_linear_is_a_matrix_product(
 
 def test_linear_leaves_many_rows_to_torch(seeded: torch.Generator) -> None:
     x, weight = torch.randn(2, 7, 40, generator=seeded), torch.randn(30, 40, generator=seeded)
-    assert torch.equal(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert torch.equal(backends.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
 def test_outputs_are_the_callers_own(backend: Backend, seeded: torch.Generator) -> None:
-    step = backend.bind(make_layer(seeded, "hybrid", [[90, 90]]))
+    step = backend.bind(make_layer(seeded, Scoring.PAGES, [[90, 90]]))
     outputs = []
     for _ in range(2 * cpp.OUTPUTS + 2):  # allocated several at a time
         query, key = torch.randn(1, 6, 1, 64, generator=seeded), torch.randn(1, 2, 1, 64, generator=seeded)
@@ -346,7 +346,7 @@ def test_a_query_that_is_no_number_gives_no_number(
         output, _ = backend.bind(layer)(query.to(dtype), key, key, chosen)
         assert output[0, 1].isnan().all()
         assert output[0, 3:].isfinite().all()
-        if scoring != "none":
+        if scoring != Scoring.DENSE:
             places = chosen[0, :, : int(layer.top_k[0])]
             assert ((places >= 0) & (places < 91)).all()
             assert (places.diff(dim=1) > 0).all()

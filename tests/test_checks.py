@@ -17,9 +17,9 @@ from torch import Tensor
 import rocketkv
 from inputs import Inputs, make_inputs
 from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError, ops, split_budget
+from rocketkv.backends import cpp
 from rocketkv.budget import Split
 from rocketkv.eviction import KeepAll, SnapKV
-from rocketkv.ops.backends import cpp
 from rocketkv.selection import Hybrid, LowBit
 
 SMALL: dict[str, Any] = {"token_budget": 32, "window_size": 8, "kernel_size": 7, "dense_below": 0}

@@ -14,10 +14,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from rocketkv import LayerCache, RocketKVConfig, disable
+from rocketkv.backends import cpp
 from rocketkv.cli import app
 from rocketkv.commands.info import _sketch
 from rocketkv.models import LoadedModel
-from rocketkv.ops.backends import cpp
 from rocketkv.selection import SELECTION_METHODS, Hybrid
 from rocketkv.session import _TimedStreamer
 from tiny import CONFIGS, save_tiny
@@ -169,7 +169,7 @@ def test_info_tells_which_way_decode_steps_go(describe: Any, monkeypatch: pytest
 
     monkeypatch.setitem(SELECTION_METHODS, "mine", Mine)
     assert (
-        "cpp: the selection method's scoring='magic' is none of none, hybrid"
+        "cpp: the selection method's scoring='magic' is none of dense, exact"
         in describe("llama", "--selection", "mine")[0][0]
     )
 

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from layers import DTYPES, check_steps, make_layer
 from rocketkv import RocketKVCache, RocketKVConfig, enable
+from rocketkv.backends import LayerTensors, Scoring, triton
+from rocketkv.backends.base import FusedStep
 from rocketkv.cli import app
-from rocketkv.ops.backends import LayerTensors, triton
-from rocketkv.ops.backends.base import FusedStep
+from rocketkv.ops import LowBitKeys, PageBounds
 from rocketkv.versions import pass_cache
 from tiny import tiny_model
 
@@ -28,7 +29,9 @@ pytestmark = [
 def on_gpu(layer: LayerTensors) -> LayerTensors:
     """The same storage on a GPU."""
     tensors = {name: each.cuda() for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
-    return replace(layer, index=tuple(each.cuda() for each in layer.index), **tensors)
+    pages = None if layer.pages is None else PageBounds(*(x if x is None else x.cuda() for x in layer.pages))
+    lowbit = None if layer.lowbit is None else LowBitKeys(*(x.cuda() for x in layer.lowbit))
+    return replace(layer, pages=pages, lowbit=lowbit, **tensors)
 
 
 class OnGpu:
@@ -56,18 +59,18 @@ class OnGpu:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scoring", ["none", "hybrid", "bound", "exact", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.BOUNDS, Scoring.EXACT, Scoring.LOWBIT])
 def test_steps_are_the_references(scoring: str, dtype: torch.dtype) -> None:
     lengths = [[5000, 300], [61, 4095]]
     generator = torch.Generator().manual_seed(0)
     for group, head_dim in ((4, 128), (3, 64), (5, 80), (8, 96), (1, 256)):
         options = {"group": group, "head_dim": head_dim, "dtype": dtype, "recents": 3}
         check_steps(OnGpu, make_layer(generator, scoring, lengths, **options), generator, steps=5)
-        if scoring != "exact" and dtype != torch.float32:
+        if scoring != Scoring.EXACT and dtype != torch.float32:
             check_steps(OnGpu, make_layer(generator, scoring, lengths, int8=True, **options), generator, steps=5)
 
 
-@pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.LOWBIT])
 def test_a_step_is_captured_in_a_graph_and_replayed(scoring: str) -> None:
     generator = torch.Generator().manual_seed(0)
     layers = [on_gpu(make_layer(torch.Generator().manual_seed(1), scoring, [[3000, 127]])) for _ in range(2)]

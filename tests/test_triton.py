@@ -9,10 +9,10 @@ import torch
 
 from inputs import make_inputs
 from layers import DTYPES, check_8_bits_of_extremes, check_steps, make_layer
-from rocketkv import Budget, LayerCache, RocketKVConfig, cache, ops
+from rocketkv import Budget, LayerCache, RocketKVConfig, backends, cache, ops
+from rocketkv.backends import Scoring, cpp, find_backend, triton
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import lowbit
-from rocketkv.ops.backends import cpp, fastest, find_backend, triton
 from test_law_of_scales import check, exact_inputs, scaled
 
 if (reason := triton.decline(torch.zeros(1, 1, 1, 64))) is not None:
@@ -20,7 +20,7 @@ if (reason := triton.decline(torch.zeros(1, 1, 1, 64))) is not None:
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # masked lanes compute, too
 
-SELECTING = [scoring for scoring in triton.scorings() if scoring != "none"]
+SELECTING = [scoring for scoring in triton.SCORINGS if scoring != Scoring.DENSE]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton, name, value)
 
 
-@pytest.mark.parametrize("scoring", triton.scorings())
+@pytest.mark.parametrize("scoring", triton.SCORINGS)
 @pytest.mark.parametrize(
     ("size", "group", "head_dim", "dtype"),
     [
@@ -51,7 +51,7 @@ def test_odd_sizes(
     check_steps(triton, layer, seeded, steps=1)
 
 
-@pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.LOWBIT])
 @pytest.mark.parametrize(
     ("group", "head_dim", "dtype"),
     [(4, 96, torch.float16), (8, 128, torch.bfloat16), (5, 80, torch.float16), (17, 7, torch.bfloat16)],
@@ -75,14 +75,14 @@ def test_numbers_in_8_bits_at_the_ends_of_their_range(seeded: torch.Generator, d
     check_8_bits_of_extremes(triton, dtype, seeded, steps=10)
 
 
-@pytest.mark.parametrize("scoring", ["hybrid", "bound"])
+@pytest.mark.parametrize("scoring", [Scoring.PAGES, Scoring.BOUNDS])
 def test_pages_of_one_token_stored_once(seeded: torch.Generator, scoring: str) -> None:
     layer = make_layer(seeded, scoring, [[90, 90]], group=5, head_dim=7, page_size=1, num_channels=3, top_k=20)
     check_steps(triton, layer, seeded, steps=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scoring", triton.scorings())
+@pytest.mark.parametrize("scoring", triton.SCORINGS)
 def test_ragged_rows_with_plans_of_their_own(seeded: torch.Generator, scoring: str, dtype: torch.dtype) -> None:
     layer = make_layer(
         seeded,
@@ -106,7 +106,11 @@ def test_ragged_rows_with_plans_of_their_own(seeded: torch.Generator, scoring: s
 def test_ties_go_to_the_earlier_token(seeded: torch.Generator, scoring: str, page_size: int) -> None:
     layer = make_layer(seeded, scoring, [[90, 200]], page_size=page_size, sinks=2, recents=2)
     layer.keys.fill_(1.0)
-    alike = LowBitIndex(layer.keys, layer.lengths).buffers if scoring == "lowbit" else map(torch.ones_like, layer.index)
+    alike = (
+        LowBitIndex(layer.keys, layer.lengths).buffers
+        if scoring == Scoring.LOWBIT
+        else map(torch.ones_like, layer.index)
+    )
     for stored, new in zip(layer.index, alike, strict=True):
         stored.copy_(new)
     chosen = torch.empty_like(layer.positions)
@@ -118,7 +122,7 @@ def test_ties_go_to_the_earlier_token(seeded: torch.Generator, scoring: str, pag
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.tensor(torch.nan), torch.inf])
-@pytest.mark.parametrize("scoring", triton.scorings())
+@pytest.mark.parametrize("scoring", triton.SCORINGS)
 def test_what_is_no_number_shows_in_the_output(seeded: torch.Generator, scoring: str, value: float) -> None:
     layer = make_layer(seeded, scoring, [[200, 90], [10, 60]], sinks=2, recents=2)
     query, one, chosen = (
@@ -131,13 +135,13 @@ def test_what_is_no_number_shows_in_the_output(seeded: torch.Generator, scoring:
     assert output[0, 0].isnan().any()
     assert output[0, 3:].isfinite().all()
     assert output[1].isfinite().all()
-    if scoring != "none":
+    if scoring != Scoring.DENSE:
         places = chosen[0, :, :24]
         assert ((places >= 0) & (places < 201)).all()
         assert (places.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("scoring", ["none", "hybrid", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.LOWBIT])
 def test_a_step_is_few_launches_and_leaves_its_scratch_ready(
     seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, scoring: str
 ) -> None:
@@ -149,14 +153,14 @@ def test_a_step_is_few_launches_and_leaves_its_scratch_ready(
     query, key = torch.randn(1, 6, 1, 64, generator=seeded), torch.randn(1, 2, 1, 64, generator=seeded)
     step(query, key, key)
     assert started == step.launches
-    assert len(started) == (2 if scoring == "none" else 3)
+    assert len(started) == (2 if scoring == Scoring.DENSE else 3)
     assert not step.launches[-1].arguments["pieces_done"].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_of_low_bit_keys_fill_up_and_close(seeded: torch.Generator, dtype: torch.dtype) -> None:
     sizes = {"group": 4, "head_dim": 48, "dtype": dtype, "num_channels": 17}
-    check_steps(triton, make_layer(seeded, "lowbit", [[62, 127], [1021, 1023]], **sizes), seeded, steps=4)
+    check_steps(triton, make_layer(seeded, Scoring.LOWBIT, [[62, 127], [1021, 1023]], **sizes), seeded, steps=4)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_groups_of_low_bit_keys_fill_up_and_close(seeded: torch.Generator, dtype
 def test_a_group_of_extremes_is_quantized_as_by_the_reference(
     seeded: torch.Generator, values: tuple[float, float]
 ) -> None:
-    layer = make_layer(seeded, "lowbit", [[63, 127]], dtype=torch.float16)
+    layer = make_layer(seeded, Scoring.LOWBIT, [[63, 127]], dtype=torch.float16)
     layer.index[2][..., :63] = torch.tensor(values)[torch.randint(2, (1, 2, 64, 63), generator=seeded)]
     expected = ops.LowBitKeys(*(buffer.clone() for buffer in layer.index))
     key = torch.randn(1, 2, 1, 64, generator=seeded).half()
@@ -216,7 +220,7 @@ def test_pages_are_built_as_by_the_reference(
     own, expected = (PageIndex(keys[:, :, :1], none, page_size, weighted=True) for _ in range(2))
     for index, build in ((own, triton.build_pages), (expected, ops.build_pages)):
         index.reserve(300)
-        build(index.bounds, keys, lengths=lengths, page_size=page_size, spread=index.spread)
+        build(index.stored, keys, lengths)
     for mine, reference in zip(own.buffers, expected.buffers, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=0, equal_nan=True)
 
@@ -246,22 +250,22 @@ def test_windows_are_scored_as_by_the_reference(
 
 def test_a_backend_takes_the_place_of_an_operation_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.zeros(1, 1, 1, 64)
-    assert fastest(ops.score_window, tokens) is ops.score_window
+    assert backends.fastest("score_window", tokens) is ops.score_window
     monkeypatch.setattr(triton, "DEVICES", ("cpu",))
-    assert fastest(ops.score_window, tokens) is triton.score_window
-    assert fastest(ops.build_lowbit, tokens) is triton.build_lowbit
+    assert backends.fastest("score_window", tokens) is triton.score_window
+    assert backends.fastest("build_lowbit", tokens) is triton.build_lowbit
     monkeypatch.setattr(cpp, "DEVICES", ())
-    assert fastest(ops.build_pages, tokens) is triton.build_pages
-    assert fastest(ops.build_lowbit, tokens.double()) is ops.build_lowbit
-    assert fastest(ops.score_tokens, tokens) is ops.score_tokens
+    assert backends.fastest("build_pages", tokens) is triton.build_pages
+    assert backends.fastest("build_lowbit", tokens.double()) is ops.build_lowbit
+    assert backends.fastest("score_tokens", tokens) is ops.score_tokens
 
 
-@pytest.mark.parametrize("scoring", ["hybrid", "lowbit"])
+@pytest.mark.parametrize("scoring", [Scoring.PAGES, Scoring.LOWBIT])
 def test_unread_channels_are_not_read(seeded: torch.Generator, scoring: str) -> None:
     layer = make_layer(seeded, scoring, [[90, 90]], num_channels=5)
     query = torch.randn(1, 6, 1, 64, generator=seeded)
     query[..., 5:] *= 1e-3
-    if scoring == "hybrid":
+    if scoring == Scoring.PAGES:
         layer.index[0].view(1, 2, -1, 2, 64, 32)[:, :, :, :, 5:] = torch.nan  # minima, maxima
     else:
         _, ranges, open_keys, _ = layer.index
@@ -313,8 +317,8 @@ def test_a_dense_cache_has_a_step_too(seeded: torch.Generator) -> None:
 
 def test_the_interpreter_is_used_only_when_asked_for() -> None:
     tokens = torch.zeros(1, 1, 1, 64)
-    assert find_backend("triton", tokens, "hybrid")[0] is triton
-    assert find_backend("auto", tokens, "hybrid")[0] is not triton
+    assert find_backend("triton", tokens, Scoring.PAGES)[0] is triton
+    assert find_backend("auto", tokens, Scoring.PAGES)[0] is not triton
 
 
 def test_it_declines_with_a_reason() -> None:
@@ -325,7 +329,7 @@ def test_it_declines_with_a_reason() -> None:
     assert "not on meta" in str(triton.decline(torch.zeros(1, 1, 1, 64, device="meta")))
     backend, reasons = find_backend("triton", torch.zeros(1, 1, 1, 64), "magic")
     assert backend is None
-    assert "scoring='magic' is none of none, hybrid" in reasons[0]
+    assert "scoring='magic' is none of dense, exact" in reasons[0]
 
 
 def test_without_triton_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

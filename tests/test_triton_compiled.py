@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from layers import make_layer
+from rocketkv.backends import Scoring, triton
 from rocketkv.index import LowBitIndex, PageIndex
-from rocketkv.ops.backends import triton
 
 kernels = triton._load()
 if isinstance(kernels, str) or kernels.INTERPRETED:
@@ -21,7 +21,7 @@ if isinstance(kernels, str) or kernels.INTERPRETED:
 from triton.backends.compiler import GPUTarget  # noqa: E402  # only there if the kernels are
 from triton.compiler import ASTSource, compile  # noqa: E402
 
-from rocketkv.ops.backends import triton_prefill as prefill  # noqa: E402  # only there if Triton is
+from rocketkv.backends import triton_prefill as prefill  # noqa: E402  # only there if Triton is
 
 NAMES = {
     torch.float32: "fp32",
@@ -68,8 +68,8 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 @pytest.mark.parametrize(
     ("scoring", "dtype", "head_dim", "archived", "int8"),
     [
-        *((scoring, torch.bfloat16, 128, False, False) for scoring in triton.scorings()),
-        *((scoring, torch.float32, 256, True, False) for scoring in ("hybrid", "lowbit")),  # the widest
+        *((scoring, torch.bfloat16, 128, False, False) for scoring in triton.SCORINGS),
+        *((scoring, torch.float32, 256, True, False) for scoring in (Scoring.PAGES, Scoring.LOWBIT)),  # the widest
         ("lowbit", torch.bfloat16, 128, False, True),
         ("lowbit", torch.bfloat16, 256, True, True),
     ],
@@ -113,8 +113,7 @@ def test_kernels_of_a_prefill_compile_too(
     keys, lengths = torch.zeros(1, 2, 100, head_dim, dtype=dtype), torch.full((1, 2), 100)
     triton.build_lowbit(LowBitIndex(keys, lengths).stored, keys, lengths)
     page_size = torch.tensor([3])
-    bounds, spread = PageIndex(keys, lengths, page_size, weighted=True).buffers
-    triton.build_pages(bounds, keys, lengths=lengths, page_size=page_size, spread=spread)
+    triton.build_pages(PageIndex(keys, lengths, page_size, weighted=True).stored, keys, lengths)
     query, num_queries = torch.zeros(1, 8, 32, head_dim, dtype=dtype), torch.tensor([32])
     triton.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=0.1)
     assert launched.keys() == all_kernels.keys()

@@ -3,7 +3,7 @@
 prefill: append -> exact dense attention -> stage 1 keeps the tokens that the last queries looked at -> index them
 decode:  append -> stage 2 scores the kept tokens cheaply -> exact attention to the best of them
 
-`decode` works in one of two ways: as a fused step, one call of a backend (ops/backends), or as the reference, the same
+`decode` works in one of two ways: as a fused step, one call of a backend (backends), or as the reference, the same
 in plain torch, which any selection method, device and dtype can take and to which every backend is held.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rocketkv import ops
+from rocketkv.backends import FusedStep, LayerTensors, Scoring, find_backend
 from rocketkv.budget import check_count
 from rocketkv.cache import WorkingSet
 from rocketkv.checks import (
@@ -32,8 +33,7 @@ from rocketkv.checks import (
 )
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
-from rocketkv.index import BackedIndex, PageIndex
-from rocketkv.ops.backends import FusedStep, LayerTensors, find_backend
+from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.plan import (
     SelectionPlan,
     plan_decoded,
@@ -558,10 +558,10 @@ class LayerCache:
     def _bind(self, working: WorkingSet, plan: SelectionPlan, num_heads: int, scale: float) -> FusedStep | None:
         """The decode step as one call of a backend; None if it is left to the reference."""
         keys, values, *rest = (working.source or working.tokens).fields
-        index = working.index if isinstance(working.index, BackedIndex) else None
+        index = working.index
         scoring = getattr(self.selection, "scoring", None)
         if working.max_length < plan.dense_length and self.config.backend == "auto":
-            scoring = "none"  # all is attended, the new token included, whatever the method
+            scoring = Scoring.DENSE  # all is attended, the new token included, whatever the method
         backend, reasons = find_backend(self.config.backend, working.none, scoring, self.config.kv_dtype)
         if backend is None and self.config.backend not in ("auto", "reference"):
             raise UnsupportedError(
@@ -580,8 +580,8 @@ class LayerCache:
                 archive_lengths=None if working.source is None else working.source.lengths,
                 seen=working.seen,
                 scoring=scoring,
-                index=() if index is None else index.buffers,
-                page_size=index.page_size if isinstance(index, PageIndex) else plan.page_size,
+                pages=index.stored if isinstance(index, PageIndex) else None,
+                lowbit=index.stored if isinstance(index, LowBitIndex) else None,
                 num_channels=plan.num_channels,
                 top_k=plan.top_k,
                 dense_lengths=plan.dense_lengths,

@@ -6,8 +6,9 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from rocketkv.backends import new_storage
 from rocketkv.index import BackedIndex, Index
-from rocketkv.ops import new_storage, quantize_tokens, restore_tokens, stored_bytes, take_tokens
+from rocketkv.ops import quantize_tokens, restore_tokens, stored_bytes, take_tokens
 
 GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
 EXPECTED = 1024  # tokens expected that room is made for at once, beyond as many as are held

@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, Self
 
+from rocketkv.backends import BACKENDS, Scoring
 from rocketkv.budget import Budget, check_count
 from rocketkv.errors import ConfigError, UnknownOptionError
 from rocketkv.eviction import EVICTION_POLICIES, EvictionPolicy
-from rocketkv.ops.backends import BACKENDS
 from rocketkv.selection import SELECTION_METHODS, LowBit, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
@@ -125,7 +125,7 @@ class RocketKVConfig:
                 f"selection={self.selection!r} lacks {', '.join(missing)}; give a name "
                 f"({', '.join(SELECTION_METHODS)}) or derive from rocketkv.selection.SelectionMethod."
             )
-        if self.kv_dtype == "int8" and getattr(self.selection_method(), "scoring", None) == "exact":
+        if self.kv_dtype == "int8" and getattr(self.selection_method(), "scoring", None) == Scoring.EXACT:
             raise ConfigError("selection='exact' reads whole keys as they come; set kv_dtype='auto' for the oracle.")
         if self.kernel_size % 2 == 0:
             raise ConfigError(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from rocketkv import ops
+from rocketkv import backends
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf import Call, RocketKVCache, RocketKVLayer
 from rocketkv.hooks import after_forward, before_forward, enable
@@ -53,12 +53,12 @@ torch.library.register_fake("rocketkv::attend", _fake_attend)
 
 
 def _fake_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """What `ops.linear` returns, without its data."""
+    """What `backends.linear` returns, without its data."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 torch.library.define("rocketkv::linear", "(Tensor x, Tensor weight) -> Tensor")
-torch.library.impl("rocketkv::linear", "CompositeExplicitAutograd", ops.linear)
+torch.library.impl("rocketkv::linear", "CompositeExplicitAutograd", backends.linear)
 torch.library.register_fake("rocketkv::linear", _fake_linear)
 
 

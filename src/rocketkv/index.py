@@ -6,19 +6,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rocketkv.backends import build_lowbit, build_pages, new_storage
 from rocketkv.ops import (
     GROUP,
     GROUPS_PER_BLOCK,
     PAGES_PER_BLOCK,
     LowBitKeys,
+    PageBounds,
     append_lowbit,
-    build_lowbit,
-    build_pages,
     extend_spread,
     fold_into_pages,
-    new_storage,
 )
-from rocketkv.ops.backends import fastest
 
 
 class Index(Protocol):
@@ -84,7 +82,7 @@ class PageIndex(BackedIndex):
         self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
         self.reserve(keys.shape[2])
         self.spread = _new_spread(keys) if weighted else None
-        fastest(build_pages, keys)(self.bounds, keys, lengths=lengths, page_size=page_size, spread=self.spread)
+        build_pages(PageBounds(self.bounds, page_size, self.spread), keys, lengths)
         self.earlier_spread = self.spread
 
     @property
@@ -127,7 +125,12 @@ class PageIndex(BackedIndex):
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """What a backend is given."""
-        return (self.bounds,) if self.spread is None else (self.bounds, self.spread)
+        return tuple(x for x in self.stored if x is not None)
+
+    @property
+    def stored(self) -> PageBounds:
+        """The index as operations and backends take it."""
+        return PageBounds(self.bounds, self.page_size, self.spread)
 
 
 class LowBitIndex(BackedIndex):
@@ -149,7 +152,7 @@ class LowBitIndex(BackedIndex):
             _new_spread(keys),
         )
         self.reserve(keys.shape[2])
-        fastest(build_lowbit, keys)(self.stored, keys, lengths)
+        build_lowbit(self.stored, keys, lengths)
         self.earlier_spread = self.stored.spread
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import rocketkv
-from rocketkv.ops.backends import cpp
+from rocketkv.backends import cpp
 
 
 def describe_machine() -> dict[str, object]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Budget, Split, check_count, dense_split, kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError
@@ -167,7 +168,7 @@ def _warn_above_budget(
     config: RocketKVConfig, selection: SelectionMethod, split: Split, num_tokens: int, head_dim: int
 ) -> None:
     """Say where a method cannot score so many tokens within the budget: it reads one channel of each at least."""
-    if split.num_channels > 1 or getattr(selection, "scoring", None) == "exact":  # whose scoring is not counted
+    if split.num_channels > 1 or getattr(selection, "scoring", None) == Scoring.EXACT:  # whose scoring is not counted
         return
     lengths, page_size, num_channels = (torch.tensor([[n]]) for n in (num_tokens, split.page_size, split.num_channels))
     scored = int(selection.scored_bytes(lengths, page_size, num_channels, head_dim, 2))  # 16 bits, as the budget counts

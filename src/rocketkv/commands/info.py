@@ -39,9 +39,9 @@ def info(
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from rocketkv.backends import cpp
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
     from rocketkv.embedded import EMBEDDED, cache_folder, missing_wheels
-    from rocketkv.ops.backends import cpp
     from rocketkv.versions import dependency
 
     facts: dict[str, Any] = {
@@ -85,8 +85,8 @@ def _taken() -> dict[str, str]:
     """What the kernels take, as they themselves answer."""
     import torch
 
-    from rocketkv.ops.backends import cpp, find_backend
-    from rocketkv.ops.backends.base import MAX_HEAD_DIM
+    from rocketkv.backends import cpp, find_backend
+    from rocketkv.backends.base import MAX_HEAD_DIM
     from rocketkv.selection import SELECTION_METHODS
 
     def takes(dtype: torch.dtype, selection: str) -> bool:
@@ -124,9 +124,9 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
     """Which way the decode steps of each kind of layer go, and why, as `LayerCache` would decide."""
     import torch
 
+    from rocketkv.backends import BACKENDS, find_backend
     from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
     from rocketkv.hooks import enable
-    from rocketkv.ops.backends import BACKENDS, find_backend
 
     scoring = getattr(config.selection_method(), "scoring", None)
     layers = RocketKVCache(enable(model).config, config).layers

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from rocketkv.ops import mark_best, score_window
-from rocketkv.ops.backends import fastest
+from rocketkv.backends import score_window
+from rocketkv.ops import mark_best
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SnapKV:
     ) -> Tensor | None:
         """Keep the window and the best of what lies before it; see `EvictionPolicy.keep`."""
         window = num_queries.clamp(max=self.window_size)  # [B]
-        score, last = fastest(score_window, keys), query[:, :, -self.window_size :]
-        scores = score(last, keys, lengths=lengths, num_queries=window, scale=scale, by_peak=self.by_peak)
+        last = query[:, :, -self.window_size :]
+        scores = score_window(last, keys, lengths=lengths, num_queries=window, scale=scale, by_peak=self.by_peak)
         before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv] tokens before the window
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)

@@ -3,7 +3,6 @@
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens
 from rocketkv.ops.int8 import quantize_tokens, restore_tokens, stored_bytes
-from rocketkv.ops.linear import linear
 from rocketkv.ops.lowbit import (
     GROUP,
     GROUPS_PER_BLOCK,
@@ -14,7 +13,15 @@ from rocketkv.ops.lowbit import (
     quantize_groups,
 )
 from rocketkv.ops.memory import new_storage
-from rocketkv.ops.pages import PAGES_PER_BLOCK, bound_logits, build_pages, extend_spread, fold_into_pages, hybrid_logits
+from rocketkv.ops.pages import (
+    PAGES_PER_BLOCK,
+    PageBounds,
+    bound_logits,
+    build_pages,
+    extend_spread,
+    fold_into_pages,
+    hybrid_logits,
+)
 from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "GROUPS_PER_BLOCK",
     "PAGES_PER_BLOCK",
     "LowBitKeys",
+    "PageBounds",
     "append_lowbit",
     "bound_logits",
     "build_lowbit",
@@ -32,7 +40,6 @@ __all__ = [
     "extend_spread",
     "fold_into_pages",
     "hybrid_logits",
-    "linear",
     "lowbit_logits",
     "mark_best",
     "new_storage",

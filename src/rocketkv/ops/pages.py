@@ -8,6 +8,8 @@ The spread, if channels are chosen by it, is `[B, Hkv, D]` float32: the ranges o
 added up in order; in a row without any, the range of all of its keys.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,20 +18,31 @@ from rocketkv.ops.channels import add_runs, largest_channels
 PAGES_PER_BLOCK = 32  # one cache line of a channel in 16 bits; csrc/kernels.h has the same number
 
 
-def build_pages(
-    bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor, spread: Tensor | None = None
-) -> None:
-    """Let empty bounds take in all keys, in place.
+class PageBounds(NamedTuple):
+    """The index of a layer.
+
+    Attributes:
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float.
+        page_size: `[B]` int64, tokens per page.
+        spread: `[B, Hkv, D]` float32; None: channels are chosen by the query alone.
+    """
+
+    bounds: Tensor
+    page_size: Tensor
+    spread: Tensor | None
+
+
+def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
+    """Let an empty index take in all keys, in place.
 
     Args:
-        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float; of a page without tokens: +inf and -inf.
-        keys: `[B, Hkv, S, D]` in the dtype of `bounds`.
+        index: bounds of pages without tokens, +inf and -inf, and a spread with undefined numbers, or None.
+        keys: `[B, Hkv, S, D]` in the dtype of the bounds.
         lengths: `[B, Hkv]` int64; keys at slots beyond are left out.
-        page_size: `[B]` int64, tokens per page.
-        spread: `[B, Hkv, D]` float32, to be filled; None: there is none.
 
     Reads `B * Hkv * S * D` elements.
     """
+    bounds, page_size, spread = index
     slots = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
     fold_into_pages(bounds, keys, slots=slots, page_size=page_size, lengths=lengths)
     if spread is None:

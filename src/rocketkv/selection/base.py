@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Split, held_tokens
 from rocketkv.cache import WorkingSet
 from rocketkv.index import Index
@@ -18,11 +19,11 @@ class SelectionMethod(ABC):
     A method of your own derives from this class, or has all of its methods.
 
     Attributes:
-        scoring: the name under which the fused steps of `ops/backends` know what `logits` computes; None: they do not,
+        scoring: what the fused steps of `backends` call that which `logits` computes; None: they do not know it,
             and the method runs in plain torch. It is not inherited by a class that defines `logits` or `build_index`.
     """
 
-    scoring: ClassVar[str | None] = None
+    scoring: ClassVar[Scoring | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -4,6 +4,7 @@ import sys
 
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.selection.base import SelectionMethod
@@ -12,7 +13,7 @@ from rocketkv.selection.base import SelectionMethod
 class Dense(SelectionMethod):
     """Attend to everything; with `snapkv` eviction this is SnapKV at `token_budget` tokens per KV head."""
 
-    scoring = "none"
+    scoring = Scoring.DENSE
 
     def held_tokens(self, seq_len: int, token_budget: int) -> int:
         """The budget itself; see `SelectionMethod`."""

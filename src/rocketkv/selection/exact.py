@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.selection.base import SelectionMethod
@@ -10,7 +11,7 @@ from rocketkv.selection.base import SelectionMethod
 class Exact(SelectionMethod):
     """Choose `token_budget` tokens by true attention. Its scoring is not counted in the budget: it is a bound."""
 
-    scoring = "exact"
+    scoring = Scoring.EXACT
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """The whole budget attends; see `SelectionMethod`."""

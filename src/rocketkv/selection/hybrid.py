@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Split, split_selection
 from rocketkv.cache import WorkingSet
 from rocketkv.index import PageIndex
@@ -18,7 +19,7 @@ class Hybrid(SelectionMethod):
         weighted: whether channels are chosen by |q| times the spread of their keys; False: by |q| alone, as published.
     """
 
-    scoring = "hybrid"
+    scoring = Scoring.PAGES
     weighted: ClassVar[bool] = True
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:

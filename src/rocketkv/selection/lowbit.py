@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import LowBitIndex
@@ -27,7 +28,7 @@ class LowBit(SelectionMethod):
         share: of the budget, what scores.
     """
 
-    scoring = "lowbit"
+    scoring = Scoring.LOWBIT
 
     def __init__(self, kv_dtype: str = "auto") -> None:
         self.more_held, self.share = (2.0, 1 / 3) if kv_dtype == "int8" else (1.4, 1 / 4)

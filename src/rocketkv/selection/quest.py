@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import PageIndex
@@ -14,7 +15,7 @@ from rocketkv.selection.hybrid import PublishedHybrid
 class Quest(PublishedHybrid):
     """Score pages by their upper bound; both bounds of all channels are read, so pages are larger than hybrid ones."""
 
-    scoring = "bound"
+    scoring = Scoring.BOUNDS
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores: one page's two bounds cost one token; see `SelectionMethod`."""

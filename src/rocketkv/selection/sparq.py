@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rocketkv.backends import Scoring
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import PageIndex
@@ -12,7 +13,7 @@ from rocketkv.selection.hybrid import PublishedHybrid
 class SparQ(PublishedHybrid):
     """Hybrid selection with pages of one token, whose bounds are the keys themselves, held channel-major."""
 
-    scoring = "hybrid"
+    scoring = Scoring.PAGES
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores, along few channels; see `SelectionMethod`."""

@@ -1,14 +1,26 @@
 """What backends have in common: what they are given, one layer's storage and plan as tensors, and what all decline."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rocketkv.ops import LowBitKeys, PageBounds
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+
+
+class Scoring(StrEnum):
+    """How a decode step scores the tokens that it chooses from; csrc/kernels.h has the same names."""
+
+    DENSE = "dense"  # no token is scored: all are attended
+    EXACT = "exact"  # by the logits of the whole keys
+    PAGES = "pages"  # by one bound of each page, along few channels
+    BOUNDS = "bounds"  # by both bounds of each page, along all channels
+    LOWBIT = "lowbit"  # by the keys in 4 bits, along few channels
 
 
 def decline_numbers(tokens: Tensor) -> str | None:
@@ -22,7 +34,7 @@ def decline_numbers(tokens: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """All of a decode step that stays the same while no buffer grows; it writes to what is stored, `index` included.
+    """All of a decode step that stays the same while no buffer grows; it writes to what is stored, the index included.
 
     Attributes:
         keys: `[B, Hkv, capacity, D]` in `dtype`, or codes (`ops/int8.py`); what lies beyond the lengths is undefined.
@@ -34,10 +46,9 @@ class LayerTensors:
         archive_lengths: `[B, Hkv]` int64, tokens in `keys` if these are an archive, in which the tokens to choose from
             lie at `positions`; None if they lie side by side.
         seen: `[B]` int64, tokens seen by each row.
-        scoring: how tokens are scored, the `scoring` of a `SelectionMethod`; `none`: everything is attended.
-        index: buffers of the index, page bounds (`ops/pages.py`) or low-bit keys (`ops/lowbit.py`); none if the scoring
-            needs none, or nothing is to be selected yet.
-        page_size: `[B]` int64.
+        scoring: how tokens are scored.
+        pages: the index of `PAGES` and `BOUNDS`; None with another scoring, or while nothing is to be selected.
+        lowbit: the index of `LOWBIT`; None as with `pages`.
         num_channels: `[B]` int64.
         top_k: `[B]` int64.
         dense_lengths: `[B]` int64, >= top_k; a row that holds no more is attended in full.
@@ -55,9 +66,9 @@ class LayerTensors:
     lengths: Tensor
     archive_lengths: Tensor | None
     seen: Tensor
-    scoring: str
-    index: tuple[Tensor, ...]
-    page_size: Tensor
+    scoring: Scoring
+    pages: PageBounds | None
+    lowbit: LowBitKeys | None
     num_channels: Tensor
     top_k: Tensor
     dense_lengths: Tensor
@@ -65,6 +76,13 @@ class LayerTensors:
     recents: Tensor
     num_heads: int
     scale: float
+
+    @property
+    def index(self) -> tuple[Tensor, ...]:
+        """The buffers of the index, to which a step writes; none while there is no index."""
+        if self.pages is not None:
+            return (self.pages.bounds,) if self.pages.spread is None else (self.pages.bounds, self.pages.spread)
+        return self.lowbit or ()
 
 
 class FusedStep(Protocol):
@@ -99,13 +117,10 @@ class Backend(Protocol):
 
     NAME: str
     DEVICES: tuple[str, ...]  # kinds of device on which `auto` picks it
+    SCORINGS: tuple[Scoring, ...]  # that it knows
 
     def decline(self, tokens: Tensor, kv_dtype: str = "auto") -> str | None:
         """Why tokens like these, `[B, H, S, D]`, stored as `kv_dtype` says, are not for it; None: they are."""
-        ...
-
-    def scorings(self) -> Sequence[str]:
-        """The scorings that the backend knows, once it does not decline."""
         ...
 
     def bind(self, layer: LayerTensors) -> FusedStep:

@@ -7,7 +7,7 @@ Keys are `[B, Hkv, S, D]` with strides of their own over rows and heads. The scr
 import triton
 import triton.language as tl
 
-from rocketkv.ops.backends.triton_kernels import (
+from rocketkv.backends.triton_kernels import (
     CHANNELS,
     GROUP,
     PAGES_PER_BLOCK,

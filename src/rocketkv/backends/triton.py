@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocketkv.ops.backends.base import LayerTensors, decline_numbers
-from rocketkv.ops.lowbit import GROUP, LowBitKeys
+from rocketkv.backends.base import LayerTensors, Scoring, decline_numbers
+from rocketkv.ops import GROUP, LowBitKeys, PageBounds
 
 NAME = "triton"
 DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
+SCORINGS: tuple[Scoring, ...] = tuple(Scoring)
 TILE_BYTES = 1 << 14  # of what a program reads at once, so that registers hold it
 PART = 64  # units scored by a program, at most
 TILE = 32  # tokens attended to at once, at most
@@ -48,11 +49,6 @@ def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
             "it takes keys and values in 8 bits for 16-bit dtypes only"  # with float32 they would not fit in registers
         )
     return None
-
-
-def scorings() -> tuple[str, ...]:
-    """The scorings that the kernels know."""
-    return ("none", "hybrid", "bound", "exact", "lowbit")
 
 
 def bind(layer: LayerTensors) -> "TritonStep":
@@ -94,19 +90,19 @@ class TritonStep:
         batch, num_kv_heads, token_capacity, head_dim = layer.keys.shape
         num_heads, group = batch * num_kv_heads, layer.num_heads // num_kv_heads
         position_capacity = layer.positions.shape[2]
-        scoring = layer.scoring if layer.index or layer.scoring == "exact" else "none"
-        bounds = layer.index[0] if scoring in ("hybrid", "bound") else None
-        codes, ranges, open_keys, spread = layer.index if scoring == "lowbit" else (None, None, None, None)
-        if bounds is not None and len(layer.index) > 1:
-            spread = layer.index[1]
+        scoring = layer.scoring if layer.index or layer.scoring == Scoring.EXACT else Scoring.DENSE
+        bounds, page_size, spread = layer.pages or (None, None, None)
+        codes, ranges, open_keys, spread = layer.lowbit or (None, None, None, spread)
         head_dim_padded = max(LEAST_DOT, _power_of_two(head_dim))
         rows = TILE_BYTES // (head_dim_padded * layer.dtype.itemsize)
         width = min(head_dim_padded, TILE_BYTES // (2 * GROUP * layer.dtype.itemsize))  # half a tile of low-bit keys
-        part, tile = GROUP if scoring == "lowbit" else min(PART, rows), min(TILE, rows)
-        num_units = 0 if scoring == "none" else position_capacity  # pages are as many at most
+        part, tile = GROUP if scoring == Scoring.LOWBIT else min(PART, rows), min(TILE, rows)
+        num_units = 0 if scoring == Scoring.DENSE else position_capacity  # pages are as many at most
         num_parts = -(-num_units // part)
-        selected = 0 if scoring == "none" else min(int(layer.top_k.max()), position_capacity)
-        dense = position_capacity if scoring == "none" else min(int(layer.dense_lengths.max()), position_capacity)
+        selected = 0 if scoring == Scoring.DENSE else min(int(layer.top_k.max()), position_capacity)
+        dense = (
+            position_capacity if scoring == Scoring.DENSE else min(int(layer.dense_lengths.max()), position_capacity)
+        )
         programs = PROGRAMS_PER_CORE * _num_cores(layer.keys.device)
         num_pieces = min(-(-max(dense, selected) // tile), max(1, programs // num_heads))
 
@@ -128,7 +124,7 @@ class TritonStep:
         plan = {
             "lengths": layer.lengths,
             "dense_lengths": layer.dense_lengths,
-            "page_size": None if bounds is None else layer.page_size,
+            "page_size": page_size,
         }
         channels = {"num_channels": layer.num_channels}
         scores = {
@@ -147,7 +143,7 @@ class TritonStep:
             "num_blocks": layer.index[0].shape[2] if layer.index else 0,
         }
         row_dims = {"D": head_dim, "NUM_ROWS": 0 if bounds is None else bounds.shape[3], "D_PAD": head_dim_padded}
-        tile_dims = {"SCORING": scoring, "G_PAD": max(LEAST_DOT, _power_of_two(group))} | row_dims
+        tile_dims = {"SCORING": str(scoring), "G_PAD": max(LEAST_DOT, _power_of_two(group))} | row_dims
         self._append_and_score = Launch(
             kernels.append_and_score,
             (num_heads, max(1, num_parts)),
@@ -163,7 +159,7 @@ class TritonStep:
             device=layer.keys.device,
         )
         self._choose = None
-        if scoring != "none":
+        if scoring != Scoring.DENSE:
             pins = {"top_k": layer.top_k, "sinks": layer.sinks, "recents": layer.recents}
             sizes = {"PART": part, "BLOCK": BLOCK, "WAYS_BITS": WAYS_BITS, "G_POW": _power_of_two(group)}
             arguments = plan | pins | scores | chosen | dims | row_dims | sizes | index
@@ -189,7 +185,7 @@ class TritonStep:
                 "WEIGHTED": spread is not None,
             },
             # Few rows are wide ones, and a wide output wants registers; Triton 3.8 spills without selection, too.
-            num_warps=8 if rows < TILE or scoring == "none" else 4,
+            num_warps=8 if rows < TILE or scoring == Scoring.DENSE else 4,
             device=layer.keys.device,
         )
 
@@ -213,7 +209,7 @@ class TritonStep:
 
 def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
     """See `build_lowbit` in ops/lowbit.py: two launches."""
-    kernels = import_module("rocketkv.ops.backends.triton_prefill")
+    kernels = import_module("rocketkv.backends.triton_prefill")
     batch, num_kv_heads, num_tokens, head_dim = keys.shape
     keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
     with _current(keys.device):
@@ -239,11 +235,10 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
         )
 
 
-def build_pages(
-    bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor, spread: Tensor | None = None
-) -> None:
-    """See `build_pages` in ops/pages.py: a launch, and another if there is a spread."""
-    kernels = import_module("rocketkv.ops.backends.triton_prefill")
+def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
+    """See `ops.build_pages`: a launch, and another if there is a spread."""
+    bounds, page_size, spread = index
+    kernels = import_module("rocketkv.backends.triton_prefill")
     batch, num_kv_heads, _, head_dim = keys.shape
     keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
     lengths, page_size = lengths.contiguous(), page_size.contiguous()
@@ -279,7 +274,7 @@ def score_window(
     query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
 ) -> Tensor:
     """See `score_window` in ops/scores.py: two launches, which hold no logits but a tile's."""
-    kernels = import_module("rocketkv.ops.backends.triton_prefill")
+    kernels = import_module("rocketkv.backends.triton_prefill")
     batch, num_heads, window, head_dim = query.shape
     num_kv_heads, num_tokens = keys.shape[1:3]
     keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
@@ -334,6 +329,6 @@ def _num_cores(device: torch.device) -> int:
 def _load() -> ModuleType | str:
     """The kernels, or why there are none."""
     try:
-        return import_module("rocketkv.ops.backends.triton_kernels")
+        return import_module("rocketkv.backends.triton_kernels")
     except ImportError as error:
         return f"Triton does not load ({error}); install rocketkv[triton]"

@@ -8,10 +8,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rocketkv.ops.backends.base import FLOATS, LayerTensors, decline_numbers
+from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, decline_numbers
+from rocketkv.ops import PageBounds
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
+SCORINGS: tuple[Scoring, ...] = tuple(Scoring)
 OUTPUTS = 8  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
 
 
@@ -37,10 +39,9 @@ def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
     return decline_numbers(tokens)
 
 
-def build_pages(
-    bounds: Tensor, keys: Tensor, *, lengths: Tensor, page_size: Tensor, spread: Tensor | None = None
-) -> None:
+def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
     """See `ops.build_pages`."""
+    bounds, page_size, spread = index
     keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
     lengths, page_size = lengths.contiguous(), page_size.contiguous()
     library().build_pages(
@@ -77,7 +78,7 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See `ops.linear`."""
+    """See `backends.linear`."""
     x = x.contiguous()
     num_out, num_in = weight.shape
     output = x.new_empty(*x.shape[:-1], num_out)
@@ -94,11 +95,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
-def scorings() -> list[str]:
-    """The scorings that the kernels know."""
-    return [scoring.name for scoring in library().Scoring]
-
-
 def bind(layer: LayerTensors) -> "CppStep":
     """A step over this storage."""
     return CppStep(layer)
@@ -109,15 +105,12 @@ class CppStep:
 
     def __init__(self, layer: LayerTensors) -> None:
         self._layer = layer  # keeps the buffers alive
+        pages, lowbit = layer.pages, layer.lowbit
         tensors = [x for x in (*vars(layer).values(), *layer.index) if isinstance(x, Tensor)]
         assert all(x.is_contiguous() for x in tensors)
         self._shape = (layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3])
         self._outputs = _spare_outputs(self._shape, layer.dtype)
-        buffers = [x.data_ptr() for x in layer.index]
-        codes, ranges, open_keys, spread = buffers if layer.scoring == "lowbit" and buffers else (0, 0, 0, 0)
-        bounds = layer.index[0] if layer.scoring != "lowbit" and buffers else None
-        if bounds is not None and len(buffers) > 1:
-            spread = buffers[1]
+        spread = lowbit.spread if lowbit is not None else pages.spread if pages is not None else None
         self._native = library().Layer(
             dtype=_dtype(layer.dtype),
             batch=layer.keys.shape[0],
@@ -136,14 +129,14 @@ class CppStep:
             archive_lengths=0 if layer.archive_lengths is None else layer.archive_lengths.data_ptr(),
             seen=layer.seen.data_ptr(),
             scoring=getattr(library().Scoring, layer.scoring),
-            bounds=0 if bounds is None else bounds.data_ptr(),
-            num_rows=0 if bounds is None else bounds.shape[3],
-            codes=codes,
-            ranges=ranges,
-            open_keys=open_keys,
-            spread=spread,
+            bounds=0 if pages is None else pages.bounds.data_ptr(),
+            num_rows=0 if pages is None else pages.bounds.shape[3],
+            page_size=0 if pages is None else pages.page_size.data_ptr(),
+            codes=0 if lowbit is None else lowbit.codes.data_ptr(),
+            ranges=0 if lowbit is None else lowbit.ranges.data_ptr(),
+            open_keys=0 if lowbit is None else lowbit.open_keys.data_ptr(),
+            spread=0 if spread is None else spread.data_ptr(),
             num_blocks=layer.index[0].shape[2] if layer.index else 0,
-            page_size=layer.page_size.data_ptr(),
             num_channels=layer.num_channels.data_ptr(),
             top_k=layer.top_k.data_ptr(),
             dense_lengths=layer.dense_lengths.data_ptr(),

@@ -324,7 +324,7 @@ def append_and_score(
     own = place // size
     channel, group = tl.arange(0, D_PAD), tl.arange(0, G_PAD)
     is_channel = channel < D
-    if part == (0 if SCORING == "none" else own // PART):
+    if part == (0 if SCORING == "dense" else own // PART):
         new_key = tl.load(key + head * D + channel, mask=is_channel, other=0.0)
         new_value = tl.load(value + head * D + channel, mask=is_channel, other=0.0)
         slot = head * token_capacity + (tl.load(archive_lengths + head) if archive_lengths is not None else place)
@@ -347,14 +347,14 @@ def append_and_score(
                 close_group(codes, ranges, open_keys + head * D * GROUP, GROUP, 1, first, D, D_PAD)
         tl.debug_barrier()  # this program scores the new token, too
 
-    if SCORING != "none":
+    if SCORING != "dense":
         length = place + 1
         units = (length + size - 1) // size
         if (length <= tl.load(dense_lengths + row)) | (part * PART >= units):
             return
         unit = part * PART + tl.arange(0, PART)
         most_channels = tl.load(num_channels + row)
-        if (SCORING == "lowbit") | (SCORING == "hybrid"):
+        if (SCORING == "lowbit") | (SCORING == "pages"):
             _store_sizes(sizes, query, spread, head, G, D, G_PAD, D_PAD)
         if SCORING != "lowbit":
             q = _load_query(query, head, 0, G, D, G_PAD, D_PAD)
@@ -382,7 +382,7 @@ def append_and_score(
             is_there = block * PAGES_PER_BLOCK < units  # whole blocks, so that rows are read in one go
             start = (head * num_blocks + block) * (NUM_ROWS * PAGES_PER_BLOCK) + unit % PAGES_PER_BLOCK
             q32 = q.to(tl.float32)
-            if SCORING == "hybrid":
+            if SCORING == "pages":
                 is_read = _are_largest(sizes, head, 0, most_channels, D, D_PAD, D_PAD)
                 takes_maxima = (tl.sum(q32, 0) > 0) | (NUM_ROWS == D)
                 index_row = channel + tl.where(takes_maxima, NUM_ROWS - D, 0)
@@ -561,9 +561,9 @@ def _scored_bytes(
     SPREAD_BYTES: tl.constexpr = 4 * D if WEIGHTED else 0
     if SCORING == "lowbit":
         return num_channels * (length // GROUP * (HALF + 2 * BYTES) + length % GROUP * BYTES) + SPREAD_BYTES
-    if SCORING == "hybrid":
+    if SCORING == "pages":
         return pages * num_channels * BYTES + SPREAD_BYTES
-    if SCORING == "bound":
+    if SCORING == "bounds":
         return pages * NUM_ROWS * BYTES
     return length * D * BYTES
 
@@ -613,7 +613,7 @@ def attend(
     length = tl.load(lengths + head) + 1
     selects = False
     count = length
-    if SCORING != "none":
+    if SCORING != "dense":
         selects = length > tl.load(dense_lengths + row)
         count = tl.where(selects, tl.load(top_k + row), length)
     piece_size = ((count + num_pieces - 1) // num_pieces + TILE - 1) // TILE * TILE
@@ -631,7 +631,7 @@ def attend(
         at = start + lane
         is_token = at < count
         place = at
-        if SCORING != "none":
+        if SCORING != "dense":
             is_chosen = at < tl.where(selects, count, 0)
             place = tl.where(selects, tl.load(chosen + head * most_chosen + at, mask=is_chosen, other=0), at)
         slot = place

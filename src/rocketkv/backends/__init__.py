@@ -1,0 +1,116 @@
+"""Backends: what `ops` specifies in plain torch, done faster, a file each. The first that accepts the tokens is used.
+
+`find_backend` finds who does whole decode steps; the functions below do single operations of `ops`, by the fastest
+backend that takes the tensors, or else as `ops` does. A backend of your own is one file like `cpp.py` and one entry in
+`BACKENDS`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rocketkv import ops
+from rocketkv.backends import cpp, triton
+from rocketkv.backends.base import Backend, FusedStep, LayerTensors, Scoring
+from rocketkv.ops import LowBitKeys, PageBounds
+
+# The fastest first; what none accepts is left to the reference in plain torch.
+BACKENDS: tuple[Backend, ...] = (cpp, triton)
+MAX_LINEAR_ROWS = 8  # with more, reading the weights no longer dominates and torch's own product is better
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "FusedStep",
+    "LayerTensors",
+    "Scoring",
+    "build_lowbit",
+    "build_pages",
+    "fastest",
+    "find_backend",
+    "linear",
+    "new_storage",
+    "score_window",
+]
+
+
+def find_backend(
+    name: str, tokens: Tensor, scoring: Scoring | None, kv_dtype: str = "auto"
+) -> tuple[Backend | None, list[str]]:
+    """Find who decodes these tokens, `[B, H, S, D]`.
+
+    Args:
+        name: of a backend; `auto`: any; `reference`: none.
+        tokens: of the dtype, device and head_dim in question.
+        scoring: of the selection method; None: its own business.
+        kv_dtype: how keys and values are stored, as in `RocketKVConfig`.
+
+    Returns:
+        The backend, None for the reference; and why each one asked before it declined.
+    """
+    reasons: list[str] = []
+    for backend in BACKENDS:
+        if name == backend.NAME or (name == "auto" and tokens.device.type in backend.DEVICES):
+            reason = backend.decline(tokens, kv_dtype)
+            if reason is None and scoring not in backend.SCORINGS:
+                own = None if scoring is None else str(scoring)
+                reason = f"the selection method's scoring={own!r} is none of {', '.join(backend.SCORINGS)}"
+            if reason is None:
+                return backend, reasons
+            reasons.append(f"{backend.NAME}: {reason}")
+    return None, reasons
+
+
+def score_window(
+    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+) -> Tensor:
+    """See `ops.score_window`."""
+    score = fastest("score_window", keys)
+    return score(query, keys, lengths=lengths, num_queries=num_queries, scale=scale, by_peak=by_peak)  # type: ignore[no-any-return]
+
+
+def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
+    """See `ops.build_pages`."""
+    fastest("build_pages", keys)(index, keys, lengths)
+
+
+def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
+    """See `ops.build_lowbit`."""
+    fastest("build_lowbit", keys)(index, keys, lengths)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply rows with the transpose of a weight matrix: all that a decode step is besides attention.
+
+    Args:
+        x: `[..., I]` float.
+        weight: `[O, I]` in the dtype of `x`.
+
+    Returns:
+        `[..., O]` in the dtype of `x`, accumulated in float32.
+
+    Reads `O * I` elements of weights, whatever the number of rows up to `MAX_LINEAR_ROWS`.
+    """
+    if x.numel() <= MAX_LINEAR_ROWS * x.shape[-1] and cpp.takes_linear(x, weight):
+        return cpp.linear(x, weight)
+    return functional.linear(x, weight)
+
+
+def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """See `ops.new_storage`; the memory is asked for in huge pages where that makes reading at random faster."""
+    storage = ops.new_storage(like, shape, dtype)
+    cpp.use_huge_pages(storage)
+    return storage
+
+
+def fastest(operation: str, tokens: Tensor) -> Callable[..., Any]:
+    """The operation of this name of the first backend that has it and takes the tokens, `[B, H, S, D]`, or of `ops`."""
+    for backend in BACKENDS:
+        own: Callable[..., Any] | None = getattr(backend, operation, None)
+        if own is not None and tokens.device.type in backend.DEVICES and backend.decline(tokens) is None:
+            return own
+    found: Callable[..., Any] = getattr(ops, operation)
+    return found
