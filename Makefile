@@ -24,13 +24,13 @@ test: setup
 
 # The GPU kernels in Triton's interpreter; `make test` compiles them for GPUs.
 test-triton: setup
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/test_triton.py
 
 # The tests that run models of transformers, on the oldest version that pyproject.toml claims and on the newest that the
 # registry has, each in an environment of its own; `make test-oldest VERSION_TESTS=tests` runs the whole suite there.
 # The newest is first installed as a stranger would install it, without constraints.txt, and answers the demo's question.
 # Tests that fail on a newer version than pyproject.toml claims are reported and are no failure.
-VERSION_TESTS ?= $(patsubst %,tests/test_%.py,hf versions fast models session eval_generation readme)
+VERSION_TESTS ?= $(patsubst %,tests/%.py,$(addprefix hf/test_,generate enable memory turns refusals versions fast models session) eval/run/test_generation test_readme)
 test-oldest:
 	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
 	.venv-oldest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS)
@@ -49,14 +49,14 @@ test-newest:
 	.venv-newest/bin/pip install -q --upgrade torch transformers
 	.venv-newest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS) || .venv-newest/bin/python tests/claimed.py failed
 
-# The kernels' own tests, and 10,000 right and wrong calls of a cache, under AddressSanitizer and UBSan.
+# The kernels' own tests, and 10,000 right and wrong calls of a cache and 400 sequences of them, under AddressSanitizer and UBSan.
 sanitize: setup
 	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	cmake --build build/sanitize -j2 > /dev/null
-	ROCKETKV_TEST_KERNELS=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=400 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -q -n 2 --dist worksteal tests/test_backends.py tests/test_fuzz.py
+	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/attention/test_fuzz.py tests/attention/test_any_order.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -170,8 +170,8 @@ bench: setup
 	$(MODEL) --seq-len 98304 --token-budget 256 > $(R)/model-long.json
 	$(MODEL) --seq-len 98304 --token-budget 256 --batch 4 > $(R)/model-long-batch-4.json
 	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 > $(R)/model-bfloat16.json
-	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weights int8 > $(R)/model-int8.json
-	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weights int4 > $(R)/model-int4.json
+	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weight-dtype int8 > $(R)/model-int8.json
+	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weight-dtype int4 > $(R)/model-int4.json
 	$(MODEL) --geometry smollm2-135m --seq-len 64 --token-budget 64 --paths eager > $(R)/model-short.json
 	$(BENCH) prefill --geometry llama-3.1-8b --seq-len 2048,8192 --token-budget 512 --json > $(R)/prefill.json
 	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json > $(R)/memory.json

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from rocketkv.eval.markdown import table
-from rocketkv.eval.methods import Arm
-from rocketkv.eval.results import FULL_CACHE, Cell, Results, layer_means, mean_of
-from rocketkv.eval.runs import read_runs
-from rocketkv.eval.statistics import mean_interval, ratio_interval
-from rocketkv.eval.tables import difference
+from rocketkv.eval.report.markdown import table
+from rocketkv.eval.report.results import FULL_CACHE, Cell, Results, layer_means, mean_of
+from rocketkv.eval.report.runs import read_runs
+from rocketkv.eval.report.statistics import mean_interval, ratio_interval
+from rocketkv.eval.report.tables import difference
+from rocketkv.eval.run.methods import Arm
 
 HERE = Path(__file__).parent / "accuracy"
 FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
 TURNS = ("niah-turns", "squad-turns")
 BEYOND = ("lines", "kv")  # what this model cannot do
-SPREAD = ("gemma-niah", "smollm2-peak")  # with channels by |q| times the spread and, in `rocketkv`, the peak in stage 1
+SPREAD = ("gemma-niah", "gemma-niah-long", "smollm2-niah", "smollm2-ruler", "smollm2-peak")  # the present defaults
+SPREAD_TEXTS = ("gemma-fidelity", "smollm2-fidelity")  # the same
 ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
 MIN_SAMPLES = 30  # of a cell that counts for the average
@@ -66,6 +67,10 @@ def main() -> None:
             BUDGETS,
             lambda arm, results=results, cells=cells: " / ".join(score(results, arm, cell) for cell in cells),
         )
+    for name in SPREAD_TEXTS:
+        print(f"## {name}: KL, top-1 agreement, MiB read per step, MiB held, relative error of the output\n")
+        texts = read(name)
+        by_budget(texts, (64, *BUDGETS), lambda arm, texts=texts: faithful(texts, arm))
     for names in ABLATIONS:
         print(f"## {', '.join(names)}: needles, KL, relative error of the output\n")
         ablation = read(*names)
@@ -107,14 +112,14 @@ def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
 
 
 def less(results: Results, method: str, arm: Arm, cells: Sequence[Cell]) -> str:
-    """What a method scores above another at the same budget, paired by sample; bold where it is more than noise."""
+    """Say what a method scores above another at the same budget, paired by sample; bold where it is more than noise."""
     if arm == FULL_CACHE:
         return ""
     return difference(results, Arm(method, arm.token_budget), arm, cells)
 
 
 def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
-    """What the oracle scores above a method, with its interval."""
+    """Give what the oracle scores above a method, with its interval."""
     if arm == FULL_CACHE:
         return ""
     oracle, ours = results.paired(Arm("exact_topk", arm.token_budget), arm, [cell])
@@ -123,7 +128,7 @@ def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
 
 
 def faithful(results: Results, arm: Arm) -> str:
-    """How close a method stays, and its bytes."""
+    """Give how close a method stays, and its bytes."""
     records = results.at(arm)
     if not records:
         return "-"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rocketkv.bench.timing import floor_of
-from rocketkv.eval.markdown import table
+from rocketkv.eval.report.markdown import table
 
 HERE = Path(__file__).parent / "results"
 AXES = ("seq_len", "token_budget", "batch")
@@ -27,7 +27,7 @@ class Rows:
         self.rows: list[dict[str, Any]] = self.result["rows"]
 
     def values(self, axis: str) -> list[int]:
-        """What was swept."""
+        """Name what was swept."""
         return sorted({row[axis] for row in self.rows if row[axis] is not None})
 
     def find(self, name: str, **at: object) -> dict[str, Any] | None:

@@ -1,11 +1,13 @@
-// The k best of many numbers: where to cut, found by bisection, so that the cost hardly depends on the numbers.
+// The k largest of many numbers. Bisection finds the number from which on they lie, so that the cost hardly depends on
+// the numbers.
 #pragma once
 
-#include "simd.h"
+#include "pairs.h"
 
 namespace rocketkv {
 
-// Numbers that are not negative are in the order of their bits, and a NaN without its sign is above them all.
+// The bits of a number as an integer. Numbers that are not negative have the order of their bits, and a NaN without its
+// sign is above them all.
 inline uint32_t order_bits(float x) { return load<uint32_t>(&x); }
 
 using Lanes = int32_t __attribute__((vector_size(4 * kWidth)));
@@ -13,7 +15,7 @@ using Lanes = int32_t __attribute__((vector_size(4 * kWidth)));
 // How many of numbers[0 .. n) are above `bound`. Reads to the end of the last Vec.
 inline int64_t count_above(const float* numbers, int64_t n, uint32_t bound) {
   const Lanes bounds = static_cast<int32_t>(bound) - Lanes{};
-  constexpr int kCounts = 4;  // that do not wait for each other
+  constexpr int kCounts = 4;  // additions that do not wait for each other
   Lanes counts[kCounts] = {};
   auto count = [&](int64_t i, Lanes& sum) { sum = load<Lanes>(numbers + i) > bounds ? sum + 1 : sum; };
   int64_t i = 0;
@@ -25,8 +27,8 @@ inline int64_t count_above(const float* numbers, int64_t n, uint32_t bound) {
   return above;
 }
 
-// A number such that those from it on are `wanted`, or else the largest such that they are more; num_above(b) counts the
-// numbers above b.
+// The bits of a cut: exactly `wanted` numbers are not below the cut or, where ties prevent that, the fewest possible
+// above `wanted`. num_above(b) counts the numbers above b.
 template <class NumAbove>
 inline uint32_t find_cut(int64_t wanted, NumAbove num_above) {
   uint32_t cut = 0;
@@ -42,7 +44,8 @@ inline uint32_t find_cut(int64_t wanted, NumAbove num_above) {
 inline int32_t* write_lanes(int32_t start, uint32_t lanes, int32_t* out) {
 #if defined(__AVX512F__)
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  store(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_add_epi32(lane, _mm512_set1_epi32(start))));
+  store(out,
+        _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), _mm512_add_epi32(lane, _mm512_set1_epi32(start))));
   return out + __builtin_popcount(lanes);
 #else
   for (; lanes != 0; lanes &= lanes - 1) *out++ = start + __builtin_ctz(lanes);
@@ -50,9 +53,10 @@ inline int32_t* write_lanes(int32_t start, uint32_t lanes, int32_t* out) {
 #endif
 }
 
-// Write the places, from `begin` to `end`, of the numbers above the cut and of the first `at_cut` that equal it, in order;
-// returns where the next would go. Reads to the end of the last Vec, and writes as far beyond what it returns.
-inline int32_t* write_places(uint32_t cut, int64_t at_cut, const float* numbers, int64_t begin, int64_t end, int32_t* out) {
+// Write in order the indices, from `begin` to `end`, of the numbers above the cut and of the first `at_cut` that equal
+// it. Returns where the next index would go. Reads to the end of the last Vec, and writes up to kWidth indices beyond.
+inline int32_t* write_indices(uint32_t cut, int64_t at_cut, const float* numbers, int64_t begin, int64_t end,
+                              int32_t* out) {
   const Lanes cuts = static_cast<int32_t>(cut) - Lanes{};
   for (int64_t start = begin; start < end; start += kWidth) {
     const Lanes bits = load<Lanes>(numbers + start);

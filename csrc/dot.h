@@ -3,13 +3,13 @@
 
 #include <type_traits>
 
-#include "simd.h"
+#include "pairs.h"
 
 namespace rocketkv {
 
-constexpr int kMaxHeads = 4;  // rows of factors handled at once; more are done in blocks of four
+constexpr int kMaxHeads = 4;  // rows of operands handled at once; more are done in blocks of four
 
-// How many rows meet H rows of factors at once: as many as keep the sums that sum_lanes then adds up together.
+// How many rows meet H rows of operands at once: as many as make the kSums sums that sum_lanes adds up together.
 constexpr int rows_at_once(int num_heads) { return num_heads == 1 ? 8 : num_heads == 2 ? kSums / 2 : kSums / 4; }
 
 constexpr int kAhead = 8;  // rows between a prefetch and its use
@@ -17,9 +17,9 @@ constexpr int kAhead = 8;  // rows between a prefetch and its use
 // out[h * rows_at_once(H) + i] = rows[i] . x[h] for i < rows_at_once(H); `out` has room for kSums.
 //
 // rows: pointers to `count` channels of T; with Fetch, those kAhead further on are fetched for a later call.
-// x: [H][x_stride] factors, zeros beyond `count`.
+// x: [H][x_stride] operands, zeros beyond `count`.
 template <int H, bool Fetch, class T>
-inline void dot_rows(const T* const* rows, const Factor<T>* x, int x_stride, int count, float* out) {
+inline void dot_rows(const T* const* rows, const Operand<T>* x, int x_stride, int count, float* out) {
   constexpr int N = rows_at_once(H);
   Vec sums[kSums];
 #pragma GCC unroll 16
@@ -34,10 +34,10 @@ inline void dot_rows(const T* const* rows, const Factor<T>* x, int x_stride, int
     }
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h) {
-      Chunk<Factor<T>> factors(x + h * x_stride + c);
-      factors.keep_in_registers();  // the compiler would load them anew for every row
+      Chunk<Operand<T>> operands(x + h * x_stride + c);
+      operands.keep_in_registers();  // GCC would load them anew for every row
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) k[i].add_product(factors, sums[h * N + i]);
+      for (int i = 0; i < N; ++i) k[i].add_product(operands, sums[h * N + i]);
     }
   }
   if (whole < count) {
@@ -46,7 +46,7 @@ inline void dot_rows(const T* const* rows, const Factor<T>* x, int x_stride, int
       Part<T> part(rows[i] + whole, count - whole);
       Chunk<T> k(part.numbers);
 #pragma GCC unroll 8
-      for (int h = 0; h < H; ++h) k.add_product(Chunk<Factor<T>>(x + h * x_stride + whole), sums[h * N + i]);
+      for (int h = 0; h < H; ++h) k.add_product(Chunk<Operand<T>>(x + h * x_stride + whole), sums[h * N + i]);
     }
   }
   sum_lanes(sums, out);

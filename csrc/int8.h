@@ -1,24 +1,22 @@
-// Keys and values in 8 bits: taking in a row, and restoring one. See ops/int8.py.
+// Keys and values in 8 bits: how a row is quantized, and how it is restored. See ops/int8.py.
 #pragma once
 
 #include <cmath>
 
 #include "kernels.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace rocketkv {
 
-constexpr int kNotFinite = -128;
-
 inline int num_steps(int head_dim) { return (head_dim + kStepChannels - 1) / kStepChannels; }
 
-// Minus infinity for kNotFinite, which makes NaN of a code, then zero.
+// The step of an exponent, a power of two. For kNotFinite it is minus infinity, which makes NaN of a code of zero.
 inline float step_of(int8_t exponent) {
   uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
   return load<float>(&bits);
 }
 
-// Where codes and exponents of some tokens lie, by slot.
+// Where the codes and exponents of one head's tokens lie, by slot.
 struct Codes {
   int8_t *keys, *values, *exponents;
   int dim, steps;
@@ -31,13 +29,13 @@ struct Codes {
   }
 };
 
-// See quantize_rows in ops/int8.py.
+// Quantize the channels of a row. See quantize_rows in ops/int8.py.
 template <class T>
 inline void quantize_row(const T* row, int dim, int8_t* codes, int8_t* exponents) {
   constexpr int kLeast = std::is_same_v<T, Float16> ? -24 : -126;
   for (int c = 0; c < dim; c += kStepChannels) {
     const int end = std::min(c + kStepChannels, dim);
-    uint32_t largest = 0;  // of floats that are not negative the order is that of their bits; a NaN is the largest
+    uint32_t largest = 0;  // bits: floats that are not negative have the order of their bits, a NaN above them all
     for (int i = c; i < end; ++i) {
       float x = to_float(row[i]);
       largest = std::max(largest, load<uint32_t>(&x) & 0x7fffffffu);
@@ -67,20 +65,21 @@ inline Vec load_int8(const int8_t* p) {
 #endif
 }
 
-// Numbers, in ascending order, that T holds exactly.
+// Store numbers that T holds exactly, in ascending order of channels.
 inline void store_exact(float* p, Pair pair) { store(p, pair.a), store(p + kWidth, pair.b); }
 inline void store_exact(Bfloat16* p, Pair pair) {
 #if defined(__AVX512F__)
   // The upper halves of a's numbers, then of b's.
-  const __m512i halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,
-                                          21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                                          25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   store(p, _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(pair.a), halves, reinterpret_cast<__m512i>(pair.b)));
 #elif defined(__AVX2__)
   __m256i a = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.a), 16);
   __m256i b = _mm256_srli_epi32(reinterpret_cast<__m256i>(pair.b), 16);
   store(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8));
 #else
-  for (int i = 0; i < kWidth; ++i) p[i] = from_float<Bfloat16>(pair.a[i]), p[kWidth + i] = from_float<Bfloat16>(pair.b[i]);
+  for (int i = 0; i < kWidth; ++i)
+    p[i] = from_float<Bfloat16>(pair.a[i]), p[kWidth + i] = from_float<Bfloat16>(pair.b[i]);
 #endif
 }
 inline void store_exact(Float16* p, Pair pair) {
@@ -91,10 +90,12 @@ inline void store_exact(Float16* p, Pair pair) {
   store(p, _mm256_cvtps_ph(reinterpret_cast<__m256>(pair.a), _MM_FROUND_TO_NEAREST_INT));
   store(p + kWidth, _mm256_cvtps_ph(reinterpret_cast<__m256>(pair.b), _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < kWidth; ++i) p[i] = from_float<Float16>(pair.a[i]), p[kWidth + i] = from_float<Float16>(pair.b[i]);
+  for (int i = 0; i < kWidth; ++i)
+    p[i] = from_float<Float16>(pair.a[i]), p[kWidth + i] = from_float<Float16>(pair.b[i]);
 #endif
 }
 
+// Write the row of T that codes and exponents stand for.
 template <class T>
 ROCKETKV_INLINE void restore_row(const int8_t* codes, const int8_t* exponents, int dim, T* row) {
   int c = 0;

@@ -1,4 +1,4 @@
-// Products of few rows with a weight matrix: a decode step's linear layers, which are nothing but reading the weights.
+// Products of few rows with a weight matrix: a decode step's linear layers, whose time is the time to read the weights.
 #include <atomic>
 #include <vector>
 
@@ -9,14 +9,14 @@
 namespace rocketkv {
 namespace {
 
-constexpr int64_t kChunk = 16;       // weight rows of a task at least
+constexpr int64_t kChunk = 16;  // fewest weight rows of a task
 constexpr int64_t kTasksPerThread = 4;
 
 template <class T>
 struct Product {
   const Linear& linear;
   int64_t chunk, padded;
-  std::vector<Factor<T>> input;  // [num_rows][padded]
+  std::vector<Operand<T>> input;  // [num_rows][padded]
   std::atomic<int64_t> next_chunk{0};
 
   Product(const Linear& linear, int num_threads)
@@ -26,7 +26,7 @@ struct Product {
         input(linear.num_rows * padded) {
     const T* x = static_cast<const T*>(linear.input);
     for (int64_t m = 0; m < linear.num_rows; ++m)
-      prepare<T>(x + m * linear.num_in, static_cast<int>(linear.num_in), input.data() + m * padded);
+      prepare_operands<T>(x + m * linear.num_in, static_cast<int>(linear.num_in), input.data() + m * padded);
   }
 
   void work() {
@@ -45,10 +45,10 @@ struct Product {
       const T* rows[N + kAhead];
       for (int i = 0; i < N + kAhead; ++i) rows[i] = weight + std::min(row + i, end - 1) * linear.num_in;
       float sums[kSums];
-      dot_rows<H, true>(rows, input.data() + first * padded, static_cast<int>(padded), static_cast<int>(linear.num_in), sums);
+      dot_rows<H, true>(rows, input.data() + first * padded, static_cast<int>(padded), static_cast<int>(linear.num_in),
+                        sums);
       for (int i = 0; i < N && row + i < end; ++i)
-        for (int h = 0; h < H; ++h)
-          output[(first + h) * linear.num_out + row + i] = from_float<T>(sums[h * N + i]);
+        for (int h = 0; h < H; ++h) output[(first + h) * linear.num_out + row + i] = from_float<T>(sums[h * N + i]);
     }
   }
 };

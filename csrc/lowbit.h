@@ -1,27 +1,26 @@
-// Low-bit keys: taking in one more token, and reading them. See ops/lowbit.py.
+// The index of keys in 4 bits: how it takes in one more token, and how its codes are read. See ops/lowbit.py.
 #pragma once
 
 #include <cmath>
 
 #include "kernels.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace rocketkv {
 
 constexpr int kHalfGroup = kGroup / 2;
-constexpr int kLevels = 15;
 
-// The codes of one channel of the group at [channel * kBlockGroups * kHalfGroup], low halves first.
+// The codes of one channel of the group at [channel * kGroupsPerBlock * kHalfGroup], low halves first.
 inline uint8_t* group_codes(const LowBitKeys& keys, int head_dim, int64_t head, int64_t group) {
-  int64_t block = head * keys.num_blocks + group / kBlockGroups;
-  return keys.codes + (block * head_dim * kBlockGroups + group % kBlockGroups) * kHalfGroup;
+  int64_t block = head * keys.num_blocks + group / kGroupsPerBlock;
+  return keys.codes + (block * head_dim * kGroupsPerBlock + group % kGroupsPerBlock) * kHalfGroup;
 }
 
-// The least value and the step of one channel of a block's groups: kBlockGroups times two numbers at
-// [channel * kBlockGroups * 2].
+// The least value and the step of one channel of a block's groups: kGroupsPerBlock times two numbers at
+// [channel * kGroupsPerBlock * 2].
 template <class T>
 inline T* block_ranges(const LowBitKeys& keys, int head_dim, int64_t head, int64_t block) {
-  return static_cast<T*>(keys.ranges) + (head * keys.num_blocks + block) * head_dim * kBlockGroups * 2;
+  return static_cast<T*>(keys.ranges) + (head * keys.num_blocks + block) * head_dim * kGroupsPerBlock * 2;
 }
 
 // The keys of a head's open group: channel c at [c * kGroup].
@@ -30,17 +29,17 @@ inline T* open_keys(const LowBitKeys& keys, int head_dim, int64_t head) {
   return static_cast<T*>(keys.open_keys) + head * head_dim * kGroup;
 }
 
-// See quantize_groups in ops/lowbit.py.
+// Quantize the open group's keys. See quantize_groups in ops/lowbit.py.
 template <class T>
 inline void close_group(const LowBitKeys& keys, int head_dim, int64_t head, int64_t group) {
   uint8_t* codes = group_codes(keys, head_dim, head, group);
-  T* range = block_ranges<T>(keys, head_dim, head, group / kBlockGroups) + group % kBlockGroups * 2;
+  T* range = block_ranges<T>(keys, head_dim, head, group / kGroupsPerBlock) + group % kGroupsPerBlock * 2;
   const T* numbers = open_keys<T>(keys, head_dim, head);
   for (int c = 0; c < head_dim; ++c) {
     float low = to_float(numbers[0]), high = low;
     for (int i = 1; i < kGroup; ++i) {
       float x = to_float(numbers[i]);
-      low = x < low || x != x ? x : low;  // what is no number stays
+      low = x < low || x != x ? x : low;  // a NaN stays
       high = x > high || x != x ? x : high;
     }
     range[0] = from_float<T>(low);
@@ -48,35 +47,37 @@ inline void close_group(const LowBitKeys& keys, int head_dim, int64_t head, int6
     const float step = to_float(range[1]);
     auto code = [&](int i) {
       float steps = std::nearbyint((to_float(numbers[i]) - low) / step);
-      return steps > 0 ? static_cast<uint8_t>(std::min<float>(steps, kLevels)) : uint8_t{0};  // 0 / 0 where all are alike
+      return steps > 0 ? static_cast<uint8_t>(std::min<float>(steps, kLevels))
+                       : uint8_t{0};  // 0 / 0 is NaN where all numbers are alike
     };
     for (int i = 0; i < kHalfGroup; ++i) codes[i] = static_cast<uint8_t>(code(i) | code(i + kHalfGroup) << 4);
-    codes += kBlockGroups * kHalfGroup;
-    range += kBlockGroups * 2;
+    codes += kGroupsPerBlock * kHalfGroup;
+    range += kGroupsPerBlock * 2;
     numbers += kGroup;
   }
 }
 
-// Let the open group take in the key, [D], of the token at `place`, and close it if it is full.
+// Let the open group take in the key, [D], of the token of rank `rank`, and close the group if it is full.
 template <class T>
-inline void append_key(const LowBitKeys& keys, int head_dim, int64_t head, int64_t place, const T* key) {
-  T* numbers = open_keys<T>(keys, head_dim, head) + place % kGroup;
+inline void append_key(const LowBitKeys& keys, int head_dim, int64_t head, int64_t rank, const T* key) {
+  T* numbers = open_keys<T>(keys, head_dim, head) + rank % kGroup;
   for (int c = 0; c < head_dim; ++c) numbers[c * kGroup] = key[c];
-  if (place % kGroup == kGroup - 1) close_group<T>(keys, head_dim, head, place / kGroup);
+  if (rank % kGroup == kGroup - 1) close_group<T>(keys, head_dim, head, rank / kGroup);
 }
 
-// Let the spread take in the group that the newest of `length` tokens has closed; before the first one is, the spread is
-// the range of all keys. See ops/lowbit.py.
+// Let the spread take in the group that the newest of `length` tokens has closed. Before the first group is closed, the
+// spread is the range of all keys. See ops/lowbit.py.
 template <class T>
 inline void extend_spread(const LowBitKeys& keys, int head_dim, int64_t head, int64_t length) {
   float* spread = keys.spread + head * head_dim;
   if (length < kGroup) {
     const T* numbers = open_keys<T>(keys, head_dim, head);
-    for (int c = 0; c < head_dim; ++c, numbers += kGroup) spread[c] = range_of(numbers, numbers, static_cast<int>(length));
+    for (int c = 0; c < head_dim; ++c, numbers += kGroup)
+      spread[c] = range_of(numbers, numbers, static_cast<int>(length));
   } else if (length % kGroup == 0) {
     const int64_t group = length / kGroup - 1;
-    const T* range = block_ranges<T>(keys, head_dim, head, group / kBlockGroups) + group % kBlockGroups * 2;
-    for (int c = 0; c < head_dim; ++c, range += kBlockGroups * 2) {
+    const T* range = block_ranges<T>(keys, head_dim, head, group / kGroupsPerBlock) + group % kGroupsPerBlock * 2;
+    for (int c = 0; c < head_dim; ++c, range += kGroupsPerBlock * 2) {
       const float step = to_float(range[1]);
       spread[c] = group == 0 ? step : spread[c] + step;
     }
@@ -112,7 +113,7 @@ inline Pair load_codes(const uint8_t* p) {
 #endif
 }
 
-// The weights of codes are rounded to bfloat16 if the keys are bfloat16.
+// Round the weights of codes to bfloat16 if the keys are bfloat16.
 template <class T>
 inline Vec round_weights(Vec v) {
   if constexpr (std::is_same_v<T, Bfloat16>) {
@@ -123,36 +124,38 @@ inline Vec round_weights(Vec v) {
   }
 }
 
-// kWidth bytes of codes of each of two channels, and adding them, offset by kOffset, to the sums of the low and of the
-// high halves, each channel times a weight.
+// kWidth bytes of codes of each of two channels. `add_weighted` adds the codes plus kOffset, each channel times its
+// weight, to the sums of the low halves and of the high halves.
 template <class T>
-struct TwoCodes {
+struct CodePair {
   static constexpr float kOffset = 0;
-  static constexpr int kWeights = 2 * kBlockGroups;  // floats that the weights of both in a block's groups take
+  static constexpr int kWeights = 2 * kGroupsPerBlock;  // floats that hold both channels' weights in a block's groups
   Pair first, second;
-  TwoCodes(const uint8_t* a, const uint8_t* b) : first(load_codes(a)), second(load_codes(b)) {}
-  static void store_weights(float* weights, Vec a, Vec b) { store(weights, a), store(weights + kBlockGroups, b); }
+  CodePair(const uint8_t* a, const uint8_t* b) : first(load_codes(a)), second(load_codes(b)) {}
+  static void store_weights(float* weights, Vec a, Vec b) { store(weights, a), store(weights + kGroupsPerBlock, b); }
   void add_weighted(const float* weights, Pair& sum) const {
     sum.a += first.a * weights[0];
     sum.b += first.b * weights[0];
-    sum.a += second.a * weights[kBlockGroups];
-    sum.b += second.b * weights[kBlockGroups];
+    sum.a += second.a * weights[kGroupsPerBlock];
+    sum.b += second.b * weights[kGroupsPerBlock];
   }
 };
 
 #if defined(__AVX512BF16__)
 template <>
-struct TwoCodes<Bfloat16> {
-  static constexpr float kOffset = 16;  // from 16 on a code is the upper bits of a bfloat16's fraction
-  static constexpr int kWeights = kBlockGroups;
-  VecBits low, high;  // channel beside channel
-  TwoCodes(const uint8_t* a, const uint8_t* b) {
+struct CodePair<Bfloat16> {
+  static constexpr float kOffset = 16;  // 16 plus a code is a bfloat16 with the code as the upper bits of its fraction
+  static constexpr int kWeights = kGroupsPerBlock;
+  VecBits low, high;  // both channels, number beside number
+  CodePair(const uint8_t* a, const uint8_t* b) {
     VecBits both = reinterpret_cast<VecBits>(_mm512_cvtepu8_epi32(load<__m128i>(a))) |
                    reinterpret_cast<VecBits>(_mm512_cvtepu8_epi32(load<__m128i>(b))) << 16;
     low = (both << 3 & 0x00780078u) | 0x41804180u;
     high = (both >> 1 & 0x00780078u) | 0x41804180u;
   }
-  static void store_weights(float* weights, Vec a, Vec b) { store(weights, load<VecBits>(&a) >> 16 | load<VecBits>(&b)); }
+  static void store_weights(float* weights, Vec a, Vec b) {
+    store(weights, load<VecBits>(&a) >> 16 | load<VecBits>(&b));
+  }
   void add_weighted(const float* weights, Pair& sum) const {
     VecBits both = load<uint32_t>(weights) - VecBits{};
     sum.a = add_products(sum.a, low, both);

@@ -1,4 +1,6 @@
 // The kernels for Python. Tensors come as addresses: the caller has checked them and keeps them alive.
+//
+// Structs are filled field by field, by name, so that no two addresses can be taken for each other.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -8,9 +10,7 @@
 
 namespace nb = nanobind;
 using namespace nb::literals;
-using rocketkv::Dtype;
-using rocketkv::Layer;
-using rocketkv::Scoring;
+using namespace rocketkv;
 
 namespace {
 
@@ -19,20 +19,24 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void make_layer(Layer* self, Dtype dtype, int batch, int num_kv_heads, int num_heads, int head_dim, float scale,
-                uintptr_t keys, uintptr_t values, uintptr_t exponents, int64_t token_capacity, uintptr_t positions,
-                int64_t position_capacity, bool archived, uintptr_t lengths, uintptr_t archive_lengths, uintptr_t seen, Scoring scoring,
-                uintptr_t bounds, int num_rows, uintptr_t codes, uintptr_t ranges, uintptr_t open_keys, uintptr_t spread, int64_t num_blocks,
-                uintptr_t page_size, uintptr_t num_channels,
-                uintptr_t top_k, uintptr_t sinks, uintptr_t recents, uintptr_t dense_lengths) {
-  new (self) Layer{dtype, batch, num_kv_heads, num_heads, head_dim, scale,
-                   at<void>(keys), at<void>(values), at<int8_t>(exponents), token_capacity, at<int32_t>(positions),
-                   position_capacity, archived, at<int64_t>(lengths), at<int64_t>(archive_lengths), at<int64_t>(seen), scoring,
-                   {at<void>(bounds), at<const int64_t>(page_size), num_blocks, num_rows, at<float>(spread)},
-                   {at<uint8_t>(codes), at<void>(ranges), at<void>(open_keys), num_blocks, at<float>(spread)},
-                   at<const int64_t>(num_channels), at<const int64_t>(top_k), at<const int64_t>(sinks),
-                   at<const int64_t>(recents), at<const int64_t>(dense_lengths)};
-}
+// A class whose fields Python reads and writes; an address is an int there.
+template <class Struct>
+struct Fields : nb::class_<Struct> {
+  Fields(nb::module_& m, const char* name) : nb::class_<Struct>(m, name) { this->def(nb::init<>()); }
+
+  template <class T>
+  Fields& field(const char* name, T Struct::* member) {
+    this->def_rw(name, member);
+    return *this;
+  }
+  template <class T>
+  Fields& field(const char* name, T* Struct::* member) {
+    this->def_prop_rw(
+        name, [member](const Struct& self) { return reinterpret_cast<uintptr_t>(self.*member); },
+        [member](Struct& self, uintptr_t address) { self.*member = at<T>(address); });
+    return *this;
+  }
+};
 
 }  // namespace
 
@@ -49,42 +53,91 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       .value("bounds", Scoring::kBounds)
       .value("exact", Scoring::kExact)
       .value("lowbit", Scoring::kLowBit);
-  nb::class_<Layer>(m, "Layer")
-      .def("__init__", &make_layer, nb::kw_only(), "dtype"_a, "batch"_a, "num_kv_heads"_a, "num_heads"_a, "head_dim"_a,
-           "scale"_a, "keys"_a, "values"_a, "exponents"_a, "token_capacity"_a, "positions"_a, "position_capacity"_a, "archived"_a,
-           "lengths"_a, "archive_lengths"_a, "seen"_a, "scoring"_a, "bounds"_a, "num_rows"_a,
-           "codes"_a, "ranges"_a, "open_keys"_a, "spread"_a, "num_blocks"_a,
-           "page_size"_a, "num_channels"_a, "top_k"_a, "sinks"_a, "recents"_a,
-           "dense_lengths"_a)
+  Fields<Pages>(m, "Pages")
+      .field("bounds", &Pages::bounds)
+      .field("page_size", &Pages::page_size)
+      .field("num_blocks", &Pages::num_blocks)
+      .field("num_rows", &Pages::num_rows)
+      .field("spread", &Pages::spread);
+  Fields<LowBitKeys>(m, "LowBitKeys")
+      .field("codes", &LowBitKeys::codes)
+      .field("ranges", &LowBitKeys::ranges)
+      .field("open_keys", &LowBitKeys::open_keys)
+      .field("num_blocks", &LowBitKeys::num_blocks)
+      .field("spread", &LowBitKeys::spread);
+  Fields<Keys>(m, "Keys")
+      .field("dtype", &Keys::dtype)
+      .field("batch", &Keys::batch)
+      .field("num_kv_heads", &Keys::num_kv_heads)
+      .field("head_dim", &Keys::head_dim)
+      .field("keys", &Keys::keys)
+      .field("batch_stride", &Keys::batch_stride)
+      .field("head_stride", &Keys::head_stride)
+      .field("lengths", &Keys::lengths);
+  Fields<Layer>(m, "Layer")
+      .field("dtype", &Layer::dtype)
+      .field("batch", &Layer::batch)
+      .field("num_kv_heads", &Layer::num_kv_heads)
+      .field("num_heads", &Layer::num_heads)
+      .field("head_dim", &Layer::head_dim)
+      .field("scale", &Layer::scale)
+      .field("keys", &Layer::keys)
+      .field("values", &Layer::values)
+      .field("exponents", &Layer::exponents)
+      .field("token_capacity", &Layer::token_capacity)
+      .field("positions", &Layer::positions)
+      .field("position_capacity", &Layer::position_capacity)
+      .field("archived", &Layer::archived)
+      .field("lengths", &Layer::lengths)
+      .field("archive_lengths", &Layer::archive_lengths)
+      .field("seen", &Layer::seen)
+      .field("scoring", &Layer::scoring)
+      .field("pages", &Layer::pages)
+      .field("lowbit", &Layer::lowbit)
+      .field("num_channels", &Layer::num_channels)
+      .field("top_k", &Layer::top_k)
+      .field("sinks", &Layer::sinks)
+      .field("recents", &Layer::recents)
+      .field("dense_lengths", &Layer::dense_lengths)
       .def(
           "decode",
           [](const Layer& self, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t output, uintptr_t chosen,
              int num_threads) {
-            return rocketkv::decode_step(
-                self, {at<void>(query), at<void>(key), at<void>(value), at<void>(output), at<int32_t>(chosen)}, num_threads);
+            Token token;
+            token.query = at<void>(query);
+            token.key = at<void>(key);
+            token.value = at<void>(value);
+            token.output = at<void>(output);
+            token.chosen = at<int32_t>(chosen);
+            return decode_step(self, token, num_threads);
           },
+          nb::kw_only(), "query"_a, "key"_a, "value"_a, "output"_a, "chosen"_a, "num_threads"_a,
           nb::call_guard<nb::gil_scoped_release>());
-  m.def(
-      "build_pages",
-      [](Dtype dtype, int batch, int num_kv_heads, int head_dim, uintptr_t keys, int64_t batch_stride,
-         int64_t head_stride, uintptr_t lengths, uintptr_t bounds, uintptr_t page_size, int64_t num_blocks, int num_rows,
-         uintptr_t spread, int num_threads) {
-        rocketkv::build_pages(
-            {dtype, batch, num_kv_heads, head_dim, at<void>(keys), batch_stride, head_stride, at<int64_t>(lengths)},
-            {at<void>(bounds), at<int64_t>(page_size), num_blocks, num_rows, at<float>(spread)}, num_threads);
-      },
-      nb::call_guard<nb::gil_scoped_release>());
+  m.def("build_pages", &build_pages, "keys"_a, "pages"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "linear",
-      [](Dtype dtype, uintptr_t weight, uintptr_t input, uintptr_t output, int64_t num_rows, int64_t num_in, int64_t num_out, int num_threads) {
-        rocketkv::multiply({dtype, at<void>(weight), at<void>(input), at<void>(output), num_rows, num_in, num_out},
-                           num_threads);
+      [](Dtype dtype, uintptr_t weight, uintptr_t input, uintptr_t output, int64_t num_rows, int64_t num_in,
+         int64_t num_out, int num_threads) {
+        Linear linear;
+        linear.dtype = dtype;
+        linear.weight = at<void>(weight);
+        linear.input = at<void>(input);
+        linear.output = at<void>(output);
+        linear.num_rows = num_rows;
+        linear.num_in = num_in;
+        linear.num_out = num_out;
+        multiply(linear, num_threads);
       },
-      nb::call_guard<nb::gil_scoped_release>());
-  m.def("use_huge_pages", [](uintptr_t begin, size_t num_bytes) { rocketkv::use_huge_pages(at<void>(begin), num_bytes); });
-  m.def("thread_runtime", &rocketkv::thread_runtime);
-  m.attr("PAGES_PER_BLOCK") = rocketkv::kBlockPages;
-  m.attr("GROUP") = rocketkv::kGroup;
-  m.attr("GROUPS_PER_BLOCK") = rocketkv::kBlockGroups;
-  m.attr("STEP_CHANNELS") = rocketkv::kStepChannels;
+      nb::kw_only(), "dtype"_a, "weight"_a, "input"_a, "output"_a, "num_rows"_a, "num_in"_a, "num_out"_a,
+      "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "use_huge_pages", [](uintptr_t begin, size_t num_bytes) { use_huge_pages(at<void>(begin), num_bytes); },
+      "begin"_a, "num_bytes"_a);
+  m.def("thread_runtime", &thread_runtime);
+  m.attr("PAGES_PER_BLOCK") = kPagesPerBlock;
+  m.attr("GROUP") = kGroup;
+  m.attr("GROUPS_PER_BLOCK") = kGroupsPerBlock;
+  m.attr("LEVELS") = kLevels;
+  m.attr("STEP_CHANNELS") = kStepChannels;
+  m.attr("NOT_FINITE") = kNotFinite;
 }

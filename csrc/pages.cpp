@@ -20,24 +20,26 @@ struct Build {
       build_block(task / pages.num_blocks, task % pages.num_blocks);
   }
 
-  // Block after block, so that the sums are those of an index that has grown.
+  // Blocks are added in order, so that the sums equal those of an index that has grown.
   void sum_spreads() {
     for (int64_t head; (head = next_head.fetch_add(1)) < static_cast<int64_t>(keys.batch) * keys.num_kv_heads;) {
-      const int64_t page_size = pages.page_size[head / keys.num_kv_heads], tokens = kBlockPages * page_size;
+      const int64_t page_size = pages.page_size[head / keys.num_kv_heads], tokens = kPagesPerBlock * page_size;
       const int64_t length = keys.lengths[head];
       const int64_t first_pages = (std::min(length, tokens) + page_size - 1) / page_size;
       add_range<T>(pages, head, 0, static_cast<int>(first_pages), keys.head_dim);
       for (int64_t block = 1; (block + 1) * tokens <= length; ++block)
-        add_range<T>(pages, head, block, kBlockPages, keys.head_dim);
+        add_range<T>(pages, head, block, kPagesPerBlock, keys.head_dim);
     }
   }
 
   void build_block(int64_t head, int64_t block) {
     int64_t row = head / keys.num_kv_heads, page_size = pages.page_size[row];
-    int64_t begin = block * kBlockPages * page_size, end = std::min(begin + kBlockPages * page_size, keys.lengths[head]);
-    const T* first = static_cast<const T*>(keys.keys) + row * keys.batch_stride + head % keys.num_kv_heads * keys.head_stride;
-    for (int64_t place = begin; place < end; ++place)
-      fold_token(pages, head, page_size, place, first + place * keys.head_dim, keys.head_dim);
+    int64_t begin = block * kPagesPerBlock * page_size,
+            end = std::min(begin + kPagesPerBlock * page_size, keys.lengths[head]);
+    const T* first =
+        static_cast<const T*>(keys.keys) + row * keys.batch_stride + head % keys.num_kv_heads * keys.head_stride;
+    for (int64_t rank = begin; rank < end; ++rank)
+      fold_token(pages, head, page_size, rank, first + rank * keys.head_dim, keys.head_dim);
   }
 };
 
@@ -45,7 +47,8 @@ template <class T>
 void build(const Keys& keys, const Pages& pages, int num_threads) {
   Build<T> build{keys, pages};
   run_on_threads(num_threads, [](void* self) { static_cast<Build<T>*>(self)->work(); }, &build);
-  if (pages.spread) run_on_threads(num_threads, [](void* self) { static_cast<Build<T>*>(self)->sum_spreads(); }, &build);
+  if (pages.spread)
+    run_on_threads(num_threads, [](void* self) { static_cast<Build<T>*>(self)->sum_spreads(); }, &build);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Running a function on several threads: those that torch has already, never a second pool beside them.
+// Running a function on the threads that torch already has, never on a second pool beside them.
 #pragma once
 
 #include <string>

@@ -20,7 +20,7 @@ def lowest(name: str) -> str:
 
 def failed() -> int:
     """Say loudly which version failed; 0 if no claim of ours covers it."""
-    from rocketkv.versions import dependency
+    from rocketkv.hf.versions import dependency
 
     found = [dependency(name) for name in ("transformers", "torch")]
     newer = [f for f in found if not f.is_tested]

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 import torch
 
 from rocketkv import backends
-from rocketkv.embedded import EMBEDDED, missing_wheels
 from rocketkv.errors import InputError
-from rocketkv.models import LoadedModel, load
+from rocketkv.hf.embedded import EMBEDDED, missing_wheels
+from rocketkv.hf.models import LoadedModel, load
 
 if folder := os.environ.get("ROCKETKV_TEST_KERNELS"):  # another build of the native libraries, see `make sanitize`
     for library in backends.cpp.library_names():
         file = next(Path(folder).glob(f"{library.rpartition('.')[2]}.*so"))
         spec = importlib.util.spec_from_file_location(library, file)
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules[library] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[library])
     assert backends.cpp.library() is sys.modules[backends.cpp.library_names()[0]]
@@ -61,13 +63,12 @@ def _load_embedded(name: str) -> LoadedModel:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=["reference", "auto"])
-def decoded_by(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a module's tests with every configuration's decode steps left to the reference, then to the best backend."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "reference":
-            patch.setattr(backends, "BACKENDS", ())
-        yield request.param
+@pytest.fixture(params=["reference", "auto"])
+def decoded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test twice: all decode steps left to the reference, and left to the best backend."""
+    if request.param == "reference":
+        monkeypatch.setattr(backends, "BACKENDS", ())
+    return str(request.param)
 
 
 @pytest.fixture
@@ -75,11 +76,8 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-Report = Callable[[str], None]
-
-
 @pytest.fixture
-def report(record_property: Callable[[str, object], None]) -> Report:
+def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Say something that the summary at the end of the run repeats."""
     return lambda text: record_property("report", text)
 

@@ -57,7 +57,7 @@ def make_layer(
     exponents = None
     if int8:
         codes = ops.quantize_tokens(keys, values)
-        keys, values = ops.restore_tokens(*codes, dtype)
+        keys, values = ops.dequantize_tokens(*codes, dtype)
 
     def column(value: int | list[int]) -> torch.Tensor:
         return torch.tensor([value] * batch if isinstance(value, int) else value)
@@ -97,7 +97,7 @@ def keys_and_values(layer: LayerTensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values as the reference has them."""
     if layer.exponents is None:
         return layer.keys, layer.values
-    return ops.restore_tokens(layer.keys, layer.values, layer.exponents, layer.dtype)
+    return ops.dequantize_tokens(layer.keys, layer.values, layer.exponents, layer.dtype)
 
 
 def clone(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -181,7 +181,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
             getattr(before, name).scatter_(2, slots[..., None, None].expand_as(new), new)
             torch.testing.assert_close(getattr(layer, name), getattr(before, name), rtol=0, atol=0, equal_nan=True)
         if layer.exponents is not None:
-            key, value = ops.restore_tokens(*stored, layer.dtype)
+            key, value = ops.dequantize_tokens(*stored, layer.dtype)
         newest = before.seen[:, None, None].expand(-1, num_kv_heads, 1).int()
         before.positions.scatter_(2, before.lengths[..., None], newest)
         assert torch.equal(layer.positions, before.positions)

@@ -7,7 +7,7 @@ import numpy as np
 
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max())
-    return e / e.sum()
+    return np.asarray(e / e.sum())
 
 
 def dense(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group:
             part = keys[start : start + group, c]
             step = (part.max() - part.min()) / 15
             near[start : start + group, c] = part.min() + step * np.round((part - part.min()) / step if step else 0)
-    return query[:, channels] @ near[:, channels].T
+    return np.asarray(query[:, channels] @ near[:, channels].T)
 
 
 def lowbit_token_scores(query: np.ndarray, keys: np.ndarray, num_channels: int) -> np.ndarray:
@@ -104,7 +104,7 @@ def lowbit_token_scores(query: np.ndarray, keys: np.ndarray, num_channels: int) 
     Channels are chosen by what stood before the last token.
     """
     logits = lowbit_logits(query, keys, num_channels, 64, spread(keys[:-1], 64)) / math.sqrt(query.shape[1])
-    return np.mean([softmax(row) for row in logits], axis=0)
+    return np.asarray(np.mean([softmax(row) for row in logits], axis=0))
 
 
 def choose(scores: np.ndarray, top_k: int, sinks: int = 0, recents: int = 0) -> list[int]:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rocketkv import Budget, ConfigError, split_budget
+from rocketkv import Budget, ConfigError
+from rocketkv.paper import split_budget
 from rocketkv.selection import Hybrid, LowBit
 
 lengths = st.integers(1, 1 << 20)
@@ -14,9 +15,9 @@ head_dims = st.sampled_from([64, 80, 96, 128, 256])
 
 def test_worked_example_of_the_paper_c_64() -> None:
     split = split_budget(64 * 1024, 1024, 128)
-    assert split.prompt_tokens == math.floor(65536 / 64**0.56)
+    assert split.kept_tokens == math.floor(65536 / 64**0.56)
     assert split.page_size == 3
-    assert split.num_channels == 128 * 3 * 1024 // split.prompt_tokens
+    assert split.num_channels == 128 * 3 * 1024 // split.kept_tokens
     assert split.top_k == 512
 
 
@@ -28,7 +29,7 @@ def test_128k_at_512() -> None:
 def test_every_part_is_in_its_range(seq_len: int, budget: int, head_dim: int, new: int) -> None:
     split = split_budget(seq_len, budget, head_dim, new_tokens=new)
     assert all(isinstance(part, int) for part in split)
-    assert 0 < split.prompt_tokens <= seq_len
+    assert 0 < split.kept_tokens <= seq_len
     assert split.page_size >= 1
     assert 1 <= split.num_channels <= head_dim
     assert 1 <= split.top_k <= budget
@@ -39,7 +40,7 @@ def test_never_reads_more_than_the_budget(seq_len: int, budget: int, head_dim: i
     split = split_budget(seq_len, budget, head_dim)
     if seq_len <= budget or budget == 1:
         return  # dense, where no index is read; and one token cannot be split in two
-    pages = split.prompt_tokens // split.page_size
+    pages = split.kept_tokens // split.page_size
     scored = pages * split.num_channels / (2 * head_dim)  # in tokens of keys and values
     assert scored + split.top_k <= budget
 
@@ -54,7 +55,7 @@ def test_dense_when_everything_fits(seq_len: int, budget: int, head_dim: int, ne
 def test_a_larger_budget_keeps_and_attends_no_less(seq_len: int, one: int, other: int, head_dim: int) -> None:
     small, large = sorted([one, other])
     a, b = split_budget(seq_len, small, head_dim), split_budget(seq_len, large, head_dim)
-    assert a.prompt_tokens <= b.prompt_tokens
+    assert a.kept_tokens <= b.kept_tokens
     assert a.top_k <= b.top_k
 
 
@@ -63,7 +64,7 @@ def test_more_is_held_of_a_longer_prompt_while_the_paper_says_so(seq_len: int, b
     # The paper's exponent grows with the compression factor, so what is held shrinks again past c = 2**(0.8 / 0.12).
     if seq_len + 1 <= 100 * budget:
         shorter, longer = (split_budget(n, budget, head_dim) for n in (seq_len, seq_len + 1))
-        assert shorter.prompt_tokens <= longer.prompt_tokens
+        assert shorter.kept_tokens <= longer.kept_tokens
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,6 @@ def test_refuses_what_makes_no_sense(arguments: tuple[int, int, int], message: s
 
 def test_stage_1_leaves_more_to_low_bit_keys_than_to_page_bounds() -> None:
     ours, published = LowBit(), Hybrid()
-    assert (published.held_tokens(2048, 128), ours.held_tokens(2048, 128)) == (604, 845)
-    assert ours.held_tokens(200, 128) == 200
-    assert ours.held_tokens(100, 128) == 100
+    assert (published.kept_tokens(2048, 128), ours.kept_tokens(2048, 128)) == (604, 845)
+    assert ours.kept_tokens(200, 128) == 200
+    assert ours.kept_tokens(100, 128) == 100

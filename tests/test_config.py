@@ -3,12 +3,16 @@ import pickle
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import rocketkv
+from caches import SMALL
 from rocketkv import Budget, ConfigError, LayerCache, RocketKVConfig
-from rocketkv.eviction import KeepAll
-from rocketkv.selection import Exact
+from rocketkv.eviction import KeepAll, SnapKV
+from rocketkv.paper import split_budget
+from rocketkv.selection import Exact, LowBit
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_errors_are_full_sentences(options: dict[str, Any], message: str) -> Non
 def test_objects_without_the_methods_are_refused() -> None:
     with pytest.raises(ConfigError, match="has no method keep"):
         RocketKVConfig(token_budget=256, eviction=object())
-    with pytest.raises(ConfigError, match="lacks held_tokens, split, build_index, logits, scored_bytes; give a name"):
+    with pytest.raises(ConfigError, match="lacks kept_tokens, split, build_index, logits, scored_bytes; give a name"):
         RocketKVConfig(token_budget=256, selection=object())
 
 
@@ -74,7 +78,7 @@ def test_unknown_options_are_type_errors_too() -> None:
 def test_is_frozen_and_keyword_only_and_copies() -> None:
     config = RocketKVConfig(token_budget=256)
     with pytest.raises(FrozenInstanceError):
-        config.token_budget = 3
+        config.token_budget = 3  # type: ignore[misc] # which is read-only
     with pytest.raises(TypeError):
         RocketKVConfig(256)
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
@@ -100,3 +104,31 @@ def test_the_package_exports_what_it_says() -> None:
         assert getattr(rocketkv, name).__name__ == name
     with pytest.raises(AttributeError):
         rocketkv.nothing  # noqa: B018  the access itself is the test
+
+
+def test_plain_mistakes_in_a_configuration_are_told_in_a_sentence() -> None:
+    for make, message in (
+        (lambda: LayerCache(32), "32 is no RocketKVConfig; give RocketKVConfig"),
+        (lambda: LayerCache(None), "None is no RocketKVConfig"),
+        (lambda: LayerCache(RocketKVConfig(**SMALL), keep_queries=-1), "keep_queries=-1 is too small; give 0 or more"),
+        (lambda: LayerCache(RocketKVConfig(**SMALL), keep_queries=1.5), "keep_queries=1.5 is not a whole number"),
+        (lambda: RocketKVConfig(256), r"RocketKVConfig\(256\) does not say which options these are; write token_bu"),
+        (lambda: RocketKVConfig(budget=128), "token_budget is missing beside budget; give token_budget="),
+        (lambda: RocketKVConfig(token_budget=256, budget=128), "budget=128 is no rocketkv.Budget; make one"),
+        (lambda: RocketKVConfig(token_budget=256, eviction=SnapKV), "eviction=SnapKV is a class; give a name, or an"),
+        (lambda: RocketKVConfig(token_budget=256, selection=LowBit), "selection=LowBit is a class; give a name, or an"),
+        (lambda: RocketKVConfig(token_budget=256, archive_on_host="no"), "archive_on_host='no' is not a truth value"),
+        (lambda: RocketKVConfig(token_budget=torch.tensor(256)), "is not a whole number; give 1 or more"),
+        (lambda: split_budget(1000.5, 64, 64), "seq_len=1000.5 is not a whole number; give 1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    config = RocketKVConfig(
+        token_budget=np.int64(256), recent_tokens=np.int32(4), budget=Budget(*np.array([9, 1, 2, 8]))
+    )
+    assert config == RocketKVConfig(token_budget=256, recent_tokens=4, budget=Budget(9, 1, 2, 8))
+    assert type(config.token_budget) is type(config.recent_tokens) is type(config.budget.top_k) is int
+    assert split_budget(np.int64(1000), np.int64(64), np.int64(64)) == split_budget(1000, 64, 64)

@@ -3,6 +3,7 @@
 import re
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from rocketkv import RocketKVCache, RocketKVConfig, enable
 from rocketkv.cli import app
-from rocketkv.versions import CACHE_ARGUMENT
+from rocketkv.hf.versions import CACHE_ARGUMENT
 from tiny import prompts, save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ README = ROOT.joinpath("README.md").read_text()
 def test_the_python_examples_run_and_are_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     save_tiny(tmp_path)
-    names = {"name": str(tmp_path), "text": "A long text. " * 60}
+    names: dict[str, Any] = {"name": str(tmp_path), "text": "A long text. " * 60}
     for example in (first, second):
         assert len([line for line in example.splitlines() if line]) < 12
         exec(example.replace("cache=cache", f"{CACHE_ARGUMENT}=cache"), names)  # the README shows what 5.24 takes

@@ -1,9 +1,11 @@
 """Tiny random models of the architectures that users bring: for shapes and laws, not for accuracy."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -18,6 +20,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from rocketkv import RocketKVConfig
 
 COMMON = {
     "vocab_size": 128,
@@ -51,6 +55,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 
+SMALL: dict[str, Any] = {"window_size": 8, "kernel_size": 5}
+EVERYTHING = RocketKVConfig(dense_below=0, token_budget=4096)
+COMPRESSED = RocketKVConfig(dense_below=0, token_budget=26, **SMALL)
+COMPRESSED_MT = RocketKVConfig(dense_below=0, token_budget=26, mode="multi_turn", **SMALL)
+
 
 def tiny_model(name: str, **changes: int) -> PreTrainedModel:
     """A random model, the same at every call."""
@@ -77,3 +86,12 @@ def save_tiny(folder: Path, **changes: int) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, new: int = 12, **options: Any) -> Tensor:
+    """A model's own `generate`, greedy and to the end: `[B, T + new]` token ids."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    tokens: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)
+    return tokens

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rocketkv.attention import LayerCache
-    from rocketkv.budget import Budget, split_budget
+    from rocketkv.budget import Budget
     from rocketkv.config import RocketKVConfig
     from rocketkv.errors import ConfigError, InputError, RocketKVError, UnknownOptionError, UnsupportedError
-    from rocketkv.hf import RocketKVCache
-    from rocketkv.hooks import disable, enable
+    from rocketkv.hf import RocketKVCache, compile, disable, enable, uncompile
 
 __version__ = "0.1.0"
 
@@ -23,9 +22,10 @@ _HOMES = {  # resolved on first use, so that `import rocketkv` and the command l
     "RocketKVError": "errors",
     "UnknownOptionError": "errors",
     "UnsupportedError": "errors",
-    "disable": "hooks",
-    "enable": "hooks",
-    "split_budget": "budget",
+    "compile": "hf",
+    "disable": "hf",
+    "enable": "hf",
+    "uncompile": "hf",
 }
 
 __all__ = [
@@ -38,9 +38,10 @@ __all__ = [
     "RocketKVError",
     "UnknownOptionError",
     "UnsupportedError",
+    "compile",
     "disable",
     "enable",
-    "split_budget",
+    "uncompile",
 ]
 
 

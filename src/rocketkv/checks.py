@@ -100,21 +100,21 @@ def check_tokens(query: Tensor, key: Tensor, value: Tensor, held: WorkingSet | N
     _check_numbers(query=query, key=key, value=value)
     if held is None:
         return
-    none = held.none
-    if key.dtype != none.dtype:
+    like = held.like
+    if key.dtype != like.dtype:
         raise InputError(
-            f"key is {key.dtype}, but the cache holds {none.dtype}; continue in that dtype or call reset()."
+            f"key is {key.dtype}, but the cache holds {like.dtype}; continue in that dtype or call reset()."
         )
-    if key.device != none.device:
-        raise InputError(f"key is on {key.device}, but the cache is on {none.device}; continue there or call reset().")
-    if key.shape[:2] != none.shape[:2]:
+    if key.device != like.device:
+        raise InputError(f"key is on {key.device}, but the cache is on {like.device}; continue there or call reset().")
+    if key.shape[:2] != like.shape[:2]:
         raise InputError(
-            f"{shapes}: the cache holds batch {none.shape[0]} and {none.shape[1]} KV heads; "
+            f"{shapes}: the cache holds batch {like.shape[0]} and {like.shape[1]} KV heads; "
             "continue with the same batch or call reset()."
         )
-    if key.shape[3] != none.shape[3]:
+    if key.shape[3] != like.shape[3]:
         raise InputError(
-            f"{shapes}: the cache holds keys with head_dim {none.shape[3]}; continue with those or call reset()."
+            f"{shapes}: the cache holds keys with head_dim {like.shape[3]}; continue with those or call reset()."
         )
 
 
@@ -145,29 +145,6 @@ def check_padding(padding: object, key: Tensor) -> Tensor | None:
     return given.to(key.device, torch.int64) if any(counts) else None
 
 
-def check_attended(attended: object, held: WorkingSet) -> None:
-    """Refuse a tensor that one more token's choice cannot be written to; see `LayerCache.decode`."""
-    batch, num_kv_heads = held.lengths.shape
-    least = max(held.row_seen) + 1
-    if (
-        not isinstance(attended, Tensor)
-        or attended.dtype != torch.bool
-        or attended.layout != torch.strided
-        or attended.device != held.none.device
-        or attended.dim() != 3
-        or attended.shape[:2] != (batch, num_kv_heads)
-        or attended.shape[2] < least
-    ):
-        raise InputError(
-            f"attended={_describe(attended)} does not fit; give torch.bool [{batch}, {num_kv_heads}, {least}] or "
-            f"longer on {held.none.device}."
-        )
-    if not attended.is_contiguous() and 0 in attended.stride():
-        raise InputError("attended is expanded, so its numbers share memory; give its clone().")
-    if attended.is_inference() and not torch.is_inference_mode_enabled():
-        raise InputError("attended was made under torch.inference_mode(); make it outside, or decode inside.")
-
-
 def check_rows(rows: object, batch: int) -> list[int]:
     """Numbers of rows of a batch; refuse others."""
     if (
@@ -185,17 +162,17 @@ def check_rows(rows: object, batch: int) -> list[int]:
     return chosen
 
 
-def check_adopted(
+def check_loaded(
     keys: Tensor, values: Tensor, num_seen: object, positions: object, *, is_complete: bool
 ) -> tuple[int, Tensor]:
-    """What `LayerCache.adopt` is given: num_seen, and positions as `[B, Hkv, N]` int32 on the device of the keys.
+    """What `LayerCache.load_tokens` is given: num_seen, and positions as `[B, Hkv, N]` int32 on the device of the keys.
 
     With `is_complete` no token may be left out.
     """
     _check_tensors(keys=keys, values=values)
     shapes = _shapes(keys=keys, values=values)
     if keys.dim() != 4 or keys.shape != values.shape or 0 in keys.shape:
-        raise InputError(f"{shapes} cannot be adopted; give twice [B, Hkv, N, D], nothing empty.")
+        raise InputError(f"{shapes} cannot be loaded; give twice [B, Hkv, N, D], nothing empty.")
     _check_numbers(keys=keys, values=values)
     num_tokens = keys.shape[2]
     if not isinstance(num_seen, Integral) or isinstance(num_seen, bool):
@@ -203,11 +180,11 @@ def check_adopted(
     seen = int(num_seen)
     if not num_tokens <= seen <= MOST_SEEN:
         raise InputError(
-            f"{num_tokens} tokens of {seen} seen cannot be adopted; give at most num_seen, {MOST_SEEN} at most."
+            f"{num_tokens} tokens of {seen} seen cannot be loaded; give at most num_seen, {MOST_SEEN} at most."
         )
     if is_complete and seen > num_tokens:
         raise InputError(
-            f"a multi_turn cache keeps every token, so {num_tokens} of {seen} seen cannot be adopted; "
+            f"a multi_turn cache keeps every token, so {num_tokens} of {seen} seen cannot be loaded; "
             "give all of them, or set mode='single_turn'."
         )
     shape = keys.shape[:3]

@@ -10,10 +10,11 @@ import typer
 
 from rocketkv.commands import bench, evaluate
 from rocketkv.commands.budget import budget
+from rocketkv.commands.chat import chat
+from rocketkv.commands.generate import generate
 from rocketkv.commands.info import info
-from rocketkv.commands.options import spread
+from rocketkv.commands.options import expand_options
 from rocketkv.commands.recommend import recommend
-from rocketkv.commands.talk import chat, generate
 from rocketkv.commands.terminal import explain, print_error, report_errors
 from rocketkv.errors import InputError
 
@@ -50,7 +51,7 @@ for _group, _commands in (
     (bench_app, (bench.attention, bench.decode, bench.prefill, bench.memory)),
 ):
     for _command in _commands:
-        _group.command()(report_errors(spread(_command)))
+        _group.command()(report_errors(expand_options(_command)))
 
 
 def main() -> None:

@@ -8,12 +8,13 @@ from rocketkv.backends import BACKENDS, Scoring
 from rocketkv.budget import Budget, check_count
 from rocketkv.errors import ConfigError, UnknownOptionError
 from rocketkv.eviction import EVICTION_POLICIES, EvictionPolicy
-from rocketkv.selection import SELECTION_METHODS, LowBit, SelectionMethod
+from rocketkv.formats import FORMATS, Format
+from rocketkv.plan import Planner
+from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
-KV_DTYPES = ("auto", "int8")
 DEFAULT_SELECTION = "lowbit"
-_SELECTION_NAMES = ("held_tokens", "split", "build_index", "logits", "scored_bytes")
+_SELECTION_NAMES = ("kept_tokens", "split", "build_index", "logits", "scored_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class RocketKVConfig:
             if getattr(self, name) is not None:
                 self._set(name, check_count(name, getattr(self, name), 0))
         _check_choice("mode", self.mode, MODES)
-        _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        _check_choice("kv_dtype", self.kv_dtype, tuple(FORMATS))
         if not isinstance(self.archive_on_host, bool):
             raise ConfigError(f"archive_on_host={self.archive_on_host!r} is not a truth value; give True or False.")
         if self.archive_on_host and self.mode != "multi_turn":
@@ -125,7 +126,7 @@ class RocketKVConfig:
                 f"selection={self.selection!r} lacks {', '.join(missing)}; give a name "
                 f"({', '.join(SELECTION_METHODS)}) or derive from rocketkv.selection.SelectionMethod."
             )
-        if self.kv_dtype == "int8" and getattr(self.selection_method(), "scoring", None) == Scoring.EXACT:
+        if not self.format.is_exact and getattr(self.selection_method(), "scoring", None) == Scoring.EXACT:
             raise ConfigError("selection='exact' reads whole keys as they come; set kv_dtype='auto' for the oracle.")
         if self.kernel_size % 2 == 0:
             raise ConfigError(
@@ -144,9 +145,7 @@ class RocketKVConfig:
             counts = zip(Budget._fields, self.budget, strict=True)
             self._set("budget", Budget(*(check_count(f"budget.{name}", value, 1) for name, value in counts)))
         pinned = self.sink_tokens + (self.recent_tokens or 0)
-        most = (
-            self.budget.top_k if self.budget is not None else self.token_budget * (2 if self.kv_dtype == "int8" else 1)
-        )
+        most = self.budget.top_k if self.budget is not None else int(self.token_budget / self.format.least_share)
         if pinned > most:  # the plan checks them against the method's own top_k
             raise ConfigError(
                 f"sink_tokens + recent_tokens = {pinned} is more than the {most} tokens that a step may attend to; "
@@ -177,15 +176,31 @@ class RocketKVConfig:
     def eviction_policy(self) -> EvictionPolicy:
         """The object that does stage 1."""
         if isinstance(self.eviction, str):
-            return EVICTION_POLICIES[self.eviction](self.window_size, self.kernel_size)
+            return EVICTION_POLICIES[self.eviction](self)
         return self.eviction
 
     def selection_method(self) -> SelectionMethod:
         """The object that does stage 2."""
         if not isinstance(self.selection, str):
             return self.selection
-        method = SELECTION_METHODS[self.selection]
-        return method(self.kv_dtype) if method is LowBit else method()
+        return SELECTION_METHODS[self.selection].from_config(self)
+
+    @property
+    def format(self) -> Format:
+        """How keys and values are stored."""
+        return FORMATS[self.kv_dtype]
+
+    def budget_for(self, seq_len: int, head_dim: int) -> Budget:
+        """What stage 1 keeps of a prompt, and what a decode step of stage 2 then reads.
+
+        Args:
+            seq_len: prompt tokens, >= 1.
+            head_dim: channels of a key, >= 1.
+
+        Raises:
+            ConfigError: a number is out of range, or more tokens are pinned than attended.
+        """
+        return Planner(self, self.selection_method(), check_count("head_dim", head_dim, 1)).budget_for(seq_len)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

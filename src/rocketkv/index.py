@@ -1,7 +1,6 @@
-"""What is kept beside the keys so that a step need not read them to choose among them. Storage only; see `ops`."""
+"""What is kept beside the keys so that a step need not read them to choose among them. A new kind is a class here."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,52 +13,68 @@ from rocketkv.ops import (
     LowBitKeys,
     PageBounds,
     append_lowbit,
+    bound_logits,
     extend_spread,
     fold_into_pages,
+    hybrid_logits,
+    lowbit_logits,
 )
 
+UNLIMITED = 1 << 62  # tokens
 
-class Index(Protocol):
-    """What a selection method keeps beside the keys to score them cheaply."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated."""
-        ...
+class Index(ABC):
+    """What a selection method keeps beside the keys to score them cheaply.
 
+    An index of your own need only extend, select rows and score; one with `buffers` that backends write to also says
+    how many tokens those can hold.
+    """
+
+    @abstractmethod
     def extend(self, key: Tensor, slots: Tensor) -> None:
         """Take in one token per row: `key` `[B, Hkv, 1, D]`, standing at `slots` `[B, Hkv]` int64."""
-        ...
 
+    @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""
-        ...
 
+    @abstractmethod
+    def logits(
+        self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float
+    ) -> Tensor | None:
+        """Estimate the logit of every token, as the step of the newest token sees it.
 
-class BackedIndex(ABC):
-    """An index that backends know: they write to its buffers, which grow only when asked to."""
+        Args:
+            query: `[B, Hkv, G, D]` float, the query heads of each KV head.
+            lengths: `[B, Hkv]` int64, tokens in each row, the newest one included.
+            num_tokens: the largest of the lengths.
+            num_channels: `[B]` int64, channels to read, 1 to D.
+            scale: factor on the dot products.
+
+        Returns:
+            `[B, Hkv, G, num_tokens]` float32, undefined beyond the lengths.
+        """
 
     @property
-    @abstractmethod
     def buffers(self) -> tuple[Tensor, ...]:
-        """What a backend is given."""
-
-    @property
-    @abstractmethod
-    def capacity(self) -> int:
-        """Tokens that every row may hold without growing."""
-
-    @abstractmethod
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for rows of `num_tokens` tokens."""
+        """The tensors that the index consists of."""
+        return ()
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated, spare capacity included."""
         return sum(x.nbytes for x in self.buffers)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that every row may hold before a buffer must grow."""
+        return UNLIMITED
 
-class PageIndex(BackedIndex):
+    def reserve(self, num_tokens: int) -> None:  # noqa: B027  # an index without buffers has nothing to do
+        """Make room for rows of `num_tokens` tokens."""
+
+
+class PageIndex(Index):
     """The bounds of each page of consecutive tokens, grown in steps; see `ops/pages.py`.
 
     Attributes:
@@ -113,6 +128,18 @@ class PageIndex(BackedIndex):
             self.earlier_spread = self.spread.clone()
             extend_spread(self.spread, self.bounds, lengths=slots + 1, page_size=self.page_size)
 
+    def logits(self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float) -> Tensor:
+        """The page's approximate logit for each of its tokens; see `Index`."""
+        return hybrid_logits(
+            query,
+            self.bounds,
+            page_size=self.page_size,
+            num_tokens=num_tokens,
+            num_channels=num_channels,
+            scale=scale,
+            spread=self.earlier_spread,
+        )
+
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""
         with torch.inference_mode(False):
@@ -133,7 +160,15 @@ class PageIndex(BackedIndex):
         return PageBounds(self.bounds, self.page_size, self.spread)
 
 
-class LowBitIndex(BackedIndex):
+class QuestIndex(PageIndex):
+    """The same bounds, of which both are read along all channels: Quest's way to score a page."""
+
+    def logits(self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float) -> Tensor:
+        """The page's upper bound for each of its tokens; see `Index`."""
+        return bound_logits(query, self.bounds, page_size=self.page_size, num_tokens=num_tokens, scale=scale)
+
+
+class LowBitIndex(Index):
     """The keys in 4 bits, grown in steps; see `ops/lowbit.py`.
 
     Attributes:
@@ -177,6 +212,17 @@ class LowBitIndex(BackedIndex):
         self.reserve(int(slots.max()) + 1)
         self.earlier_spread = self.stored.spread.clone()
         append_lowbit(self.stored, key, slots)
+
+    def logits(self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float) -> Tensor:
+        """The low-bit key's logit; see `Index`."""
+        return lowbit_logits(
+            query,
+            self.stored._replace(spread=self.earlier_spread),
+            lengths=lengths,
+            num_tokens=num_tokens,
+            num_channels=num_channels,
+            scale=scale,
+        )
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by its rows `rows` (`[B']` int64)."""

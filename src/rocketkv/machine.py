@@ -1,4 +1,4 @@
-"""What a measurement ran on and with, for whoever reads its result."""
+"""Describes the machine and the versions that a measurement ran with."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def describe_machine() -> dict[str, object]:
 
 
 def describe_versions() -> dict[str, str]:
-    """What the measurement ran with."""
+    """List the versions that the measurement ran with."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -4,35 +4,22 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rocketkv.backends import Scoring
-from rocketkv.budget import Budget, Split, check_count, dense_split, kept_tokens
-from rocketkv.config import RocketKVConfig
+from rocketkv.budget import Budget, Split, check_count, dense_split, prompt_share
 from rocketkv.errors import ConfigError
-from rocketkv.ops import stored_bytes
+from rocketkv.formats import FORMATS
 from rocketkv.selection import SelectionMethod
+
+if TYPE_CHECKING:
+    from rocketkv.config import RocketKVConfig
 
 ENDLESS = 1 << 30  # tokens of a row that never ends
 OUTGROWN = 1.25  # a row this much longer than planned is planned anew, so that the budget holds as it grows
-
-
-def plan_eviction(config: RocketKVConfig, selection: SelectionMethod, seen: Sequence[int]) -> list[int]:
-    """Tokens that stage 1 keeps of each row, given the tokens each row has `seen`."""
-    kept = []
-    for num_seen in seen:
-        total = num_seen + config.new_tokens
-        if config.budget is not None:
-            kept.append(config.budget.prompt_tokens)
-        elif total <= config.token_budget:
-            kept.append(num_seen)
-        else:
-            held = selection.held_tokens(total, config.token_budget)
-            held = check_count(f"{type(selection).__name__}.held_tokens: held", held, 0)
-            kept.append(max(1, kept_tokens(held, num_seen, config.new_tokens)))
-    return kept
 
 
 @dataclass
@@ -42,13 +29,13 @@ class SelectionPlan:
     Attributes:
         splits: what each row's step reads.
         limits: lengths beyond which a row has outgrown its split.
-        page_size: `[B]` int64, of the splits.
-        num_channels: `[B]` int64, of the splits.
-        top_k: `[B]` int64, of the splits.
+        page_size: `[B]` int64, tokens per page.
+        num_channels: `[B]` int64, channels read per page.
+        top_k: `[B]` int64, tokens attended.
         sinks: `[B]` int64, first tokens always attended.
         recents: `[B]` int64, last tokens always attended.
         dense_lengths: `[B]` int64, up to which length a row is attended in full, top_k at least.
-        dense_length: the least of them, on the host.
+        dense_length: the least of the dense lengths, on the host.
         steps_left: decode steps until some row would outgrow its split.
     """
 
@@ -64,159 +51,160 @@ class SelectionPlan:
     steps_left: int
 
 
-def plan_prefilled(
-    config: RocketKVConfig,
-    selection: SelectionMethod,
-    *,
-    seen: Sequence[int],
-    held: Tensor,
-    head_dim: int,
-) -> SelectionPlan:
-    """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 left `held` (`[B, Hkv]` int64).
+@dataclass(frozen=True)
+class Planner:
+    """Plans rows as a configuration asks for it.
 
-    Warns where a step over what is held reads more than the budget, as `RocketKVConfig.token_budget` says.
-
-    Raises:
-        ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than are attended, now or
-            however long a row gets.
+    Attributes:
+        config: the configuration.
+        selection: stage 2.
+        head_dim: channels of a key.
     """
-    splits, limits = [], []
-    for num_seen, num_held in zip(seen, held.amax(1).tolist(), strict=True):
-        total = num_held + config.new_tokens
-        if config.budget is not None:
-            splits.append(Split(*config.budget[1:]))
-            limits.append(sys.maxsize)
-        elif num_seen + config.new_tokens <= config.token_budget:
-            splits.append(dense_split(config.token_budget, head_dim))
-            limits.append(config.token_budget)
-        else:
-            splits.append(_split(config, selection, total, head_dim))
-            limits.append(int(OUTGROWN * total))
-            _warn_above_budget(config, selection, splits[-1], num_held, head_dim)
-    if config.budget is None:  # a row that fits in the budget now may outgrow it
-        _check(config, _split(config, selection, ENDLESS, head_dim), head_dim)
-    for split in splits:
-        _check(config, split, head_dim)
-    return _plan(config, splits, limits, held)
 
+    config: "RocketKVConfig"
+    selection: SelectionMethod
+    head_dim: int
 
-def plan_budget(config: RocketKVConfig, seq_len: int, head_dim: int) -> Budget:
-    """What stage 1 keeps of a prompt of `seq_len` tokens, and what a step of stage 2 then reads. Raises as above."""
-    selection = config.selection_method()
-    (kept,) = plan_eviction(config, selection, [seq_len])
-    plan = plan_prefilled(config, selection, seen=[seq_len], held=torch.tensor([[kept]]), head_dim=head_dim)
-    return Budget(kept, *plan.splits[0])
+    def keep(self, seen: Sequence[int]) -> list[int]:
+        """Tokens that stage 1 keeps of each row, given the tokens that each row has `seen`."""
+        config, kept = self.config, []
+        for num_seen in seen:
+            total = num_seen + config.new_tokens
+            if config.budget is not None:
+                kept.append(config.budget.kept_tokens)
+            elif total <= config.token_budget:
+                kept.append(num_seen)
+            else:
+                wanted = self.selection.kept_tokens(total, config.token_budget)
+                wanted = check_count(f"{type(self.selection).__name__}.kept_tokens: kept", wanted, 0)
+                kept.append(max(1, prompt_share(wanted, num_seen, config.new_tokens)))
+        return kept
 
+    def prefilled(self, seen: Sequence[int], kept: Tensor) -> SelectionPlan:
+        """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 kept `kept` (`[B, Hkv]` int64).
 
-def plan_outgrown(
-    config: RocketKVConfig, selection: SelectionMethod, plan: SelectionPlan, *, held: Tensor, head_dim: int
-) -> SelectionPlan:
-    """Plan the rows anew that outgrow their `plan` with the next token, holding `held` (`[B, Hkv]` int64) now.
+        Warns where a step over what is kept reads more than the budget, as `RocketKVConfig.token_budget` says.
 
-    Warns as `plan_prefilled` does.
+        Raises:
+            ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than are attended, now or
+                however long a row gets.
+        """
+        config, splits, limits = self.config, [], []
+        for num_seen, num_kept in zip(seen, kept.amax(1).tolist(), strict=True):
+            total = num_kept + config.new_tokens
+            if config.budget is not None:
+                splits.append(Split(*config.budget[1:]))
+                limits.append(sys.maxsize)
+            elif num_seen + config.new_tokens <= config.token_budget:
+                splits.append(dense_split(config.token_budget, self.head_dim))
+                limits.append(config.token_budget)
+            else:
+                splits.append(self._split(total))
+                limits.append(int(OUTGROWN * total))
+                self._warn_above_budget(splits[-1], num_kept)
+        if config.budget is None:  # a row that fits in the budget now may outgrow it
+            self._check(self._split(ENDLESS))
+        for split in splits:
+            self._check(split)
+        return self._plan(splits, limits, kept)
 
-    Raises:
-        ConfigError: more tokens are pinned than attended.
-    """
-    splits, limits = list(plan.splits), list(plan.limits)
-    for row, num_held in enumerate(held.amax(1).tolist()):
-        if num_held >= limits[row]:
-            splits[row] = _split(config, selection, num_held + 1, head_dim)
-            limits[row] = int(OUTGROWN * (num_held + 1))
-            _check(config, splits[row], head_dim)
-            _warn_above_budget(config, selection, splits[row], num_held + 1, head_dim)
-    return _plan(config, splits, limits, held)
+    def outgrown(self, plan: SelectionPlan, kept: Tensor) -> SelectionPlan:
+        """Plan the rows anew that outgrow their `plan` with the next token, having `kept` (`[B, Hkv]` int64) now.
 
+        Warns as `prefilled` does.
 
-def plan_decoded(
-    config: RocketKVConfig,
-    selection: SelectionMethod,
-    *,
-    seen: Sequence[int],
-    held: Tensor,
-    num_decoded: int,
-    head_dim: int,
-) -> SelectionPlan:
-    """The plan of rows that have decoded `num_decoded` tokens since they were prefilled; `seen`, `held`: as of then."""
-    plan = plan_prefilled(config, selection, seen=seen, held=held, head_dim=head_dim)
-    while num_decoded > plan.steps_left:
-        num_decoded -= plan.steps_left
-        held = held + plan.steps_left
-        plan = plan_outgrown(config, selection, plan, held=held, head_dim=head_dim)
-    plan.steps_left -= num_decoded
-    return plan
+        Raises:
+            ConfigError: more tokens are pinned than attended.
+        """
+        splits, limits = list(plan.splits), list(plan.limits)
+        for row, num_kept in enumerate(kept.amax(1).tolist()):
+            if num_kept >= limits[row]:
+                splits[row] = self._split(num_kept + 1)
+                limits[row] = int(OUTGROWN * (num_kept + 1))
+                self._check(splits[row])
+                self._warn_above_budget(splits[row], num_kept + 1)
+        return self._plan(splits, limits, kept)
 
+    def decoded(self, seen: Sequence[int], kept: Tensor, num_decoded: int) -> SelectionPlan:
+        """The plan of rows that have decoded `num_decoded` tokens since a prefill left them with `seen` and `kept`."""
+        plan = self.prefilled(seen, kept)
+        while num_decoded > plan.steps_left:
+            num_decoded -= plan.steps_left
+            kept = kept + plan.steps_left
+            plan = self.outgrown(plan, kept)
+        plan.steps_left -= num_decoded
+        return plan
 
-def select_plan_rows(config: RocketKVConfig, plan: SelectionPlan, rows: Sequence[int], held: Tensor) -> SelectionPlan:
-    """The plan of a batch made of the rows `rows`, which hold `held` (`[B', Hkv]` int64) tokens."""
-    return _plan(config, [plan.splits[row] for row in rows], [plan.limits[row] for row in rows], held)
+    def select_rows(self, plan: SelectionPlan, rows: Sequence[int], kept: Tensor) -> SelectionPlan:
+        """The plan of a batch made of the rows `rows`, which have `kept` (`[B', Hkv]` int64) tokens."""
+        return self._plan([plan.splits[row] for row in rows], [plan.limits[row] for row in rows], kept)
 
+    def budget_for(self, seq_len: int) -> Budget:
+        """See `RocketKVConfig.budget_for`."""
+        (kept,) = self.keep([check_count("seq_len", seq_len, 1)])
+        return Budget(kept, *self.prefilled([seq_len], torch.tensor([[kept]])).splits[0])
 
-def _split(config: RocketKVConfig, selection: SelectionMethod, num_tokens: int, head_dim: int) -> Split:
-    """The method's split; tokens stored in 8 bits, not the 16 of a budget's, let the same bytes attend to more."""
-    split = selection.split(num_tokens, config.token_budget, head_dim)
-    name = f"{type(selection).__name__}.split"
-    if not isinstance(split, Split):
-        raise ConfigError(f"{name} returned {split!r}; return a rocketkv.budget.Split.")
-    split = Split(*(check_count(f"{name}: {field}", n, 1) for field, n in zip(Split._fields, split, strict=True)))
-    if config.kv_dtype == "int8":
-        split = split._replace(top_k=min(split.top_k * 4 * head_dim // stored_bytes(head_dim), sys.maxsize))
-    return split
+    def _split(self, num_tokens: int) -> Split:
+        """The method's split; a format that stores tokens in fewer bytes lets the same bytes attend to more."""
+        split = self.selection.split(num_tokens, self.config.token_budget, self.head_dim)
+        name = f"{type(self.selection).__name__}.split"
+        if not isinstance(split, Split):
+            raise ConfigError(f"{name} returned {split!r}; return a rocketkv.budget.Split.")
+        split = Split(*(check_count(f"{name}: {field}", n, 1) for field, n in zip(Split._fields, split, strict=True)))
+        top_k = FORMATS[self.config.kv_dtype].affordable(split.top_k, self.head_dim)
+        return split._replace(top_k=min(top_k, sys.maxsize))
 
-
-def _warn_above_budget(
-    config: RocketKVConfig, selection: SelectionMethod, split: Split, num_tokens: int, head_dim: int
-) -> None:
-    """Say where a method cannot score so many tokens within the budget: it reads one channel of each at least."""
-    if split.num_channels > 1 or getattr(selection, "scoring", None) == Scoring.EXACT:  # whose scoring is not counted
-        return
-    lengths, page_size, num_channels = (torch.tensor([[n]]) for n in (num_tokens, split.page_size, split.num_channels))
-    scored = int(selection.scored_bytes(lengths, page_size, num_channels, head_dim, 2))  # 16 bits, as the budget counts
-    attended = split.top_k * (stored_bytes(head_dim) if config.kv_dtype == "int8" else 4 * head_dim)
-    if scored > 0 and scored + attended > config.token_budget * 4 * head_dim:
-        warnings.warn(
-            f"a row has grown so long that even one channel of every token takes {type(selection).__name__} more than "
-            f"its share of token_budget={config.token_budget}: its steps read more than the budget; "
-            "raise token_budget, or set selection='hybrid', whose pages grow.",
-            stacklevel=2,
+    def _warn_above_budget(self, split: Split, num_tokens: int) -> None:
+        """Say where a method cannot score so many tokens within the budget: it reads one channel of each at least."""
+        if split.num_channels > 1 or getattr(self.selection, "scoring", None) == Scoring.EXACT:  # which is not counted
+            return
+        budget, head_dim = self.config.token_budget, self.head_dim
+        lengths, page_size, num_channels = (
+            torch.tensor([[n]]) for n in (num_tokens, split.page_size, split.num_channels)
         )
+        scored = int(self.selection.scored_bytes(lengths, page_size, num_channels, head_dim, 2))  # as the budget counts
+        attended = split.top_k * FORMATS[self.config.kv_dtype].token_bytes(head_dim, 2)
+        if scored > 0 and scored + attended > budget * 4 * head_dim:
+            warnings.warn(
+                f"a row has grown so long that even one channel of every token takes {type(self.selection).__name__} "
+                f"more than its share of token_budget={budget}: its steps read more than the budget; "
+                "raise token_budget, or set selection='hybrid', whose pages grow.",
+                stacklevel=2,
+            )
 
+    def _check(self, split: Split) -> None:
+        """Refuse what could only be checked now that head_dim and top_k are known."""
+        if split.num_channels > self.head_dim:
+            raise ConfigError(
+                f"budget.num_channels={split.num_channels} is more than head_dim={self.head_dim}; give at most that."
+            )
+        pinned = sum(self._pins(split))
+        if pinned > split.top_k:
+            raise ConfigError(
+                f"{pinned} first and last tokens are to be attended always, more than top_k={split.top_k}; "
+                "lower sink_tokens or recent_tokens, or raise token_budget."
+            )
 
-def _check(config: RocketKVConfig, split: Split, head_dim: int) -> None:
-    """Refuse what could only be checked now that head_dim and top_k are known."""
-    if split.num_channels > head_dim:
-        raise ConfigError(
-            f"budget.num_channels={split.num_channels} is more than head_dim={head_dim}; give at most that."
+    def _pins(self, split: Split) -> tuple[int, int]:
+        """First and last tokens always attended."""
+        recents = split.top_k // 8 if self.config.recent_tokens is None else self.config.recent_tokens
+        return self.config.sink_tokens, recents
+
+    def _plan(self, splits: list[Split], limits: list[int], kept: Tensor) -> SelectionPlan:
+        def column(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int64, device=kept.device)
+
+        pins = [self._pins(split) for split in splits]
+        dense_lengths = [max(split.top_k, self.config.dense_tokens) for split in splits]
+        return SelectionPlan(
+            splits=splits,
+            limits=limits,
+            page_size=column(split.page_size for split in splits),
+            num_channels=column(split.num_channels for split in splits),
+            top_k=column(split.top_k for split in splits),
+            sinks=column(sinks for sinks, _ in pins),
+            recents=column(recents for _, recents in pins),
+            dense_lengths=column(dense_lengths),
+            dense_length=min(dense_lengths),
+            steps_left=min(limit - length for limit, length in zip(limits, kept.amax(1).tolist(), strict=True)),
         )
-    pinned = sum(_pins(config, split))
-    if pinned > split.top_k:
-        raise ConfigError(
-            f"{pinned} first and last tokens are to be attended always, more than top_k={split.top_k}; "
-            "lower sink_tokens or recent_tokens, or raise token_budget."
-        )
-
-
-def _pins(config: RocketKVConfig, split: Split) -> tuple[int, int]:
-    """First and last tokens always attended."""
-    recents = split.top_k // 8 if config.recent_tokens is None else config.recent_tokens
-    return config.sink_tokens, recents
-
-
-def _plan(config: RocketKVConfig, splits: list[Split], limits: list[int], held: Tensor) -> SelectionPlan:
-    def column(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=held.device)
-
-    pins = [_pins(config, split) for split in splits]
-    dense_lengths = [max(split.top_k, config.dense_tokens) for split in splits]
-    return SelectionPlan(
-        splits=splits,
-        limits=limits,
-        page_size=column(split.page_size for split in splits),
-        num_channels=column(split.num_channels for split in splits),
-        top_k=column(split.top_k for split in splits),
-        sinks=column(sinks for sinks, _ in pins),
-        recents=column(recents for _, recents in pins),
-        dense_lengths=column(dense_lengths),
-        dense_length=min(dense_lengths),
-        steps_left=min(limit - length for limit, length in zip(limits, held.amax(1).tolist(), strict=True)),
-    )

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rocketkv import ops
 from rocketkv.backends import cpp, triton
-from rocketkv.backends.base import Backend, FusedStep, LayerTensors, Scoring
+from rocketkv.backends.base import Backend, LayerTensors, Scoring, Spec, Step
 from rocketkv.ops import LowBitKeys, PageBounds
 
 # The fastest first; what none accepts is left to the reference in plain torch.
@@ -24,9 +24,10 @@ MAX_LINEAR_ROWS = 8  # with more, reading the weights no longer dominates and to
 __all__ = [
     "BACKENDS",
     "Backend",
-    "FusedStep",
     "LayerTensors",
     "Scoring",
+    "Spec",
+    "Step",
     "build_lowbit",
     "build_pages",
     "fastest",
@@ -37,24 +38,21 @@ __all__ = [
 ]
 
 
-def find_backend(
-    name: str, tokens: Tensor, scoring: Scoring | None, kv_dtype: str = "auto"
-) -> tuple[Backend | None, list[str]]:
-    """Find who decodes these tokens, `[B, H, S, D]`.
+def find_backend(name: str, spec: Spec, scoring: Scoring | None) -> tuple[Backend | None, list[str]]:
+    """Find who decodes tokens of this kind.
 
     Args:
         name: of a backend; `auto`: any; `reference`: none.
-        tokens: of the dtype, device and head_dim in question.
-        scoring: of the selection method; None: its own business.
-        kv_dtype: how keys and values are stored, as in `RocketKVConfig`.
+        spec: the kind of the tokens.
+        scoring: how the selection method scores; None: in a way of its own.
 
     Returns:
         The backend, None for the reference; and why each one asked before it declined.
     """
     reasons: list[str] = []
     for backend in BACKENDS:
-        if name == backend.NAME or (name == "auto" and tokens.device.type in backend.DEVICES):
-            reason = backend.decline(tokens, kv_dtype)
+        if name == backend.NAME or (name == "auto" and spec.device in backend.DEVICES):
+            reason = backend.decline(spec)
             if reason is None and scoring not in backend.SCORINGS:
                 own = None if scoring is None else str(scoring)
                 reason = f"the selection method's scoring={own!r} is none of {', '.join(backend.SCORINGS)}"
@@ -108,9 +106,10 @@ def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None 
 
 def fastest(operation: str, tokens: Tensor) -> Callable[..., Any]:
     """The operation of this name of the first backend that has it and takes the tokens, `[B, H, S, D]`, or of `ops`."""
+    spec = Spec.of(tokens)
     for backend in BACKENDS:
         own: Callable[..., Any] | None = getattr(backend, operation, None)
-        if own is not None and tokens.device.type in backend.DEVICES and backend.decline(tokens) is None:
+        if own is not None and spec.device in backend.DEVICES and backend.decline(spec) is None:
             return own
     found: Callable[..., Any] = getattr(ops, operation)
     return found

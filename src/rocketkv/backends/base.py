@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -23,12 +23,33 @@ class Scoring(StrEnum):
     LOWBIT = "lowbit"  # by the keys in 4 bits, along few channels
 
 
-def decline_numbers(tokens: Tensor) -> str | None:
-    """Why no backend has kernels for the dtype or the head_dim of tokens, `[B, H, S, D]`; None: they do."""
-    if tokens.dtype not in FLOATS:
-        return f"it has no kernels for {tokens.dtype}"
-    if tokens.shape[3] > MAX_HEAD_DIM:
-        return f"head_dim={tokens.shape[3]} is more than {MAX_HEAD_DIM}"
+class Spec(NamedTuple):
+    """The kind of tokens that a backend takes or declines.
+
+    Attributes:
+        device: kind of device, such as `cpu`.
+        dtype: the dtype in which queries, keys and values come.
+        head_dim: channels of a key.
+        kv_dtype: how keys and values are stored, as in `RocketKVConfig`.
+    """
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    kv_dtype: str = "auto"
+
+    @classmethod
+    def of(cls, tokens: Tensor, kv_dtype: str = "auto") -> Self:
+        """The kind of these tokens, `[..., D]`."""
+        return cls(tokens.device.type, tokens.dtype, tokens.shape[-1], kv_dtype)
+
+
+def decline_numbers(spec: Spec) -> str | None:
+    """Why no backend has kernels for the dtype or the head_dim; None: they have."""
+    if spec.dtype not in FLOATS:
+        return f"it has no kernels for {spec.dtype}"
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"head_dim={spec.head_dim} is more than {MAX_HEAD_DIM}"
     return None
 
 
@@ -85,11 +106,11 @@ class LayerTensors:
         return self.lowbit or ()
 
 
-class FusedStep(Protocol):
+class Step(Protocol):
     """One decode step of one layer: append, score, choose and attend at once."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None
     ) -> tuple[Tensor, int | Tensor]:
         """Take in one token per row and attend.
 
@@ -97,7 +118,8 @@ class FusedStep(Protocol):
             query: `[B, Hq, 1, D]` in the layer's dtype.
             key: `[B, Hkv, 1, D]`, likewise.
             value: like `key`.
-            chosen: `[B, Hkv, position_capacity]` int32, filled with the places chosen, ascending, -1 after the last.
+            ranks: `[B, Hkv, position_capacity]` int32, filled with the ranks of the tokens attended to, -1 after the
+                last; a backend fills in ascending order. None: not asked for.
 
         Returns:
             `[B, Hq, 1, D]`, and the bytes of keys, values and index that were read, or numbers on the device whose sum
@@ -119,10 +141,10 @@ class Backend(Protocol):
     DEVICES: tuple[str, ...]  # kinds of device on which `auto` picks it
     SCORINGS: tuple[Scoring, ...]  # that it knows
 
-    def decline(self, tokens: Tensor, kv_dtype: str = "auto") -> str | None:
-        """Why tokens like these, `[B, H, S, D]`, stored as `kv_dtype` says, are not for it; None: they are."""
+    def decline(self, spec: Spec) -> str | None:
+        """Why tokens of this kind are not for the backend; None: they are."""
         ...
 
-    def bind(self, layer: LayerTensors) -> FusedStep:
+    def bind(self, layer: LayerTensors) -> Step:
         """A step over this storage, whose tokens the backend does not decline and whose scoring it knows."""
         ...

@@ -4,12 +4,25 @@ import platform
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, decline_numbers
+from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, Spec, decline_numbers
 from rocketkv.ops import PageBounds
+
+if TYPE_CHECKING:
+    from rocketkv.backends import _kernels as native  # a stub: all libraries have one interface
+else:
+
+    class _Native:
+        """The native library; ask `decline` first."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(library(), name)
+
+    native = _Native()
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
@@ -25,18 +38,17 @@ def instruction_set() -> str:
 
 def thread_runtime() -> str:
     """The OpenMP runtime whose threads the kernels use; empty if they run on one thread."""
-    library = _load()
-    return "" if isinstance(library, str) else str(library.thread_runtime())
+    return "" if isinstance(_load(), str) else native.thread_runtime()
 
 
-def decline(tokens: Tensor, kv_dtype: str = "auto") -> str | None:
-    """Why tokens like these, `[B, H, S, D]`, are not for this backend; None: they are, however they are stored."""
+def decline(spec: Spec) -> str | None:
+    """Why tokens of this kind are not for this backend; None: they are, however they are stored."""
     library = _load()
     if isinstance(library, str):
         return library
-    if tokens.device.type != "cpu":
-        return f"it runs on the CPU, not on {tokens.device.type}"
-    return decline_numbers(tokens)
+    if spec.device != "cpu":
+        return f"it runs on the CPU, not on {spec.device}"
+    return decline_numbers(spec)
 
 
 def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
@@ -44,26 +56,19 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
     bounds, page_size, spread = index
     keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
     lengths, page_size = lengths.contiguous(), page_size.contiguous()
-    library().build_pages(
-        _dtype(keys.dtype),
-        *keys.shape[:2],
-        keys.shape[3],
-        keys.data_ptr(),
-        *keys.stride()[:2],
-        lengths.data_ptr(),
-        bounds.data_ptr(),
-        page_size.data_ptr(),
-        bounds.shape[2],
-        bounds.shape[3],
-        0 if spread is None else spread.data_ptr(),
-        torch.get_num_threads(),
-    )
+    built_from, pages = native.Keys(), _pages(PageBounds(bounds, page_size, spread))
+    built_from.dtype = _dtype(keys.dtype)
+    built_from.batch, built_from.num_kv_heads, _, built_from.head_dim = keys.shape
+    built_from.keys = keys.data_ptr()
+    built_from.batch_stride, built_from.head_stride = keys.stride()[:2]
+    built_from.lengths = lengths.data_ptr()
+    native.build_pages(built_from, pages, torch.get_num_threads())
 
 
 def use_huge_pages(buffer: Tensor) -> None:
     """Ask for huge pages for a buffer that nothing was written to; it is only slower without them."""
     if buffer.device.type == "cpu" and not isinstance(_load(), str):
-        library().use_huge_pages(buffer.data_ptr(), buffer.nbytes)
+        native.use_huge_pages(buffer.data_ptr(), buffer.nbytes)
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
@@ -82,15 +87,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     x = x.contiguous()
     num_out, num_in = weight.shape
     output = x.new_empty(*x.shape[:-1], num_out)
-    library().linear(
-        _dtype(x.dtype),
-        weight.data_ptr(),
-        x.data_ptr(),
-        output.data_ptr(),
-        x.numel() // num_in,
-        num_in,
-        num_out,
-        torch.get_num_threads(),
+    native.linear(
+        dtype=_dtype(x.dtype),
+        weight=weight.data_ptr(),
+        input=x.data_ptr(),
+        output=output.data_ptr(),
+        num_rows=x.numel() // num_in,
+        num_in=num_in,
+        num_out=num_out,
+        num_threads=torch.get_num_threads(),
     )
     return output
 
@@ -101,51 +106,18 @@ def bind(layer: LayerTensors) -> "CppStep":
 
 
 class CppStep:
-    """One decode step as one native call (csrc/step.cpp); see `FusedStep`."""
+    """One decode step as one native call (csrc/step.cpp); see `Step`."""
 
     def __init__(self, layer: LayerTensors) -> None:
         self._layer = layer  # keeps the buffers alive
-        pages, lowbit = layer.pages, layer.lowbit
         tensors = [x for x in (*vars(layer).values(), *layer.index) if isinstance(x, Tensor)]
         assert all(x.is_contiguous() for x in tensors)
         self._shape = (layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3])
         self._outputs = _spare_outputs(self._shape, layer.dtype)
-        spread = lowbit.spread if lowbit is not None else pages.spread if pages is not None else None
-        self._native = library().Layer(
-            dtype=_dtype(layer.dtype),
-            batch=layer.keys.shape[0],
-            num_kv_heads=layer.keys.shape[1],
-            num_heads=layer.num_heads,
-            head_dim=layer.keys.shape[3],
-            scale=layer.scale,
-            keys=layer.keys.data_ptr(),
-            values=layer.values.data_ptr(),
-            exponents=0 if layer.exponents is None else layer.exponents.data_ptr(),
-            token_capacity=layer.keys.shape[2],
-            positions=layer.positions.data_ptr(),
-            position_capacity=layer.positions.shape[2],
-            archived=layer.archive_lengths is not None,
-            lengths=layer.lengths.data_ptr(),
-            archive_lengths=0 if layer.archive_lengths is None else layer.archive_lengths.data_ptr(),
-            seen=layer.seen.data_ptr(),
-            scoring=getattr(library().Scoring, layer.scoring),
-            bounds=0 if pages is None else pages.bounds.data_ptr(),
-            num_rows=0 if pages is None else pages.bounds.shape[3],
-            page_size=0 if pages is None else pages.page_size.data_ptr(),
-            codes=0 if lowbit is None else lowbit.codes.data_ptr(),
-            ranges=0 if lowbit is None else lowbit.ranges.data_ptr(),
-            open_keys=0 if lowbit is None else lowbit.open_keys.data_ptr(),
-            spread=0 if spread is None else spread.data_ptr(),
-            num_blocks=layer.index[0].shape[2] if layer.index else 0,
-            num_channels=layer.num_channels.data_ptr(),
-            top_k=layer.top_k.data_ptr(),
-            dense_lengths=layer.dense_lengths.data_ptr(),
-            sinks=layer.sinks.data_ptr(),
-            recents=layer.recents.data_ptr(),
-        )
+        self._native = _layer(layer)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, int]:
-        """See `FusedStep`."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, int]:
+        """See `Step`."""
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         try:
             output = self._outputs.pop()
@@ -154,14 +126,61 @@ class CppStep:
                 self._outputs += torch.empty(OUTPUTS, *self._shape, dtype=self._layer.dtype, device="cpu").unbind()
             output = self._outputs.pop()
         num_bytes = self._native.decode(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            output.data_ptr(),
-            0 if chosen is None else chosen.data_ptr(),
-            torch.get_num_threads(),
+            query=query.data_ptr(),
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            output=output.data_ptr(),
+            chosen=_address(ranks),
+            num_threads=torch.get_num_threads(),
         )
         return output, num_bytes
+
+
+def _layer(layer: LayerTensors) -> "native.Layer":
+    """The layer as the library has it."""
+    out = native.Layer()
+    out.dtype = _dtype(layer.dtype)
+    out.batch, out.num_kv_heads, out.token_capacity, out.head_dim = layer.keys.shape
+    out.num_heads = layer.num_heads
+    out.scale = layer.scale
+    out.keys = layer.keys.data_ptr()
+    out.values = layer.values.data_ptr()
+    out.exponents = _address(layer.exponents)
+    out.positions = layer.positions.data_ptr()
+    out.position_capacity = layer.positions.shape[2]
+    out.archived = layer.archive_lengths is not None
+    out.lengths = layer.lengths.data_ptr()
+    out.archive_lengths = _address(layer.archive_lengths)
+    out.seen = layer.seen.data_ptr()
+    out.scoring = native.Scoring[layer.scoring]
+    if layer.pages is not None:
+        out.pages = _pages(layer.pages)
+    if layer.lowbit is not None:
+        out.lowbit.codes = layer.lowbit.codes.data_ptr()
+        out.lowbit.ranges = layer.lowbit.ranges.data_ptr()
+        out.lowbit.open_keys = layer.lowbit.open_keys.data_ptr()
+        out.lowbit.num_blocks = layer.lowbit.codes.shape[2]
+        out.lowbit.spread = layer.lowbit.spread.data_ptr()
+    out.num_channels = layer.num_channels.data_ptr()
+    out.top_k = layer.top_k.data_ptr()
+    out.sinks = layer.sinks.data_ptr()
+    out.recents = layer.recents.data_ptr()
+    out.dense_lengths = layer.dense_lengths.data_ptr()
+    return out
+
+
+def _pages(index: PageBounds) -> "native.Pages":
+    """The page bounds as the library has them."""
+    out = native.Pages()
+    out.bounds = index.bounds.data_ptr()
+    out.page_size = index.page_size.data_ptr()
+    out.num_blocks, out.num_rows = index.bounds.shape[2:4]
+    out.spread = _address(index.spread)
+    return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=16)
@@ -202,11 +221,11 @@ def _load() -> ModuleType | str:
         return f"its native library does not load ({error})"
 
 
-def _dtype(dtype: torch.dtype) -> object:
+def _dtype(dtype: torch.dtype) -> "native.Dtype":
     """The library's name of a dtype."""
     return _native_dtypes()[dtype]
 
 
 @cache
-def _native_dtypes() -> dict[torch.dtype, object]:
-    return {dtype: getattr(library().Dtype, str(dtype).removeprefix("torch.")) for dtype in FLOATS}
+def _native_dtypes() -> "dict[torch.dtype, native.Dtype]":
+    return {dtype: native.Dtype[str(dtype).removeprefix("torch.")] for dtype in FLOATS}

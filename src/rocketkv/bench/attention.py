@@ -20,9 +20,9 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rocketkv.attention import LayerCache
+from rocketkv.bench.device import MemoryRead, available_bytes, check_memory
 from rocketkv.bench.geometries import Geometry
-from rocketkv.bench.machine import MemoryRead, available_bytes, check_memory
-from rocketkv.bench.tensors import adopted_cache, dense_config, held_bytes, random_tokens, sparse_config
+from rocketkv.bench.tensors import dense_config, held_bytes, loaded_cache, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.config import DEFAULT_SELECTION
 
@@ -37,7 +37,7 @@ class Path:
     """One way to attend.
 
     Attributes:
-        name: of the row.
+        name: the row's name.
         token_budget: None where it plays no part.
         num_layers: layers that the path goes round, each with memory of its own.
         attend: append one token to a layer and attend.
@@ -52,7 +52,7 @@ class Path:
 
 
 class _Module(nn.Module):
-    """What transformers' attention function wants to know of a layer."""
+    """Holds what transformers' attention function wants to know of a layer."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -123,9 +123,9 @@ def _build(
     keys, values = random_tokens(*shape, dtype, device), random_tokens(*shape, dtype, device)
     paths = []
     for name, config, num_layers in sparse:
-        caches = [adopted_cache(config, keys, values, seq_len) for _ in range(num_layers)]
+        caches = [loaded_cache(config, keys, values, seq_len) for _ in range(num_layers)]
         paths.append(_ours(name, config.token_budget, caches))
-    dense = [adopted_cache(dense_config(max(point.token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
+    dense = [loaded_cache(dense_config(max(point.token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
     plain = DynamicCache()
     for layer in range(num_dense):
         plain.update(keys, values, layer)

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import rocketkv
 from rocketkv.attention import LayerCache
-from rocketkv.bench.machine import available_bytes, check_memory, measure_bandwidth
+from rocketkv.bench.device import available_bytes, check_memory, measure_bandwidth
 from rocketkv.bench.model import Sizes, decode_step, full_cache, our_cache, sizes_of
 from rocketkv.bench.tensors import dense_config, held_bytes, kept_tokens, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
-from rocketkv.fast import accelerate
 from rocketkv.hf import RocketKVCache, cache_stats
-from rocketkv.hooks import disable, enable
+from rocketkv.hf.switch import disable, enable
 
 Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # undone by `disable`
 
 
-PATHS: dict[str, Prepare] = {"eager": enable, "fast": accelerate}  # ways to run a model, each measured in full
+PATHS: dict[str, Prepare] = {"eager": enable, "fast": rocketkv.compile}  # ways to run a model, each measured in full
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Contender:
     """A cache to decode with.
 
     Attributes:
-        name: of the row: `rocketkv`, `dense`, `full` or `rest`.
+        name: the row's name: `rocketkv`, `dense`, `full` or `rest`.
         token_budget: None where it plays no part.
-        needed_bytes: of memory, about.
+        needed_bytes: bytes of memory that are needed, about.
         build: fills the cache.
     """
 
@@ -42,7 +42,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """What stays the same while everything is compared: the model and the point of the sweep."""
+    """Holds what stays the same while everything is compared: the model and the point of the sweep."""
 
     model: PreTrainedModel
     sizes: Sizes
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """Where the model is: `cpu` or `cuda`."""
+        """Give the model's device: `cpu` or `cuda`."""
         return str(self.model.device.type)
 
 
@@ -61,15 +61,7 @@ class NoAttention(LayerCache):
         super().__init__(sparse_config(256))
         self.num_seen = num_seen
 
-    def decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float | None = None,
-        attended: Tensor | None = None,
-    ) -> Tensor:
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
         """Zeros in the shape of `query`."""
         self.num_seen += 1
         return torch.zeros_like(query)

@@ -11,7 +11,7 @@ class Geometry:
     """The sizes of a decoder.
 
     Attributes:
-        name: as given on the command line.
+        name: the name that the command line takes.
         model_type: transformers' name of the architecture.
         num_layers: decoder layers.
         hidden_size: channels of the residual stream.

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rocketkv.errors import RocketKVError
-from rocketkv.versions import pass_cache
+from rocketkv.hf.versions import pass_cache
 
 PHASES = ("prefill", "decode")
-CACHES = ("full", "rocketkv")
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Case:
 
     Attributes:
         geometry: a name of `GEOMETRIES`.
-        dtype: of weights and cache, a name of torch.
+        dtype: torch's name of the dtype of weights and cache.
         phase: `prefill`: one forward pass of the prompt; `decode`: two steps after a prompt that is not computed.
         cache: `full`: transformers' own; `rocketkv`.
         seq_len: tokens of the prompt.
@@ -82,8 +81,8 @@ def cases(
 def _check(case: Case) -> None:
     import torch
 
+    from rocketkv.bench.device import check_memory
     from rocketkv.bench.geometries import find_geometry
-    from rocketkv.bench.machine import check_memory
 
     geometry = find_geometry(case.geometry)
     size = getattr(torch, case.dtype).itemsize
@@ -98,12 +97,12 @@ def run_case(case: Case) -> dict[str, object]:
     import torch
     from transformers import DynamicCache
 
+    from rocketkv.bench.device import peak_rss_bytes
     from rocketkv.bench.geometries import find_geometry
-    from rocketkv.bench.machine import peak_rss_bytes
     from rocketkv.bench.model import build_model, decode_step, full_cache, our_cache, sizes_of
     from rocketkv.bench.tensors import kept_tokens, same_tokens, sparse_config
     from rocketkv.hf import RocketKVCache, cache_stats
-    from rocketkv.hooks import enable
+    from rocketkv.hf.switch import enable
 
     model = enable(build_model(find_geometry(case.geometry), getattr(torch, case.dtype)))
     sizes = sizes_of(model)

@@ -12,14 +12,14 @@ from rocketkv.bench.geometries import Geometry
 from rocketkv.bench.tensors import kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
-from rocketkv.versions import pass_cache
+from rocketkv.hf.versions import pass_cache
 
 _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What counts of a model's attention and weights.
+    """Holds the sizes of a model's attention and weights.
 
     Attributes:
         num_layers: decoder layers.
@@ -64,7 +64,7 @@ def build_model(geometry: Geometry, dtype: torch.dtype, device: str = "cpu") -> 
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
-    """What counts of this model."""
+    """Read the sizes of this model."""
     config: PreTrainedConfig = model.config.get_text_config(decoder=True)
     weights = {weight.data_ptr(): weight.nbytes for weight in model.state_dict().values()}
     embedding = model.get_input_embeddings().weight
@@ -96,7 +96,7 @@ def our_cache(
     kept = kept_tokens(config, seq_len)
     for layer in cache.layers:
         if isinstance(layer, RocketKVLayer):
-            layer.cache.adopt(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
+            layer.cache.load_tokens(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
         else:  # a sliding window, which forgets most of them
             shape = (-1, -1, seq_len, -1)
             layer.update(keys[:, :, :1].expand(shape), values[:, :, :1].expand(shape))

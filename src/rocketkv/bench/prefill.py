@@ -1,4 +1,4 @@
-"""What compression adds to a prefill: one layer's exact attention with and without it."""
+"""Measures what compression adds to a prefill: one layer's exact attention with and without it."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rocketkv.attention import LayerCache
+from rocketkv.bench.device import check_memory
 from rocketkv.bench.geometries import Geometry
-from rocketkv.bench.machine import check_memory
 from rocketkv.bench.tensors import random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 

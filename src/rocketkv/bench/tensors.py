@@ -7,9 +7,9 @@ from torch import Tensor
 
 from rocketkv.attention import LayerCache
 from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
-from rocketkv.plan import plan_eviction
 
 BLOCK = 32768  # tokens drawn anew; longer texts repeat them
+ANY_HEAD_DIM = 128  # channels of a key: how many tokens stage 1 keeps does not depend on it
 SPARE_TOKENS = 256  # room for the tokens that a measurement decodes, so that a full cache does not grow amid it
 
 
@@ -49,14 +49,14 @@ def kept_tokens(config: RocketKVConfig, seq_len: int) -> int:
     """Tokens that stage 1 keeps of a prompt."""
     if config.eviction == "keep_all":
         return seq_len
-    return min(seq_len, plan_eviction(config, config.selection_method(), [seq_len])[0])
+    return min(seq_len, config.budget_for(seq_len, ANY_HEAD_DIM).kept_tokens)
 
 
-def adopted_cache(config: RocketKVConfig, keys: Tensor, values: Tensor, seq_len: int) -> LayerCache:
+def loaded_cache(config: RocketKVConfig, keys: Tensor, values: Tensor, seq_len: int) -> LayerCache:
     """A layer's cache as after a prompt of `seq_len` tokens, with the first of `keys`, `values` `[B, Hkv, S, D]`."""
     cache = LayerCache(config)
     kept = kept_tokens(config, seq_len)
-    cache.adopt(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
+    cache.load_tokens(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
     return cache
 
 

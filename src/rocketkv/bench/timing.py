@@ -21,7 +21,7 @@ STABLE_WIDTH = 0.04  # width of the median's 95% interval, as a fraction of it
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure.
+    """Says how long to measure.
 
     Attributes:
         repeats: rounds; 0: until medians are stable or time is up.
@@ -39,8 +39,8 @@ class Point:
     Attributes:
         seq_len: tokens of context.
         batch: rows.
-        token_budgets: of our configurations.
-        pace: how long to measure.
+        token_budgets: budgets of our configurations, in tokens.
+        pace: the time that measuring may take.
     """
 
     seq_len: int
@@ -57,11 +57,11 @@ class Row:
     """One line of a result.
 
     Attributes:
-        name: what was measured.
+        name: the name of what was measured.
         times_ms: every repeat; one computed value for a floor.
-        num_bytes: what the benchmark says it counts.
+        num_bytes: bytes that a call moves or holds; the benchmark says which.
         seq_len: tokens of context.
-        token_budget: of the configuration; None where it plays no part.
+        token_budget: the configuration's budget in tokens; None where it plays no part.
         batch: rows.
         details: further figures, by name.
     """
@@ -80,7 +80,7 @@ class Row:
         return median(self.times_ms)
 
     def record(self) -> dict[str, object]:
-        """As JSON."""
+        """Give the row as JSON holds it."""
         return {
             "name": self.name,
             "seq_len": self.seq_len,
@@ -139,7 +139,7 @@ def run_rounds(calls: Mapping[Key, Call], pace: Pace, on_round: OnRound | None =
     """Let all calls take turns, one after the other in each round, after a round that does not count.
 
     Args:
-        calls: what to measure.
+        calls: the functions to measure.
         pace: for how long; a call whose time is up sits out the rounds that others still need.
         on_round: told the number of each round when it is done.
 
@@ -166,7 +166,7 @@ def run_rounds(calls: Mapping[Key, Call], pace: Pace, on_round: OnRound | None =
 
 
 def is_stable(times: list[float]) -> bool:
-    """Whether a median is known well enough: by order statistics, a 95% interval of `STABLE_WIDTH` or less."""
+    """Say whether a median is known well enough: by order statistics, a 95% interval of `STABLE_WIDTH` or less."""
     count = len(times)
     if count < STABLE_ROUNDS:
         return False

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from rocketkv.bench.geometries import find_geometry
-from rocketkv.bench.report import check_plot, print_json, print_result, save_plot
+from rocketkv.bench.output import check_plot, print_json, print_result, save_plot
 from rocketkv.bench.timing import OnRound, Pace, Point, Row, floor_rows
-from rocketkv.commands.options import AsJson, Weights, numbers
+from rocketkv.commands.options import AsJson, WeightDtype, numbers
 from rocketkv.commands.terminal import err, load_model, passing_bar
 from rocketkv.errors import InputError
 
@@ -52,7 +52,7 @@ class Sweep:
         """The dtype of that name; auto: bfloat16."""
         import torch
 
-        from rocketkv.models import find_dtype
+        from rocketkv.hf.models import find_dtype
 
         dtype: torch.dtype = find_dtype(self.dtype, torch.bfloat16)
         return dtype
@@ -103,7 +103,7 @@ class TimedSweep(Sweep):
 
     def points(self) -> list[Point]:
         """Every length with every batch."""
-        from rocketkv.bench.machine import check_device
+        from rocketkv.bench.device import check_device
 
         lengths, batches, budgets = self.axes()
         check_device(self.device)
@@ -147,22 +147,26 @@ def decode(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A real model instead: hub id, folder, GGUF file, smollm2.")
     ] = None,
-    weights: Weights = None,
+    weight_dtype: WeightDtype = None,
     paths: Annotated[str, typer.Option(help="Ways to run the model: eager, as transformers does; fast, compiled.")] = (
         "eager,fast"
     ),
 ) -> None:
     """Time whole decode steps of a transformers model, and say how much of Amdahl's limit is reached."""
     todo = sweep.points()
-    if weights is not None and sweep.device != "cpu":
-        raise InputError(f"--weights {weights} works on the CPU, not on {sweep.device}; leave it out.")
+    if weight_dtype is not None and sweep.device != "cpu":
+        raise InputError(f"--weight-dtype {weight_dtype} works on the CPU, not on {sweep.device}; leave it out.")
     from rocketkv.bench.decode import PATHS, measure_decode
 
     chosen = [name.strip() for name in paths.split(",")]
     for name in chosen:
         if name not in PATHS:
             raise InputError(f"--paths {name!r} does not exist; choose from {', '.join(PATHS)}.")
-    built = _build(sweep, weights) if model is None else load_model(model, sweep.dtype, weights).model.to(sweep.device)
+    built = (
+        _build(sweep, weight_dtype)
+        if model is None
+        else load_model(model, sweep.dtype, weight_dtype).model.to(sweep.device)
+    )
     rows: list[Row] = []
     comparisons: list[dict[str, object]] = []
     bandwidths: list[float] = []
@@ -176,7 +180,7 @@ def decode(
     sweep.report(
         "decode",
         [row.record() for row in rows],
-        model=name if weights is None else f"{name} in {weights}",
+        model=name if weight_dtype is None else f"{name} in {weight_dtype}",
         dtype=str(built.dtype).removeprefix("torch."),
         device=sweep.device,
         comparisons=comparisons,
@@ -219,18 +223,18 @@ def memory(
     sweep.report("memory", rows)
 
 
-def _build(sweep: TimedSweep, weights: str | None) -> "PreTrainedModel":
+def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
     """A model of the geometry, behind a spinner."""
     geometry, dtype = find_geometry(sweep.geometry), sweep.torch_dtype
-    from rocketkv.bench.machine import check_memory
+    from rocketkv.bench.device import check_memory
     from rocketkv.bench.model import build_model
-    from rocketkv.weights import quantize
+    from rocketkv.hf.weights import quantize
 
     what = f"a model of {geometry.name} in {sweep.dtype}"
     check_memory(what, geometry.num_parameters * dtype.itemsize, sweep.device)
     with err.status(f"building {geometry.name}"):
         model = build_model(geometry, dtype, sweep.device)
-        return model if weights is None else quantize(model, weights)
+        return model if weight_dtype is None else quantize(model, weight_dtype)
 
 
 @contextmanager

@@ -24,13 +24,11 @@ def budget(
     from torch import tensor
 
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
-    from rocketkv.ops import stored_bytes
-    from rocketkv.plan import plan_budget
 
     options: dict[str, Any] = {"selection": selection or DEFAULT_SELECTION, "kv_dtype": kv_dtype}
     config = RocketKVConfig(token_budget=token_budget, window_size=window_size, new_tokens=new_tokens, **options)
-    split = plan_budget(config, seq_len, head_dim)
-    split = split._replace(top_k=min(split.top_k, split.prompt_tokens + new_tokens))
+    split = config.budget_for(seq_len, head_dim)
+    split = split._replace(top_k=min(split.top_k, split.kept_tokens + new_tokens))
     if as_json:
         print(json.dumps(split._asdict()))
         return
@@ -38,28 +36,28 @@ def budget(
     if total <= token_budget:
         out.print(f"{total} tokens fit in the budget of {token_budget}: nothing is evicted, all is attended.")
         return
-    held = split.prompt_tokens + new_tokens
+    held = split.kept_tokens + new_tokens
     pages = -(-held // split.page_size)
     scored_bytes = config.selection_method().scored_bytes(
         tensor([[held]]), tensor([[split.page_size]]), tensor([[split.num_channels]]), head_dim, 2
     )
     token_bytes = 2 * 2 * head_dim  # keys and values of 16 bits
     scoring = int(scored_bytes) / token_bytes
-    attending = split.top_k * (stored_bytes(head_dim) / token_bytes if kv_dtype == "int8" else 1)
+    attending = split.top_k * config.format.token_bytes(head_dim, 2) / token_bytes
     scored = f"{held} tokens" if split.page_size == 1 else f"{pages} pages of {split.page_size} tokens"
     table = Table(title=f"{seq_len} prompt tokens, {new_tokens or 'unknown'} new, token budget {token_budget}")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_column("why")
     table.add_row("compression factor", f"{total / token_budget:.1f} x", "all tokens / token budget")
-    table.add_row("prompt tokens kept", f"{split.prompt_tokens}", f"stage 1 evicts all but 1 in {total / held:.1f}")
+    table.add_row("prompt tokens kept", f"{split.kept_tokens}", f"stage 1 evicts all but 1 in {total / held:.1f}")
     if scoring > 0:
         table.add_row("selection", f"{config.selection}", f"stage 2 scores {scored} ...")
         table.add_row("channels", f"{split.num_channels} of {head_dim}", "... along that many of a key's channels")
     table.add_row(
         "tokens attended exactly",
         f"{split.top_k}",
-        ("the best by these scores" if scoring > 0 else "all") + (", int8" if kv_dtype == "int8" else ""),
+        ("the best by these scores" if scoring > 0 else "all") + ("" if config.format.is_exact else f", {kv_dtype}"),
     )
     table.add_row(
         "read per step", f"{scoring + attending:.0f} tokens' worth", f"{scoring:.0f} to score, the rest to attend"

@@ -11,12 +11,12 @@ import typer
 from rich import box
 from rich.table import Table
 
-from rocketkv.commands.options import Dtype, Model, Weights, numbers
+from rocketkv.commands.options import Dtype, Model, WeightDtype, numbers
 from rocketkv.commands.terminal import err, lasting_bar, load_model, out, read_text
 from rocketkv.errors import InputError
 
 if TYPE_CHECKING:
-    from rocketkv.eval.records import Shard
+    from rocketkv.eval.run.journal import Shard
 
 FIDELITY = "fidelity"  # the suite without questions
 PARITIES = ("rocketkv",)  # whose published settings a suite can follow
@@ -46,19 +46,19 @@ def run(
         int | None, typer.Option(min=2, help="Tokens of a text at most, its middle left out; default: what fits.")
     ] = None,
     dtype: Dtype = "auto",
-    weights: Weights = None,
+    weight_dtype: WeightDtype = None,
 ) -> None:
     """Let methods answer the samples of a suite, one prefill for all of them.
 
     Exits with 1 if some samples could not be evaluated; they are named in OUT/faults.jsonl.
     """
-    from rocketkv.eval import fidelity, runner
-    from rocketkv.eval.dialogue import MODES
-    from rocketkv.eval.haystack import default_text
-    from rocketkv.eval.hub import SCHEME, locate_data
-    from rocketkv.eval.methods import make_arms
-    from rocketkv.eval.passages import find_passages
-    from rocketkv.eval.records import Journal
+    from rocketkv.eval.data.dialogue import MODES
+    from rocketkv.eval.data.haystack import default_text
+    from rocketkv.eval.data.hub import SCHEME, locate_data
+    from rocketkv.eval.run import fidelity, runner
+    from rocketkv.eval.run.journal import Journal
+    from rocketkv.eval.run.methods import make_arms
+    from rocketkv.eval.run.passages import find_passages
     from rocketkv.eval.suites import find_suite
     from rocketkv.eval.suites.base import Request
     from rocketkv.machine import describe_machine, describe_versions
@@ -81,7 +81,7 @@ def run(
         "suite": suite,
         "model": model,
         "dtype": dtype,
-        "weights": weights,
+        "weight_dtype": weight_dtype,
         "data": data if data is None or data.startswith(SCHEME) else Path(data).name,
         "haystack": sha256(text.encode()).hexdigest()[:12],
         "parity": parity,
@@ -97,7 +97,7 @@ def run(
         command=shlex.join(["rocketkv", *sys.argv[1:]]),
     )
     with journal:
-        loaded = load_model(model, dtype, weights)
+        loaded = load_model(model, dtype, weight_dtype)
         request = Request(
             tokenizer=loaded.tokenizer,
             tasks=[] if tasks is None else tasks.split(","),
@@ -131,7 +131,7 @@ def report(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the report and its plots.")] = Path("report"),
 ) -> None:
     """Write one report of several runs: tables, intervals, plots, as Markdown and as one HTML file."""
-    from rocketkv.eval.report import write_report
+    from rocketkv.eval.report.write import write_report
 
     for path in write_report(folders, folder):
         out.print(str(path), soft_wrap=True)
@@ -139,7 +139,7 @@ def report(
 
 def _shard(text: str) -> "Shard":
     """Two numbers as in 2/3."""
-    from rocketkv.eval.records import Shard
+    from rocketkv.eval.run.journal import Shard
 
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):

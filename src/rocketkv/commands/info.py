@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rocketkv.config import RocketKVConfig
-    from rocketkv.versions import Dependency
+    from rocketkv.hf.versions import Dependency
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
 GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
@@ -41,8 +41,8 @@ def info(
 
     from rocketkv.backends import cpp
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
-    from rocketkv.embedded import EMBEDDED, cache_folder, missing_wheels
-    from rocketkv.versions import dependency
+    from rocketkv.hf.embedded import EMBEDDED, cache_folder, missing_wheels
+    from rocketkv.hf.versions import dependency
 
     facts: dict[str, Any] = {
         "rocketkv": version("rocketkv"),
@@ -66,7 +66,7 @@ def info(
         chosen = selection or DEFAULT_SELECTION
         options: dict[str, Any] = {"selection": chosen, "backend": backend, "kv_dtype": kv_dtype}
         config = RocketKVConfig(token_budget=256, mode=mode, **options)
-        facts |= _decoding(_sketch(model, geometry, dtype), config)
+        facts |= _decoding(_meta_model(model, geometry, dtype), config)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -82,16 +82,16 @@ def _compared(found: "Dependency") -> str:
 
 
 def _taken() -> dict[str, str]:
-    """What the kernels take, as they themselves answer."""
+    """Ask the kernels what they take."""
     import torch
 
-    from rocketkv.backends import cpp, find_backend
+    from rocketkv.backends import Spec, cpp, find_backend
     from rocketkv.backends.base import MAX_HEAD_DIM
     from rocketkv.selection import SELECTION_METHODS
 
     def takes(dtype: torch.dtype, selection: str) -> bool:
         scoring = SELECTION_METHODS[selection]().scoring
-        return find_backend(cpp.NAME, torch.empty(1, 1, 1, MAX_HEAD_DIM, dtype=dtype), scoring)[0] is not None
+        return find_backend(cpp.NAME, Spec("cpu", dtype, MAX_HEAD_DIM), scoring)[0] is not None
 
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in floats if takes(dtype, "dense")]
@@ -103,30 +103,28 @@ def _taken() -> dict[str, str]:
     }
 
 
-def _sketch(model: str | None, geometry: str | None, dtype: str) -> "PreTrainedModel":
+def _meta_model(model: str | None, geometry: str | None, dtype: str) -> "PreTrainedModel":
     """The model in question, without weights."""
     quieten()
     if model is not None:
-        from rocketkv.models import sketch
+        from rocketkv.hf.models import load_meta
 
-        return sketch(model, dtype)
+        return load_meta(model, dtype)
     assert geometry is not None
     import torch
 
     from rocketkv.bench.geometries import find_geometry
     from rocketkv.bench.model import build_model
-    from rocketkv.models import find_dtype
+    from rocketkv.hf.models import find_dtype
 
     return build_model(find_geometry(geometry), find_dtype(dtype, torch.bfloat16), "meta")
 
 
 def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, Any]:
     """Which way the decode steps of each kind of layer go, and why, as `LayerCache` would decide."""
-    import torch
-
-    from rocketkv.backends import BACKENDS, find_backend
+    from rocketkv.backends import BACKENDS, Spec, find_backend
     from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
-    from rocketkv.hooks import enable
+    from rocketkv.hf.switch import enable
 
     scoring = getattr(config.selection_method(), "scoring", None)
     layers = RocketKVCache(enable(model).config, config).layers
@@ -136,8 +134,8 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
     )
 
     def way(name: str, head_dim: int) -> str:
-        none = torch.empty(1, 1, 0, head_dim, dtype=model.dtype)
-        backend, reasons = find_backend(name, none, scoring, config.kv_dtype)
+        spec = Spec("cpu", model.dtype, head_dim, config.kv_dtype)
+        backend, reasons = find_backend(name, spec, scoring)
         if backend is not None:
             return f"native kernels ({backend.NAME})"
         if name not in ("auto", "reference"):

@@ -1,4 +1,4 @@
-"""How commands are called: the options that several of them have, as types or as dataclasses."""
+"""Options that several commands have, and how a command takes them as one dataclass."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder,
 TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="Tokens' worth of KV traffic per decode step.")]
 WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Weights = Annotated[
+WeightDtype = Annotated[
     str | None, typer.Option(help="int8 or int4: hold the weights so; the rest is bfloat16. Default: as --dtype says.")
 ]
 Selection = Annotated[
@@ -24,8 +24,11 @@ KvDtype = Annotated[str, typer.Option(help="auto, or int8: hold keys and values 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take dataclasses: their fields become options, their default instance holds the defaults."""
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses: each field becomes an option.
+
+    A parameter's default instance of the dataclass gives the defaults of its options.
+    """
     options: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for name, each in inspect.signature(command).parameters.items():
@@ -47,10 +50,10 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def numbers(name: str, text: str) -> list[int]:
-    """Whole numbers separated by commas, each once.
+    """Read whole numbers separated by commas, and give each number once.
 
     Raises:
-        InputError: the text of option `name` is something else, or one is below 1.
+        InputError: the text of option `name` is no such list, or a number is below 1.
     """
     try:
         found = [int(part) for part in text.split(",")]

@@ -42,8 +42,8 @@ def recommend(
 ) -> None:
     """Measure which token budget a model needs on a text, and say so in one line."""
     from rocketkv.config import DEFAULT_SELECTION
-    from rocketkv.eval.methods import make_arms
     from rocketkv.eval.recommend import BUDGETS, advise, cut_passages, find_budget, measure, warn
+    from rocketkv.eval.run.methods import make_arms
 
     chosen = selection or DEFAULT_SELECTION
     method = f"rocketkv:selection={chosen}:kv_dtype={kv_dtype}"

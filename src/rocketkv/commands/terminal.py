@@ -1,4 +1,4 @@
-"""What commands share in how they read and print: consoles, bars, errors, texts and models."""
+"""Reads and prints for all commands: consoles, bars, errors, texts and models."""
 
 import errno
 import signal
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rocketkv.errors import InputError, RocketKVError
 
 if TYPE_CHECKING:
-    from rocketkv.models import LoadedModel
+    from rocketkv.hf.models import LoadedModel
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -51,7 +51,7 @@ def print_error(error: RocketKVError) -> None:
 
 
 def explain(error: OSError) -> InputError:
-    """What an error of the operating system means to who called the command."""
+    """Say what an error of the operating system means to who called the command."""
     if error.filename is None:
         return InputError(f"standard output cannot be written ({error.strerror or error}); send it somewhere else.")
     return InputError(f"{error.filename} cannot be used ({error.strerror}); see that it can be read and written.")
@@ -152,15 +152,15 @@ def quieten() -> None:
     hub_logging.get_logger("huggingface_hub").setLevel("ERROR")
 
 
-def load_model(name: str, dtype: str, weights: str | None = None, *, fast: bool = False) -> "LoadedModel":
+def load_model(name: str, dtype: str, weight_dtype: str | None = None, *, fast: bool = False) -> "LoadedModel":
     """Load a model behind a spinner."""
-    from rocketkv.models import load
+    from rocketkv.hf.models import load
 
     quieten()
     with err.status(f"loading {name}"):
-        loaded = load(name, dtype, weights)
+        loaded = load(name, dtype, weight_dtype)
     if fast:
-        from rocketkv.fast import accelerate
+        import rocketkv
 
-        accelerate(loaded.model)
+        rocketkv.compile(loaded.model)
     return loaded

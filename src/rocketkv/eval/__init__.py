@@ -1,1 +1,1 @@
-"""Measurements of accuracy, each one file; every method runs on the one path that users run."""
+"""Measurements of accuracy: every method runs on the one path that users run."""

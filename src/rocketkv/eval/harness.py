@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rocketkv.errors import InputError, RocketKVError, UnsupportedError
-from rocketkv.eval.generation import forward
-from rocketkv.eval.methods import method_config
+from rocketkv.eval.run.generation import forward
+from rocketkv.eval.run.methods import method_config
 from rocketkv.hf import RocketKVCache
-from rocketkv.hooks import enable
-from rocketkv.models import load
-from rocketkv.versions import pass_cache
+from rocketkv.hf.models import load
+from rocketkv.hf.switch import enable
+from rocketkv.hf.versions import pass_cache
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # what it is cached under, context, continuation
 
@@ -37,10 +37,10 @@ class RocketKVLM(HFLM):
 
     Args:
         pretrained: as `--model` of the command line: a hub id, a folder, a GGUF file, `smollm2` or `gemma3-270m`.
-        method: as `--methods` of `rocketkv eval run` takes one.
+        method: one of the names that `--methods` of `rocketkv eval run` takes.
         token_budget: see `RocketKVConfig`.
-        dtype: as `--dtype`.
-        weights: as `--weights`.
+        dtype: what `--dtype` takes.
+        weight_dtype: what `--weight-dtype` takes.
         options: of lm-eval's `HFLM`: `batch_size` (of generation; likelihoods are taken one by one), `max_length`,
             `add_bos_token` and so on.
 
@@ -56,11 +56,11 @@ class RocketKVLM(HFLM):
         method: str = "rocketkv",
         token_budget: int = 256,
         dtype: str = "auto",
-        weights: str | None = None,
+        weight_dtype: str | None = None,
         **options: Any,
     ) -> None:
         config = method_config(method, token_budget)
-        loaded = load(pretrained, dtype, weights)
+        loaded = load(pretrained, dtype, weight_dtype)
         device = options.pop("device", None)  # lm-eval always passes one on
         if device is not None and torch.device(device).type != loaded.model.device.type:
             raise UnsupportedError(f"the model is on {loaded.model.device}, not on {device}; leave out --device.")
@@ -69,7 +69,7 @@ class RocketKVLM(HFLM):
         self.cache_config = config
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        """As `HFLM` does, with a compressed cache."""
+        """Generate as `HFLM` does, with a compressed cache."""
         cache = RocketKVCache(self.model.config, self.cache_config)
         generated: Tensor = super()._model_generate(context, max_length, stop, **pass_cache(cache), **options)
         return generated
@@ -105,7 +105,7 @@ class RocketKVLM(HFLM):
         return context[-room:], continuation
 
     def _likelihood(self, cache: RocketKVCache, logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-        """Of tokens that follow what `cache` has seen, whose last logits `[1, V]` are given."""
+        """Measure the tokens that follow what `cache` has seen, whose last logits `[1, V]` are given."""
         total, is_greedy = 0.0, True
         for place, token in enumerate(continuation):
             total += float(logits[0].float().log_softmax(-1)[token])

@@ -6,12 +6,12 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rocketkv.errors import InputError
-from rocketkv.eval.fidelity import predict
-from rocketkv.eval.methods import make_arms
-from rocketkv.eval.runner import OnProgress
-from rocketkv.hooks import enable
-from rocketkv.models import LoadedModel
-from rocketkv.text import PlainText
+from rocketkv.eval.run.fidelity import predict
+from rocketkv.eval.run.methods import make_arms
+from rocketkv.eval.run.runner import OnProgress
+from rocketkv.hf.models import LoadedModel
+from rocketkv.hf.switch import enable
+from rocketkv.hf.text import PlainText
 
 ORACLE = "exact_topk"
 BUDGETS = (128, 256, 512, 1024)  # tokens, where no others are asked for
@@ -68,7 +68,7 @@ def cut_passages(
 
     Args:
         tokenizer: the model's.
-        text: what to cut.
+        text: the text to cut.
         context_length: tokens that the model was made for.
         new_tokens: tokens to decode after each prompt, >= 1.
         length: tokens of a prompt, >= 2; None: as many as text and model have, `LENGTH` at most.
@@ -112,8 +112,8 @@ def measure(
 
     Args:
         loaded: its model gets enabled.
-        passages: what to predict.
-        method: a name of `rocketkv.eval.methods.METHODS`, with options after it or not.
+        passages: the texts to predict.
+        method: a name of `rocketkv.eval.run.methods.METHODS`, with options after it or not.
         budgets: token budgets, each once.
         on_progress: called with the part done, of how much.
 

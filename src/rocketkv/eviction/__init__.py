@@ -1,7 +1,7 @@
 """Stage 1, once after each prefill: which prompt tokens stay. One policy per file; a new one is a file and an entry."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -9,6 +9,9 @@ from rocketkv.eviction.keep_all import KeepAll
 from rocketkv.eviction.peak import Peak
 from rocketkv.eviction.snapkv import SnapKV
 from rocketkv.eviction.streaming_llm import StreamingLLM
+
+if TYPE_CHECKING:
+    from rocketkv.config import RocketKVConfig
 
 
 class EvictionPolicy(Protocol):
@@ -34,11 +37,11 @@ class EvictionPolicy(Protocol):
         ...
 
 
-EVICTION_POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {  # by window_size and kernel_size
-    "keep_all": lambda window_size, kernel_size: KeepAll(),
-    "snapkv": SnapKV,
-    "peak": Peak,
-    "streaming_llm": lambda window_size, kernel_size: StreamingLLM(),
+EVICTION_POLICIES: dict[str, Callable[["RocketKVConfig"], EvictionPolicy]] = {
+    "keep_all": KeepAll.from_config,
+    "snapkv": SnapKV.from_config,
+    "peak": Peak.from_config,
+    "streaming_llm": StreamingLLM.from_config,
 }
 
 __all__ = ["EVICTION_POLICIES", "EvictionPolicy", "KeepAll", "Peak", "SnapKV", "StreamingLLM"]

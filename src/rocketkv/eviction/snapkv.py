@@ -1,14 +1,17 @@
 """SnapKV (arXiv:2404.14469) as RocketKV uses it: keep what the end of the prompt looked at, per KV head."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from rocketkv.backends import score_window
-from rocketkv.ops import mark_best
+from rocketkv.ops import topk_mask
+
+if TYPE_CHECKING:
+    from rocketkv.config import RocketKVConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class SnapKV:
     window_size: int
     kernel_size: int
 
+    @classmethod
+    def from_config(cls, config: "RocketKVConfig") -> Self:
+        """The policy as this configuration asks for it."""
+        return cls(config.window_size, config.kernel_size)
+
     def keep(
         self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
     ) -> Tensor | None:
@@ -38,4 +46,4 @@ class SnapKV:
         scores = max_pool1d(scores, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         stays = window.minimum(num_tokens)  # a budget smaller than the window keeps the window's end
         in_window = (slots >= (lengths - stays[:, None])[..., None]) & (slots < lengths[..., None])
-        return mark_best(scores, candidates=before, num_tokens=num_tokens - stays) | in_window
+        return topk_mask(scores, candidates=before, num_tokens=num_tokens - stays) | in_window

@@ -1,9 +1,13 @@
 """StreamingLLM (arXiv:2309.17453): keep the first tokens, the attention sinks, and the most recent ones."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rocketkv.config import RocketKVConfig
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,11 @@ class StreamingLLM:
     """
 
     num_sinks: int = 4
+
+    @classmethod
+    def from_config(cls, config: "RocketKVConfig") -> Self:
+        """The policy as this configuration asks for it."""
+        return cls()
 
     def keep(
         self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float

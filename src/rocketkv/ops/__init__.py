@@ -2,7 +2,7 @@
 
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens
-from rocketkv.ops.int8 import quantize_tokens, restore_tokens, stored_bytes
+from rocketkv.ops.int8 import dequantize_tokens, quantize_tokens, stored_bytes
 from rocketkv.ops.lowbit import (
     GROUP,
     GROUPS_PER_BLOCK,
@@ -22,7 +22,7 @@ from rocketkv.ops.pages import (
     fold_into_pages,
     hybrid_logits,
 )
-from rocketkv.ops.scores import choose_tokens, mark_best, score_tokens, score_window
+from rocketkv.ops.scores import choose_tokens, score_tokens, score_window, topk_mask
 
 __all__ = [
     "GROUP",
@@ -37,18 +37,18 @@ __all__ = [
     "choose_tokens",
     "decode_densely",
     "decode_sparsely",
+    "dequantize_tokens",
     "extend_spread",
     "fold_into_pages",
     "hybrid_logits",
     "lowbit_logits",
-    "mark_best",
     "new_storage",
     "prefill_densely",
     "quantize_groups",
     "quantize_tokens",
-    "restore_tokens",
     "score_tokens",
     "score_window",
     "stored_bytes",
     "take_tokens",
+    "topk_mask",
 ]

@@ -1,12 +1,14 @@
 """Keys and values in 8 bits, as OCP's MXINT8 has it (Microscaling Formats v1.0, 2023).
 
 STEP_CHANNELS consecutive channels of a row share a step, a power of two; a number is its code, -127 to 127, times the
-step. So what is stored is restored without another rounding, in any dtype, and storing that again changes nothing.
+step. So what is stored is dequantized without another rounding, in any dtype, and storing that again changes nothing.
 
 - Codes are `[B, Hkv, S, D]` int8.
 - Exponents of the steps are `[B, Hkv, S, 2 * num_steps(D)]` int8, those of the key, then those of the value; that of a
-  block with a number that is not finite is NOT_FINITE, and all of the block is restored as NaN.
+  block with a number that is not finite is NOT_FINITE, and all of the block is dequantized as NaN.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ from rocketkv.ops.memory import new_storage
 STEP_CHANNELS = 32  # channels; csrc/kernels.h has the same number
 NOT_FINITE = -128
 _MOST = 127
-_LEAST_EXPONENT = {torch.float16: -24}  # smaller steps could not be restored exactly; other dtypes: -126
-_TOKENS_AT_ONCE = 4096  # quantized or restored, so that what lies between takes little memory
+_LEAST_EXPONENT = {torch.float16: -24}  # smaller steps could not be dequantized exactly; other dtypes: -126
+_TOKENS_AT_ONCE = 4096  # quantized or dequantized, so that what lies between takes little memory
 
 
 def num_steps(head_dim: int) -> int:
@@ -42,17 +44,28 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8).flatten(-2)[..., :head_dim], exponents.to(torch.int8)
 
 
-def restore_rows(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """What `quantize_rows` has stored, `[..., D]` in `dtype`."""
     steps = _steps(exponents).repeat_interleave(STEP_CHANNELS, -1)[..., : codes.shape[-1]]
     return (codes.float() * steps).to(dtype)
 
 
-def quantize_tokens(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize keys and values, each `[B, Hkv, S, D]` float; returns the codes of both and the exponents, see above."""
+def quantize_tokens(
+    keys: Tensor, values: Tensor, allocate: Callable[[Tensor, tuple[int, ...], torch.dtype], Tensor] = new_storage
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize keys and values, each `[B, Hkv, S, D]` float.
+
+    Args:
+        keys: as said.
+        values: like `keys`.
+        allocate: makes the tensors that are returned, as `new_storage` does.
+
+    Returns:
+        Codes of the keys, codes of the values, and the exponents, as the top of this file says.
+    """
     shape, steps = keys.shape, num_steps(keys.shape[3])
-    codes = [new_storage(keys, shape, torch.int8) for _ in range(2)]
-    exponents = new_storage(keys, (*shape[:3], 2 * steps), torch.int8)
+    codes = [allocate(keys, tuple(shape), torch.int8) for _ in range(2)]
+    exponents = allocate(keys, (*shape[:3], 2 * steps), torch.int8)
     for start in range(0, shape[2], _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
         for rows, stored, own in zip((keys, values), codes, exponents.chunk(2, 3), strict=True):
@@ -60,14 +73,14 @@ def quantize_tokens(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tenso
     return codes[0], codes[1], exponents
 
 
-def restore_tokens(keys: Tensor, values: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def dequantize_tokens(keys: Tensor, values: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values, each `[B, Hkv, S, D]` in `dtype`, of what `quantize_tokens` returns."""
-    restored = [new_storage(keys, keys.shape, dtype) for _ in range(2)]
+    dequantized = [new_storage(keys, keys.shape, dtype) for _ in range(2)]
     for start in range(0, keys.shape[2], _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
-        for rows, codes, own in zip(restored, (keys, values), exponents.chunk(2, 3), strict=True):
-            rows[:, :, part] = restore_rows(codes[:, :, part], own[:, :, part], dtype)
-    return restored[0], restored[1]
+        for rows, codes, own in zip(dequantized, (keys, values), exponents.chunk(2, 3), strict=True):
+            rows[:, :, part] = dequantize_rows(codes[:, :, part], own[:, :, part], dtype)
+    return dequantized[0], dequantized[1]
 
 
 def _steps(exponents: Tensor) -> Tensor:

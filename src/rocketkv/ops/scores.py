@@ -52,7 +52,7 @@ def score_window(
     return scores
 
 
-def mark_best(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tensor:
+def topk_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tensor:
     """Mark the best of each row's first tokens; of equal scores those that `torch.topk` takes.
 
     Max-pooling makes plateaus, so ties are common; they are broken as in the published results, row by row, and thus

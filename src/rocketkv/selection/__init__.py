@@ -1,7 +1,5 @@
 """Stage 2, at every decode step: which kept tokens to attend to. One method per file; a new one: a file, an entry."""
 
-from collections.abc import Callable
-
 from rocketkv.selection.base import SelectionMethod
 from rocketkv.selection.dense import Dense
 from rocketkv.selection.exact import Exact
@@ -10,7 +8,7 @@ from rocketkv.selection.lowbit import LowBit
 from rocketkv.selection.quest import Quest
 from rocketkv.selection.sparq import SparQ
 
-SELECTION_METHODS: dict[str, Callable[[], SelectionMethod]] = {
+SELECTION_METHODS: dict[str, type[SelectionMethod]] = {
     "dense": Dense,
     "exact": Exact,
     "quest": Quest,

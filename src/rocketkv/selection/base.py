@@ -1,14 +1,18 @@
 """What stage 2 asks of a selection method."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
 
+from rocketkv import paper
 from rocketkv.backends import Scoring
-from rocketkv.budget import Split, held_tokens
+from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import Index
+
+if TYPE_CHECKING:
+    from rocketkv.config import RocketKVConfig
 
 SPREAD_BYTES = 4  # of a channel: what a method reads that weighs channels by the spread of their keys
 
@@ -30,9 +34,14 @@ class SelectionMethod(ABC):
         if "scoring" not in vars(cls) and ("logits" in vars(cls) or "build_index" in vars(cls)):
             cls.scoring = None
 
-    def held_tokens(self, seq_len: int, token_budget: int) -> int:
-        """How many of `seq_len` tokens stage 1 should leave, so that this method fits in `token_budget`."""
-        return held_tokens(seq_len, token_budget)
+    @classmethod
+    def from_config(cls, config: "RocketKVConfig") -> Self:
+        """The method as this configuration asks for it."""
+        return cls()
+
+    def kept_tokens(self, seq_len: int, token_budget: int) -> int:
+        """How many of `seq_len` tokens stage 1 should keep, so that this method fits in `token_budget`."""
+        return paper.kept_tokens(seq_len, token_budget)
 
     @abstractmethod
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
@@ -47,9 +56,8 @@ class SelectionMethod(ABC):
         """
         return None
 
-    @abstractmethod
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor | None:
-        """Estimate the logit of every token of the working set.
+        """Estimate the logit of every token of the working set; without an override, its index does.
 
         Args:
             query: `[B, Hkv, G, D]` float, the query heads of each KV head.
@@ -60,6 +68,15 @@ class SelectionMethod(ABC):
         Returns:
             `[B, Hkv, G, max_length]` float32, undefined beyond the lengths; None to attend to everything.
         """
+        if working.index is None:
+            return None
+        return working.index.logits(
+            query,
+            lengths=working.lengths,
+            num_tokens=working.max_length,
+            num_channels=num_channels,
+            scale=scale,
+        )
 
     @abstractmethod
     def scored_bytes(

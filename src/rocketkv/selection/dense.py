@@ -6,7 +6,6 @@ from torch import Tensor
 
 from rocketkv.backends import Scoring
 from rocketkv.budget import Split
-from rocketkv.cache import WorkingSet
 from rocketkv.selection.base import SelectionMethod
 
 
@@ -15,16 +14,13 @@ class Dense(SelectionMethod):
 
     scoring = Scoring.DENSE
 
-    def held_tokens(self, seq_len: int, token_budget: int) -> int:
+    def kept_tokens(self, seq_len: int, token_budget: int) -> int:
         """The budget itself; see `SelectionMethod`."""
         return token_budget
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Nothing is scored; see `SelectionMethod`."""
         return Split(1, head_dim, sys.maxsize)
-
-    def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> None:
-        """None: attend to everything; see `SelectionMethod`."""
 
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int

@@ -4,11 +4,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from rocketkv import paper
 from rocketkv.backends import Scoring
-from rocketkv.budget import Split, split_selection
+from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
 from rocketkv.index import PageIndex
-from rocketkv.ops import hybrid_logits
 from rocketkv.selection.base import SPREAD_BYTES, SelectionMethod
 
 
@@ -24,26 +24,12 @@ class Hybrid(SelectionMethod):
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Half of the budget scores, half attends, less one token that the spread takes; see `SelectionMethod`."""
-        split = split_selection(num_tokens, token_budget, head_dim)
+        split = paper.split_selection(num_tokens, token_budget, head_dim)
         return split._replace(top_k=max(1, split.top_k - 1)) if self.weighted else split
 
     def build_index(self, working: WorkingSet, page_size: Tensor) -> PageIndex:
         """Bounds of every page; see `SelectionMethod`."""
         return PageIndex(working.keys_and_values()[0], working.lengths, page_size, weighted=self.weighted)
-
-    def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor:
-        """The page's approximate logit for each of its tokens; see `SelectionMethod`."""
-        index = working.index
-        assert isinstance(index, PageIndex)
-        return hybrid_logits(
-            query,
-            index.bounds,
-            page_size=index.page_size,
-            num_tokens=working.max_length,
-            num_channels=num_channels,
-            scale=scale,
-            spread=index.earlier_spread,
-        )
 
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int

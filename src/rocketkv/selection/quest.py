@@ -7,8 +7,7 @@ from torch import Tensor
 from rocketkv.backends import Scoring
 from rocketkv.budget import Split
 from rocketkv.cache import WorkingSet
-from rocketkv.index import PageIndex
-from rocketkv.ops import bound_logits
+from rocketkv.index import QuestIndex
 from rocketkv.selection.hybrid import PublishedHybrid
 
 
@@ -21,11 +20,9 @@ class Quest(PublishedHybrid):
         """Half of the budget scores: one page's two bounds cost one token; see `SelectionMethod`."""
         return Split(max(1, math.ceil(2 * num_tokens / token_budget)), head_dim, max(1, token_budget // 2))
 
-    def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor:
-        """The page's upper bound for each of its tokens; see `SelectionMethod`."""
-        index = working.index
-        assert isinstance(index, PageIndex)
-        return bound_logits(query, index.bounds, page_size=index.page_size, num_tokens=working.max_length, scale=scale)
+    def build_index(self, working: WorkingSet, page_size: Tensor) -> QuestIndex:
+        """Bounds of every page; see `SelectionMethod`."""
+        return QuestIndex(working.keys_and_values()[0], working.lengths, page_size)
 
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int

@@ -14,7 +14,7 @@ SUITES: dict[str, str] = {  # by name, the module that has it as `SUITE`; import
     "longbench": "rocketkv.eval.suites.longbench",
     "scbench": "rocketkv.eval.suites.scbench",
     "qa": "rocketkv.eval.suites.qa",
-    "rows": "rocketkv.eval.suites.rows",
+    "rows": "rocketkv.eval.suites.own_rows",
 }
 
 

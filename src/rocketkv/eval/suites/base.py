@@ -1,4 +1,4 @@
-"""What the runner asks of a suite."""
+"""Declares what the runner asks of a suite."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from rocketkv.eval.rows import Fault, Sample
+from rocketkv.eval.data.samples import Fault, Sample
 
 __all__ = ["Fault", "Request", "Suite"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What samples are wanted.
+    """Says which samples are wanted.
 
     Attributes:
-        tokenizer: of the model, for lengths in tokens.
-        tasks: of the suite; empty: all of them.
+        tokenizer: the model's tokenizer, which counts lengths in tokens.
+        tasks: names of the suite's tasks; an empty list asks for all.
         lengths: of the context, in tokens; empty: the suite's own. Suites whose data has its own lengths ignore them.
         num_samples: per task and length (and depth); None: as many as the suite publishes, or the data has.
-        seed: of everything drawn at random.
+        seed: the seed of everything drawn at random.
         data: a file or a folder; None: what the suite can generate by itself.
         haystack: prose to hide things in.
         parity: exactly as published, not as we would have it.
@@ -44,7 +44,7 @@ class Suite(Protocol):
     """A file of this folder.
 
     Attributes:
-        name: as `--suite` takes it.
+        name: the name that `--suite` takes.
         tasks: all task names, in the suite's own order.
     """
 
@@ -63,7 +63,7 @@ class Suite(Protocol):
         """Judge the answer to one turn.
 
         Args:
-            sample: as `samples` made it.
+            sample: a sample that `samples` made.
             turn: index into `sample.turns`.
             prediction: the generated text without special tokens and without the answer prefix.
 

@@ -12,23 +12,23 @@ from itertools import islice
 from typing import Any
 
 from rocketkv.errors import InputError
-from rocketkv.eval import metrics
-from rocketkv.eval.files import DataFile, by_stem, find_files
-from rocketkv.eval.rows import BrokenRowError, Fault, Sample, Turn, make_samples, take, take_texts
+from rocketkv.eval.data.files import DataFile, by_stem, find_files
+from rocketkv.eval.data.samples import BrokenRowError, Fault, Sample, Turn, make_samples, take, take_texts
+from rocketkv.eval.metrics import official
 from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.longbench_prompts import PROMPTS
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a set is asked and scored.
+    """Describes how a set is asked and scored.
 
     Attributes:
         metric: of a prediction and an answer, and of the class names for classification; the best answer counts.
         max_new_tokens: tokens to generate at most.
         chat: whether the prompt goes through the chat template; few-shot prompts and code do not.
         first_line: whether only the prediction's first line counts.
-        packages: what the metric needs.
+        packages: names of the packages that the metric needs.
     """
 
     metric: Callable[..., float]
@@ -41,27 +41,27 @@ class Task:
 _ROUGE, _JIEBA = ("rouge",), ("jieba",)
 
 TASKS = {
-    "narrativeqa": Task(metrics.qa_f1, 128),
-    "qasper": Task(metrics.qa_f1, 128),
-    "multifieldqa_en": Task(metrics.qa_f1, 64),
-    "multifieldqa_zh": Task(metrics.qa_f1_chinese, 64, packages=_JIEBA),
-    "hotpotqa": Task(metrics.qa_f1, 32),
-    "2wikimqa": Task(metrics.qa_f1, 32),
-    "musique": Task(metrics.qa_f1, 32),
-    "dureader": Task(metrics.rouge_l_chinese, 128, packages=_ROUGE + _JIEBA),
-    "gov_report": Task(metrics.rouge_l, 512, packages=_ROUGE),
-    "qmsum": Task(metrics.rouge_l, 512, packages=_ROUGE),
-    "multi_news": Task(metrics.rouge_l, 512, packages=_ROUGE),
-    "vcsum": Task(metrics.rouge_l_chinese, 512, packages=_ROUGE + _JIEBA),
-    "trec": Task(metrics.classification, 64, chat=False, first_line=True),
-    "triviaqa": Task(metrics.qa_f1, 32, chat=False, first_line=True),
-    "samsum": Task(metrics.rouge_l, 128, chat=False, first_line=True, packages=_ROUGE),
-    "lsht": Task(metrics.classification, 64, chat=False, first_line=True),
-    "passage_count": Task(metrics.count, 32),
-    "passage_retrieval_en": Task(metrics.retrieval, 32),
-    "passage_retrieval_zh": Task(metrics.retrieval, 32),
-    "lcc": Task(metrics.code_similarity, 64, chat=False),
-    "repobench-p": Task(metrics.code_similarity, 64, chat=False),
+    "narrativeqa": Task(official.qa_f1, 128),
+    "qasper": Task(official.qa_f1, 128),
+    "multifieldqa_en": Task(official.qa_f1, 64),
+    "multifieldqa_zh": Task(official.qa_f1_chinese, 64, packages=_JIEBA),
+    "hotpotqa": Task(official.qa_f1, 32),
+    "2wikimqa": Task(official.qa_f1, 32),
+    "musique": Task(official.qa_f1, 32),
+    "dureader": Task(official.rouge_l_chinese, 128, packages=_ROUGE + _JIEBA),
+    "gov_report": Task(official.rouge_l, 512, packages=_ROUGE),
+    "qmsum": Task(official.rouge_l, 512, packages=_ROUGE),
+    "multi_news": Task(official.rouge_l, 512, packages=_ROUGE),
+    "vcsum": Task(official.rouge_l_chinese, 512, packages=_ROUGE + _JIEBA),
+    "trec": Task(official.classification, 64, chat=False, first_line=True),
+    "triviaqa": Task(official.qa_f1, 32, chat=False, first_line=True),
+    "samsum": Task(official.rouge_l, 128, chat=False, first_line=True, packages=_ROUGE),
+    "lsht": Task(official.classification, 64, chat=False, first_line=True),
+    "passage_count": Task(official.count, 32),
+    "passage_retrieval_en": Task(official.retrieval, 32),
+    "passage_retrieval_zh": Task(official.retrieval, 32),
+    "lcc": Task(official.code_similarity, 64, chat=False),
+    "repobench-p": Task(official.code_similarity, 64, chat=False),
 }
 CHINESE = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
 ENGLISH = tuple(name for name in TASKS if name not in CHINESE)
@@ -93,14 +93,14 @@ class LongBench:
         names = request.tasks or [name for name in ENGLISH if name in files]
         if not names:
             raise InputError(f"{request.data} has none of the files {', '.join(f'{name}.jsonl' for name in ENGLISH)}.")
-        metrics.require(*(package for name in names for package in TASKS[name].packages))
+        official.require(*(package for name in names for package in TASKS[name].packages))
         return self._read({name: files[name] for name in names}, request.num_samples)
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
         """The task's metric against the best answer."""
         task = TASKS[sample.task]
-        text = metrics.first_line(prediction) if task.first_line else prediction
-        more = [sample.all_classes] if task.metric is metrics.classification else []
+        text = official.first_line(prediction) if task.first_line else prediction
+        more = [sample.all_classes] if task.metric is official.classification else []
         return {"score": max(task.metric(text, answer, *more) for answer in sample.turns[turn].answers)}
 
     def _read(self, files: Mapping[str, DataFile], num_samples: int | None) -> Iterator[Sample | Fault]:
@@ -112,8 +112,8 @@ def _sample(name: str, row: Mapping[str, Any], number: int) -> Sample:
     """A row of the official format; the question starts where the prompt first depends on it."""
     task = TASKS[name]
     answers = take_texts(row, "answers")
-    classified = task.metric is metrics.classification
-    if task.metric is metrics.retrieval and not all(metrics.paragraph_number(answer) for answer in answers):
+    classified = task.metric is official.classification
+    if task.metric is official.retrieval and not all(official.paragraph_number(answer) for answer in answers):
         raise BrokenRowError(f"has {answers[0]!r} as an answer where 'Paragraph' or '段落' and a number is expected")
     head, question, tail = PROMPTS[name].partition("{input}")
     if not question:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 from rocketkv.errors import InputError
-from rocketkv.eval.haystack import fill, plant, split_words, take_words
-from rocketkv.eval.metrics import normalize_english
-from rocketkv.eval.rows import Fault, Sample, Turn
+from rocketkv.eval.data.haystack import fill, plant, split_words, take_words
+from rocketkv.eval.data.samples import Fault, Sample, Turn
+from rocketkv.eval.metrics.official import normalize_english
 from rocketkv.eval.suites.base import Request
 
 DEPTHS = [step / 9 for step in range(10)]
@@ -71,7 +71,7 @@ class Niah:
         return self._make(names, request, split_words(request.haystack))
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
-        """Whether the number is in the answer, both normalized."""
+        """Say whether the number is in the answer, both normalized."""
         gold = normalize_english(sample.turns[turn].answers[0])
         return {"score": float(gold in normalize_english(prediction))}
 

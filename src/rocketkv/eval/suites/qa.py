@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rocketkv.errors import InputError
-from rocketkv.eval.documents import read_squad
-from rocketkv.eval.files import DataFile, Item
-from rocketkv.eval.haystack import fill
-from rocketkv.eval.metrics import normalize_english
-from rocketkv.eval.rows import BrokenRowError, Fault, Sample
+from rocketkv.eval.data.documents import read_squad
+from rocketkv.eval.data.files import DataFile, Item
+from rocketkv.eval.data.haystack import fill
+from rocketkv.eval.data.samples import BrokenRowError, Fault, Sample
+from rocketkv.eval.metrics.official import normalize_english
 from rocketkv.eval.suites import qa_tasks as tasks
 from rocketkv.eval.suites.base import Request
 
@@ -33,10 +33,10 @@ _AS_THEY_ARE: Sequence[int | None] = (None,)
 
 
 class RowTask(NamedTuple):
-    """How the rows of .jsonl files become cases.
+    """Describes how the rows of .jsonl files become cases.
 
     Attributes:
-        keys: what an object must have to be a row of this task.
+        keys: the keys that an object must have to be a row of this task.
         parse: makes a row of an object; raises `BrokenRowError`.
         grow: makes a case of all rows, the number of one, and what is random about it.
         lengths: where none are asked for; None: the row as it is.
@@ -142,7 +142,7 @@ def _read(data: Path, names: Sequence[str], seed: int) -> dict[str, Source]:
 
 
 def _has(file: Sequence[Item], keys: Sequence[str]) -> bool:
-    """Whether the first object of a file has these keys."""
+    """Say whether the first object of a file has these keys."""
     first: Mapping[str, Any] = next((item.value for item in file if item.value is not None), {})
     return all(key in first for key in keys)
 

@@ -8,9 +8,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rocketkv.eval.documents import Article
-from rocketkv.eval.metrics import normalize_english
-from rocketkv.eval.rows import BrokenRowError, Turn, take, take_texts
+from rocketkv.eval.data.documents import Article
+from rocketkv.eval.data.samples import BrokenRowError, Turn, take, take_texts
+from rocketkv.eval.metrics.official import normalize_english
 
 NQ_OPENING = (
     "Write a high-quality answer for the given question using only the provided search results "

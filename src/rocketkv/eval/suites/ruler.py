@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 
 from rocketkv.errors import InputError
-from rocketkv.eval.documents import Case, read_hotpotqa, read_squad
-from rocketkv.eval.haystack import fill, split_words
-from rocketkv.eval.metrics import any_found, share_found
-from rocketkv.eval.rows import Fault, Sample, Turn
+from rocketkv.eval.data.documents import Case, read_hotpotqa, read_squad
+from rocketkv.eval.data.haystack import fill, split_words
+from rocketkv.eval.data.samples import Fault, Sample, Turn
+from rocketkv.eval.metrics.official import any_found, share_found
 from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.ruler_needles import Needles
 from rocketkv.eval.suites.ruler_tasks import (

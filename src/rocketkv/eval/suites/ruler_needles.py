@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rocketkv.eval.haystack import split_sentences, take_words
+from rocketkv.eval.data.haystack import split_sentences, take_words
 from rocketkv.eval.suites.ruler_tasks import NOISE, Draft, Material, word_list
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple, Protocol
 
 from rocketkv.errors import InputError
-from rocketkv.eval.documents import Case
+from rocketkv.eval.data.documents import Case
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
@@ -31,10 +31,10 @@ class Draft(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """What cases are made of.
+    """Holds what cases are made of.
 
     Attributes:
-        words: of the haystack.
+        words: the haystack's words.
         start: the word to start from; None: any.
         length: the tokens that were asked for.
         case: a question and its documents.
@@ -49,7 +49,7 @@ class Material:
 
 
 class Task(Protocol):
-    """How cases of a task are drawn.
+    """Describes how the cases of a task are drawn.
 
     Attributes:
         smallest: the smallest size that makes sense.

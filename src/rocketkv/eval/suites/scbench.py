@@ -13,9 +13,9 @@ from itertools import islice
 from typing import Any
 
 from rocketkv.errors import InputError
-from rocketkv.eval import metrics, repoqa
-from rocketkv.eval.files import DataFile, by_stem, find_files
-from rocketkv.eval.rows import BrokenRowError, Fault, Sample, Turn, make_samples, take, take_texts
+from rocketkv.eval.data.files import DataFile, by_stem, find_files
+from rocketkv.eval.data.samples import BrokenRowError, Fault, Sample, Turn, make_samples, take, take_texts
+from rocketkv.eval.metrics import official, repoqa
 from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.scbench_prompts import write_prompt
 from rocketkv.eval.suites.scbench_synthetic import MAKERS, make_row
@@ -26,12 +26,12 @@ NUM_SAMPLES = 100  # per task, as published
 
 @dataclass(frozen=True)
 class Task:
-    """How one kind of question is scored.
+    """Describes how one kind of question is scored.
 
     Attributes:
-        score: of a prediction, its turn and its sample.
+        score: the function that scores a prediction, given its turn and its sample.
         max_new_tokens: tokens to generate at most.
-        packages: what the metric needs.
+        packages: names of the packages that the metric needs.
     """
 
     score: Callable[[str, Turn, Sample], Mapping[str, float]]
@@ -44,39 +44,39 @@ def _gold_contained(prediction: str, turn: Turn, _: Sample) -> Mapping[str, floa
 
 
 def _all_found(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
-    return {"score": metrics.share_found(prediction, turn.answers[1:])}
+    return {"score": official.share_found(prediction, turn.answers[1:])}
 
 
 def _gold_found(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
-    return {"score": metrics.any_found(prediction, turn.answers)}
+    return {"score": official.any_found(prediction, turn.answers)}
 
 
 def _option_found(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
     (gold,) = turn.answers
-    return {"score": metrics.any_found(prediction, [gold]), "released": metrics.any_found(prediction, list(gold))}
+    return {"score": official.any_found(prediction, [gold]), "released": official.any_found(prediction, list(gold))}
 
 
 def _characters(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
     (gold,) = turn.answers
-    released = max(metrics.characters_f1(prediction, char) for char in gold)
-    return {"score": metrics.characters_f1(prediction, gold), "released": released}
+    released = max(official.characters_f1(prediction, char) for char in gold)
+    return {"score": official.characters_f1(prediction, gold), "released": released}
 
 
 def _choice(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
     text, letter = turn.answers
-    return {"score": metrics.choice(prediction, text, letter)}
+    return {"score": official.choice(prediction, text, letter)}
 
 
 def _number(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
-    return {"score": metrics.first_number(prediction, turn.answers[0])}
+    return {"score": official.first_number(prediction, turn.answers[0])}
 
 
 def _integer(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
-    return {"score": metrics.first_integer(prediction, turn.answers[0])}
+    return {"score": official.first_integer(prediction, turn.answers[0])}
 
 
 def _summary(prediction: str, turn: Turn, _: Sample) -> Mapping[str, float]:
-    return {"score": metrics.rouge_lsum(prediction, turn.answers[0])}
+    return {"score": official.rouge_lsum(prediction, turn.answers[0])}
 
 
 def _function(prediction: str, turn: Turn, sample: Sample) -> Mapping[str, float]:
@@ -139,7 +139,7 @@ class SCBench:
         if not names or any(name not in files for name in names):
             missing = [f"{name}.jsonl" for name in names or TASKS if name not in files]
             raise InputError(f"{request.data} has no {' or '.join(missing)}; give data that has it, or other tasks.")
-        metrics.require(*(package for name in names for kind in TASKS[name].values() for package in kind.packages))
+        official.require(*(package for name in names for kind in TASKS[name].values() for package in kind.packages))
         return _read({name: files[name] for name in names}, request)
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rocketkv.eval.rows import BrokenRowError
+from rocketkv.eval.data.samples import BrokenRowError
 
 # ruff: noqa: RUF001
 
@@ -36,7 +36,7 @@ CHOICE_AGAIN = _OPTIONS + "The letter of the correct answer is"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands before the first question, and the questions."""
+    """Holds what stands before the first question, and the questions."""
 
     context: str
     questions: Sequence[str]
@@ -53,9 +53,9 @@ def write_prompt(
     before each later question, in multi-request mode before each question.
 
     Args:
-        task: of the suite.
-        context: of the row.
-        turns: of the row, with `input` and, for multiple choice, `options`.
+        task: the name of one of the suite's tasks.
+        context: the row's context.
+        turns: the row's turns, with `input` and, for multiple choice, `options`.
         multi_turn: the mode.
         chat: whether the model has a chat template.
         parity: also repeat that the released code, in chat, names before each later question of "math find" what the

@@ -28,10 +28,10 @@ def make_row(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: s
     """A row whose context has at most `length` tokens, and nearly as many.
 
     Args:
-        task: of `MAKERS`.
+        task: a key of `MAKERS`.
         tokenizer: that counts.
-        length: of the context, in tokens.
-        seed: of everything random.
+        length: the context's length in tokens.
+        seed: the seed of everything drawn at random.
 
     Raises:
         InputError: the length is too short for the questions.

@@ -1,0 +1,82 @@
+"""The GPU backend: kernels in Triton, compiled for the device when they are first used.
+
+- A decode step: `step.py` starts the kernels in `append_score.py`, `choose.py` and `attend.py`.
+- What a prefill leaves to the backend: stage 1's scores (`window.py`) and building an index (`build.py`).
+- What kernels share: `common.py`, and a file for each idea of `ops`, `channels.py`, `int8.py`, `lowbit.py`, `pages.py`.
+
+Triton need not be installed: this file imports the kernels when they are asked for.
+With TRITON_INTERPRET=1 the kernels run on the CPU, slowly; they are tested so where there is no GPU.
+"""
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rocketkv.backends.base import LayerTensors, Scoring, Spec, decline_numbers
+from rocketkv.ops import LowBitKeys, PageBounds
+
+if TYPE_CHECKING:
+    from rocketkv.backends.triton.step import TritonStep
+
+NAME = "triton"
+DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
+SCORINGS: tuple[Scoring, ...] = tuple(Scoring)
+
+
+def decline(spec: Spec) -> str | None:
+    """Say why tokens of this kind are not for this backend; None: it takes them."""
+    kernels = _load()
+    if isinstance(kernels, str):
+        return kernels
+    wanted = "cpu" if kernels.INTERPRETED else "cuda"
+    if spec.device != wanted:
+        hint = " under TRITON_INTERPRET=1" if kernels.INTERPRETED else ""
+        return f"it runs on {wanted}{hint}, not on {spec.device}"
+    if reason := decline_numbers(spec):
+        return reason
+    if spec.kv_dtype == "int8" and spec.dtype == torch.float32:  # their tiles would not fit in registers
+        return "it takes keys and values in 8 bits for 16-bit dtypes only"
+    return None
+
+
+def bind(layer: LayerTensors) -> "TritonStep":
+    """Return a decode step over this storage."""
+    from rocketkv.backends.triton.step import TritonStep
+
+    return TritonStep(layer)
+
+
+def score_window(
+    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+) -> Tensor:
+    """See `ops.score_window`."""
+    from rocketkv.backends.triton import window
+
+    return window.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=scale, by_peak=by_peak)
+
+
+def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
+    """See `ops.build_pages`."""
+    from rocketkv.backends.triton import build
+
+    build.build_pages(index, keys, lengths)
+
+
+def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
+    """See `ops.build_lowbit`."""
+    from rocketkv.backends.triton import build
+
+    build.build_lowbit(index, keys, lengths)
+
+
+@cache
+def _load() -> ModuleType | str:
+    """Import Triton with what the kernels share; return that module, or a sentence saying why it does not load."""
+    try:
+        return import_module("rocketkv.backends.triton.common")
+    except ImportError as error:
+        return f"Triton does not load ({error}); install rocketkv[triton]"

@@ -1,0 +1,199 @@
+"""The first launch of a decode step: store the new token, then score the units of a head, part by part.
+
+step.py says what the tensors are. A unit is what has a score: a page, or a token where each token is scored.
+"""
+
+import triton
+import triton.language as tl
+
+from rocketkv.backends.triton.channels import are_largest, store_channel_sizes
+from rocketkv.backends.triton.common import UNSPECIALIZED, load_query, product
+from rocketkv.backends.triton.int8 import num_steps, store_in_8_bits
+from rocketkv.backends.triton.lowbit import GROUP, close_group, group_start, lowbit_products
+from rocketkv.backends.triton.pages import PAGES_PER_BLOCK, fold_key, page_start
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def append_and_score(
+    query, key, value, keys, values, exponents, positions, lengths, archive_lengths, seen, bounds, codes, ranges,
+    open_keys, spread, page_size, num_channels, dense_lengths, channel_sizes, logits, partials, scale, token_capacity,
+    position_capacity, num_blocks, num_units, num_parts, SCORING: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, NUM_ROWS: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr, PART: tl.constexpr,
+    WIDTH: tl.constexpr
+):  # fmt: skip
+    """Store the new token; give `PART` units of a head their logits, `WIDTH` channels at once. Grid: heads, parts.
+
+    Reads what the scoring reads of the index (or of the keys), and the query once for each part.
+    """
+    head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = head // HKV
+    rank = tl.load(lengths + head).to(tl.int32)  # of the new token
+    size = tl.load(page_size + row).to(tl.int32) if page_size is not None else 1
+    own = rank // size  # the new token's unit
+    if part == (0 if SCORING == "dense" else own // PART):
+        new_key = _store_token(
+            key, value, keys, values, exponents, archive_lengths, head, rank, token_capacity, D, D_PAD
+        )
+        tl.store(positions + head * position_capacity + rank, tl.load(seen + row).to(tl.int32))
+        if bounds is not None:
+            fold_key(bounds, new_key, page_start(head, own, num_blocks, NUM_ROWS), NUM_ROWS, D, D_PAD)
+        if SCORING == "lowbit":
+            _append_lowbit(codes, ranges, open_keys, new_key, head, rank, part, num_blocks, D, D_PAD)
+        tl.debug_barrier()  # this program scores the new token, too
+
+    if SCORING != "dense":
+        length = rank + 1
+        units = (length + size - 1) // size
+        if (length <= tl.load(dense_lengths + row)) | (part * PART >= units):
+            return
+        unit = part * PART + tl.arange(0, PART)
+        most_channels = tl.load(num_channels + row)
+        if (SCORING == "lowbit") | (SCORING == "pages"):
+            store_channel_sizes(channel_sizes, query, spread, head, G, D, G_PAD, D_PAD)
+        if SCORING == "lowbit":
+            products = _score_lowbit(
+                query, codes, ranges, open_keys, channel_sizes, head, part, length, most_channels, num_blocks, scale,
+                G, D, G_PAD, D_PAD, WIDTH
+            )  # fmt: skip
+        else:
+            q = load_query(query, head, 0, G, D, G_PAD, D_PAD)
+            if SCORING == "exact":
+                slots = unit.to(tl.int64)
+                if archive_lengths is not None:
+                    at = positions + head * position_capacity + unit
+                    slots = tl.load(at, mask=unit < length, other=0).to(tl.int64)
+                products = _score_exact(q, keys, head * token_capacity + slots, unit < length, scale, D, D_PAD)
+            else:
+                is_there = unit // PAGES_PER_BLOCK * PAGES_PER_BLOCK < units  # whole blocks, to read rows in one go
+                start = page_start(head, unit, num_blocks, NUM_ROWS)
+                if SCORING == "pages":
+                    is_read = are_largest(channel_sizes, head, 0, most_channels, D, D_PAD, D_PAD)
+                    products = _score_pages(
+                        q, is_read, bounds, spread, head, start, is_there, scale, NUM_ROWS, D, D_PAD
+                    )
+                else:
+                    products = _score_bounds(q, bounds, start, is_there, scale, NUM_ROWS, D, D_PAD)
+        _store_logits(logits, partials, products, head, part, unit, units, size, length, num_units, num_parts, G, G_PAD)
+
+
+@triton.jit
+def _store_token(
+    key, value, keys, values, exponents, archive_lengths, head, rank, token_capacity, D: tl.constexpr,
+    D_PAD: tl.constexpr
+):  # fmt: skip
+    """Store a head's new key and value behind all others; return the key as it will be read, `[D_PAD]`."""
+    channel = tl.arange(0, D_PAD)
+    is_channel = channel < D
+    new_key = tl.load(key + head * D + channel, mask=is_channel, other=0.0)
+    new_value = tl.load(value + head * D + channel, mask=is_channel, other=0.0)
+    slot = head * token_capacity + (tl.load(archive_lengths + head) if archive_lengths is not None else rank)
+    if exponents is not None:
+        STEPS: tl.constexpr = num_steps(D)
+        new_key = store_in_8_bits(keys + slot * D, exponents + slot * (2 * STEPS), new_key, D, D_PAD)
+        store_in_8_bits(values + slot * D, exponents + slot * (2 * STEPS) + STEPS, new_value, D, D_PAD)
+    else:
+        tl.store(keys + slot * D + channel, new_key, mask=is_channel)
+        tl.store(values + slot * D + channel, new_value, mask=is_channel)
+    return new_key
+
+
+@triton.jit
+def _append_lowbit(
+    codes, ranges, open_keys, new_key, head, rank, group, num_blocks, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Let the open group take in a key, and close the group if it is full; the spread is left to `choose`."""
+    channel = tl.arange(0, D_PAD)
+    tl.store(open_keys + (head * D + channel) * GROUP + rank % GROUP, new_key, mask=channel < D)
+    if rank % GROUP == GROUP - 1:
+        tl.debug_barrier()
+        first = group_start(head, group, num_blocks, D)
+        close_group(codes, ranges, open_keys + head * D * GROUP, GROUP, 1, first, D, D_PAD)
+
+
+@triton.jit
+def _score_exact(q, keys, slots, is_token, scale, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Return the logits, `[G_PAD, PART]`, of the whole keys in these slots."""
+    channel = tl.arange(0, D_PAD)
+    mask = is_token[:, None] & (channel < D)[None, :]
+    tile = tl.load(keys + (slots * D)[:, None] + channel[None, :], mask=mask, other=0.0)
+    return product(q, tl.trans(tile)) * scale
+
+
+@triton.jit
+def _score_lowbit(
+    query, codes, ranges, open_keys, channel_sizes, head, group, length, num_channels, num_blocks, scale,
+    G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Return the logits, `[G_PAD, GROUP]`, of a group's keys along the channels that are read: a part is a group."""
+    first, is_closed = group_start(head, group, num_blocks, D), length >= (group + 1) * GROUP
+    products = tl.zeros([G_PAD, GROUP], tl.float32)
+    for start in range(0, D_PAD, WIDTH):
+        q = load_query(query, head, start, G, D, G_PAD, WIDTH)
+        is_read = are_largest(channel_sizes, head, start, num_channels, D, D_PAD, WIDTH)
+        products += lowbit_products(q, is_read, codes, ranges, open_keys, head, first, start, is_closed, D)
+    products *= scale
+    return products
+
+
+@triton.jit
+def _score_pages(
+    q, is_read, bounds, spread, head, start, is_there, scale, NUM_ROWS: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr
+):  # fmt: skip
+    """Return the logits, `[G_PAD, PART]`, of one bound of each page along the channels read; see `hybrid_logits`."""
+    channel = tl.arange(0, D_PAD)
+    q32 = q.to(tl.float32)
+    takes_maxima = (tl.sum(q32, 0) > 0) | (NUM_ROWS == D)
+    index_row = channel + tl.where(takes_maxima, NUM_ROWS - D, 0)
+    tile = tl.load(
+        bounds + start[None, :] + (index_row * PAGES_PER_BLOCK)[:, None],
+        mask=is_read[:, None] & is_there[None, :],
+        other=0.0,
+    )
+    own_sizes = tl.abs(q32)
+    if spread is not None:
+        own_sizes *= tl.load(spread + head * D + channel, mask=channel < D, other=0.0)[None, :]
+    share = tl.sum(tl.where(is_read[None, :], own_sizes, 0.0), 1) / tl.sum(own_sizes, 1)
+    temperature = scale / tl.sqrt(tl.where(share > 0, share, 1.0))  # all sizes may be zero
+    return product(q, tile) * temperature[:, None]  # where nothing is read the tile is zero
+
+
+@triton.jit
+def _score_bounds(q, bounds, start, is_there, scale, NUM_ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Return the most, `[G_PAD, PART]`, that the logits in each page can be; see `bound_logits` in ops/pages.py."""
+    channel = tl.arange(0, D_PAD)
+    q32 = q.to(tl.float32)
+    products = tl.zeros([q.shape[0], start.shape[0]], tl.float32)
+    for first_row in tl.static_range(0, NUM_ROWS, D):
+        tile = tl.load(
+            bounds + start[None, :] + ((first_row + channel) * PAGES_PER_BLOCK)[:, None],
+            mask=(channel < D)[:, None] & is_there[None, :],
+            other=0.0,
+        )
+        read = q
+        if NUM_ROWS > D:  # minima where the query is negative, maxima where it is positive
+            read = tl.where(q32 > 0 if first_row == 0 else q32 < 0, 0.0, q)
+        products += product(read, tile) * scale
+    return products
+
+
+@triton.jit
+def _store_logits(
+    logits, partials, products, head, part, unit, units, size, length, num_units, num_parts, G: tl.constexpr,
+    G_PAD: tl.constexpr
+):  # fmt: skip
+    """Store a part's logits, their largest, and the sum of its tokens' exponentials relative to the largest."""
+    group = tl.arange(0, G_PAD)
+    is_unit = unit < units
+    products = tl.where(is_unit[None, :], products, -float("inf"))
+    tl.store(
+        logits + (head * G + group[:, None]) * num_units + unit[None, :],
+        products,
+        mask=(group[:, None] < G) & is_unit[None, :],
+    )
+    best = tl.max(products, 1)
+    tokens = tl.where(is_unit, tl.minimum(length - unit * size, size), 0).to(tl.float32)
+    total = tl.sum(tl.where(is_unit[None, :], tl.exp(products - best[:, None]), 0.0) * tokens[None, :], 1)
+    at = partials + (head * num_parts + part) * (2 * G) + group
+    tl.store(at, best, mask=group < G)
+    tl.store(at + G, total, mask=group < G)

@@ -1,0 +1,48 @@
+"""Which channels a head reads, on the device; `largest_channels` in ops/channels.py is the specification."""
+
+import triton
+import triton.language as tl
+
+from rocketkv.backends.triton.common import CHANNELS, load_query, ordered
+
+
+@triton.jit
+def store_channel_sizes(
+    channel_sizes, query, spread, head, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Store how large a head's queries are along each channel: |q| over the group times the spread, if there is one.
+
+    Every program of a head stores the same. Sums that differ in layout differ in their last bits, so the sizes are
+    compared as they are stored.
+    """
+    STEP: tl.constexpr = min(D_PAD, CHANNELS)
+    for start in range(0, D_PAD, STEP):
+        channel = start + tl.arange(0, STEP)
+        size = tl.sum(tl.abs(load_query(query, head, start, G, D, G_PAD, STEP).to(tl.float32)), 0)
+        if spread is not None:
+            size *= tl.load(spread + head * D + channel, mask=channel < D, other=0.0)
+        tl.store(channel_sizes + head * D_PAD + channel, size)
+    tl.debug_barrier()
+
+
+@triton.jit
+def are_largest(channel_sizes, head, start, num_channels, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Mark the channels that are read among the `WIDTH` from `start` on: `[WIDTH]` bool.
+
+    The `num_channels` channels with the largest stored sizes are read. A channel is among them if fewer come before it.
+    """
+    order = _channel_order(channel_sizes, head, start, D, D_PAD, WIDTH)
+    num_before = tl.zeros([WIDTH], tl.int32)
+    STEP: tl.constexpr = min(D_PAD, CHANNELS)
+    for first in range(0, D_PAD, STEP):
+        others = _channel_order(channel_sizes, head, first, D, D_PAD, STEP)
+        num_before += tl.sum((others[None, :] > order[:, None]).to(tl.int32), 1)
+    return num_before < num_channels
+
+
+@triton.jit
+def _channel_order(channel_sizes, head, start, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Return numbers in the order of the stored sizes, the lower of equal channels first: no two are equal."""
+    channel = start + tl.arange(0, WIDTH)
+    order = ordered(tl.load(channel_sizes + head * D_PAD + channel)).to(tl.int64)
+    return tl.where(channel < D, order * D_PAD + (D_PAD - 1 - channel), -1)

@@ -1,0 +1,71 @@
+"""`rocketkv chat`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rocketkv.commands.answers import Sampling, Setup, answer_table, ask
+from rocketkv.commands.terminal import (
+    STANDARD_INPUT,
+    deferring_interrupts,
+    load_model,
+    out,
+    print_error,
+    read_line,
+    read_text,
+)
+from rocketkv.errors import InputError
+
+if TYPE_CHECKING:
+    from rocketkv.hf.session import Answer
+
+
+def chat(
+    file: Annotated[Path, typer.Option("--file", "-f", help="The document to talk about, UTF-8.")],
+    setup: Setup = Setup(),
+    sampling: Sampling = Sampling(),
+) -> None:
+    """Talk about a document over several turns (multi-turn cache). /stats, /reset and /quit do what they say.
+
+    Ctrl-C ends an answer; where nothing is being answered, it ends the program.
+    """
+    if file == STANDARD_INPUT:
+        raise InputError("chat reads your questions from standard input, so --file - is taken; give a file instead.")
+    config, options = setup.config("multi_turn"), {"system": setup.system, **sampling.options()}
+    text = read_text(file)
+    loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, fast=setup.fast)
+    from rocketkv.hf.session import Session
+
+    session = Session(loaded, config, setup.max_new_tokens, **options)
+    answer: Answer | None = None
+    out.print(f"Ask about {file.name}. /stats, /reset, /quit.", style="dim")
+    while True:
+        message = read_line("[bold]> [/]")
+        if message in (None, "/quit"):
+            break
+        if message == "/reset":
+            session.reset()
+            answer = None
+            out.print("The conversation is forgotten; the document stays.", style="dim")
+        elif message == "/stats":
+            out.print(
+                answer_table({f"RocketKV-MT t={setup.token_budget}": answer}) if answer else "Nothing was asked yet."
+            )
+        elif message.startswith("/"):
+            out.print(f"There is no command {message}; /stats, /reset and /quit exist.", style="red", markup=False)
+        elif message:
+            asked = message if session.messages else f"{text}\n\n{message}"
+            try:
+                with deferring_interrupts() as stopped:
+                    answer = ask(session, asked, title=None, quiet=False, stopped=stopped)
+                if stopped():
+                    out.print("Interrupted: the answer ends here, and stays in the conversation as it is.", style="dim")
+            except KeyboardInterrupt:
+                answer = None
+                out.print(
+                    "Interrupted before the answer began: the conversation is forgotten; the document stays.",
+                    style="dim",
+                )
+            except InputError as error:
+                print_error(error)

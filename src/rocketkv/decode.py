@@ -1,0 +1,209 @@
+"""One decode step of a layer: append -> score the kept tokens cheaply -> choose the best -> attend to those exactly.
+
+`ReferenceStep` is the step in plain torch: any selection method, format, device and dtype can take it, and every
+backend is held to it. A backend's step does the same in one call (`backends`). `Decoder` decides which of them decodes
+and for
+how many tokens that holds: until a buffer has to grow or the plan to change, nothing but the step itself runs.
+"""
+
+import torch
+from torch import Tensor
+
+from rocketkv import ops
+from rocketkv.backends import LayerTensors, Scoring, Spec, Step, find_backend
+from rocketkv.cache import WorkingSet
+from rocketkv.checks import check_logits
+from rocketkv.config import RocketKVConfig
+from rocketkv.errors import UnsupportedError
+from rocketkv.index import LowBitIndex, PageIndex
+from rocketkv.plan import Planner, SelectionPlan
+from rocketkv.selection import SelectionMethod
+
+
+class ReferenceStep:
+    """The decode step in plain torch; see `backends.Step`. A call that raises leaves the working set as it was."""
+
+    def __init__(self, working: WorkingSet, plan: SelectionPlan, selection: SelectionMethod, scale: float) -> None:
+        self._working, self._plan, self._selection, self._scale = working, plan, selection, scale
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, int]:
+        """Take in one token per row and attend; see `Step`."""
+        plan, working = self._plan, self._working.draft()
+        self._working.index = None  # should the step break off, the index may hold a token that is no more
+        working.append(key, value)
+        lengths, logits = working.lengths, None
+        if working.max_length > plan.dense_length:
+            grouped = query.reshape(*key.shape[:2], -1, key.shape[3])  # [B, Hkv, G, D]
+            logits = self._selection.logits(grouped, working, plan.num_channels, self._scale)
+        if logits is None:
+            counts, chosen = lengths, torch.arange(working.max_length, device=lengths.device).expand(*lengths.shape, -1)
+            keys, values = working.keys_and_values()
+            ragged = lengths if working.tokens.is_ragged else None
+            output = ops.decode_densely(query, keys, values, lengths=ragged, scale=self._scale)
+            read_bytes = int(lengths.sum()) * working.token_bytes
+        else:
+            logits = check_logits(logits, self._selection, grouped, working.max_length)
+            counts = lengths.where(lengths <= plan.dense_lengths[:, None], plan.top_k[:, None])
+            scores = ops.score_tokens(logits, lengths)
+            pins = {"sinks": plan.sinks, "recents": plan.recents}
+            chosen = ops.choose_tokens(scores, lengths=lengths, top_k=counts.amax(1), **pins)
+            keys, values, slots = working.locate(chosen)
+            output = ops.decode_sparsely(query, keys, values, slots=slots, counts=counts, scale=self._scale)
+            read_bytes = self._count_read_bytes(working)
+        if ranks is not None:
+            is_chosen = torch.arange(chosen.shape[2], device=chosen.device) < counts.minimum(lengths)[..., None]
+            ranks.fill_(-1)
+            ranks[..., : chosen.shape[2]] = chosen.where(is_chosen, -1)
+        self._working.become(working)
+        return output, read_bytes
+
+    def _count_read_bytes(self, working: WorkingSet) -> int:
+        """Bytes of a selecting step; a row that is attended in full needs no scores."""
+        plan, lengths = self._plan, working.lengths
+        selects = lengths > plan.dense_lengths[:, None]
+        sizes = (plan.page_size[:, None], plan.num_channels[:, None])
+        scored = self._selection.scored_bytes(lengths, *sizes, working.head_dim, working.like.element_size())
+        attended = plan.top_k[:, None].where(selects, lengths) * working.token_bytes
+        return int((scored.where(selects, 0) + attended).sum())
+
+
+class Decoder:
+    """Runs the decode steps of one layer, by the backend that the configuration asks for or by the reference."""
+
+    def __init__(self, config: RocketKVConfig, selection: SelectionMethod) -> None:
+        self._config, self._selection = config, selection
+        self.forget()
+
+    def forget(self) -> None:
+        """Bind anew at the next step: buffers or the plan have changed."""
+        self._step: Step | None = None
+        self._working: WorkingSet | None = None
+        self._kind: tuple[object, ...] | None = None  # of tensors and scale, checked, that the step was bound for
+        self._steps_left = 0
+        self.backend: str | None = None  # which decodes: a name of `BACKENDS` or "reference"; None: not bound
+
+    def has_checked(self, kind: tuple[object, ...]) -> bool:
+        """Whether tensors of this kind are those that the step was bound for."""
+        return kind == self._kind
+
+    def is_bound(self, kind: tuple[object, ...]) -> bool:
+        """Whether the next step can be run as it is."""
+        return kind == self._kind and self._steps_left > 0
+
+    def prepare(self, working: WorkingSet, plan: SelectionPlan) -> SelectionPlan:
+        """Make everything ready for one more token: the plan, room, and the index once there is anything to select.
+
+        Raises:
+            ConfigError: a row outgrew its plan, and more tokens are pinned than attended by the next.
+        """
+        self.forget()
+        if plan.steps_left == 0:
+            planner = Planner(self._config, self._selection, working.head_dim)
+            plan = planner.outgrown(plan, working.lengths)
+            working.index = None
+        working.reserve()
+        if working.max_length < plan.dense_length:
+            working.index = None  # rows went that selected: a step that attends to all does not extend the index
+        if working.index is None and working.max_length >= plan.dense_length:
+            working.index = self._selection.build_index(working, plan.page_size)
+            working.reserve()
+        return plan
+
+    def bind(
+        self, working: WorkingSet, plan: SelectionPlan, kind: tuple[object, ...], num_heads: int, scale: float
+    ) -> None:
+        """Let the next steps run over a working set that `prepare` has made ready.
+
+        Args:
+            working: what is decoded from.
+            plan: its plan.
+            kind: of the tensors that will come.
+            num_heads: query heads.
+            scale: factor on the dot products.
+
+        Raises:
+            UnsupportedError: the backend asked for by name does not take this cache.
+        """
+        scoring: Scoring | None = getattr(self._selection, "scoring", None)
+        is_dense = working.max_length < plan.dense_length
+        if is_dense and self._config.backend == "auto":
+            scoring = Scoring.DENSE  # all is attended, the new token included, whatever the method
+        spec = Spec.of(working.like, self._config.kv_dtype)
+        backend, reasons = find_backend(self._config.backend, spec, scoring)
+        if backend is None and self._config.backend not in ("auto", "reference"):
+            raise UnsupportedError(
+                f"backend={self._config.backend!r} does not take this cache ({'; '.join(reasons)}); set backend='auto'."
+            )
+        if backend is None or scoring is None:
+            self._step, self.backend = ReferenceStep(working, plan, self._selection, scale), "reference"
+        else:
+            self._step = _BackendStep(backend.bind(_tensors(working, plan, scoring, num_heads, scale)), working)
+            self.backend = backend.NAME
+        self._working, self._kind = working, kind
+        self._steps_left = min(working.room, plan.steps_left)
+        if is_dense:
+            self._steps_left = min(self._steps_left, plan.dense_length - working.max_length)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, *, trace: bool
+    ) -> tuple[Tensor, int | Tensor, Tensor | None]:
+        """Run a step; if it breaks off, nothing was decoded.
+
+        Returns:
+            The output and the bytes read as `Step` says, and with `trace` what `WorkingSet.mark` says of the tokens
+            attended to.
+        """
+        step, working = self._step, self._working
+        assert step is not None
+        assert working is not None
+        before = working.max_length, working.num_pending
+        try:
+            ranks = torch.full_like(working.tokens.fields["positions"], -1) if trace else None
+            output, read_bytes = step(query, key, value, ranks)
+            attended = None if ranks is None else working.mark(ranks)
+        except BaseException:
+            self.forget()
+            working.take_back(*before)
+            raise
+        self._steps_left -= 1
+        return output, read_bytes, attended
+
+
+class _BackendStep:
+    """A backend's step, which writes to the buffers and their lengths, and what the host notes of that."""
+
+    def __init__(self, step: Step, working: WorkingSet) -> None:
+        self._step, self._working = step, working
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None
+    ) -> tuple[Tensor, int | Tensor]:
+        output = self._step(query, key, value, ranks)
+        self._working.count_appended()
+        return output
+
+
+def _tensors(working: WorkingSet, plan: SelectionPlan, scoring: Scoring, num_heads: int, scale: float) -> LayerTensors:
+    """A working set and its plan as backends take them."""
+    stored = (working.source or working.tokens).fields
+    index = working.index
+    return LayerTensors(
+        keys=stored["keys"],
+        values=stored["values"],
+        exponents=stored.get("exponents"),
+        dtype=working.like.dtype,
+        positions=working.tokens.fields["positions"],
+        lengths=working.lengths,
+        archive_lengths=None if working.source is None else working.source.lengths,
+        seen=working.seen,
+        scoring=scoring,
+        pages=index.stored if isinstance(index, PageIndex) else None,
+        lowbit=index.stored if isinstance(index, LowBitIndex) else None,
+        num_channels=plan.num_channels,
+        top_k=plan.top_k,
+        dense_lengths=plan.dense_lengths,
+        sinks=plan.sinks,
+        recents=plan.recents,
+        num_heads=num_heads,
+        scale=scale,
+    )

@@ -1,0 +1,1 @@
+"""Texts to measure on: files of data sets, samples, documents and how a sample is asked."""

@@ -1,0 +1,1 @@
+"""Reports on recorded runs: statistics, tables, plots and the files that hold them."""

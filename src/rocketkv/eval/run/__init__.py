@@ -1,0 +1,1 @@
+"""Runs: every method answers on one shared prefill, and each answer is recorded."""

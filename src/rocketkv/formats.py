@@ -1,0 +1,93 @@
+"""How keys and values lie in memory. One class per format; a new one is a class and an entry in `FORMATS`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rocketkv.backends import new_storage
+from rocketkv.ops import dequantize_tokens, quantize_tokens, stored_bytes
+
+Fields = dict[str, Tensor]  # the arrays of some tokens by name, each `[B, Hkv, S, ...]`
+
+
+class Format(ABC):
+    """A way to store keys and values, `[B, Hkv, S, D]` float each, as fields.
+
+    Attributes:
+        name: the `kv_dtype` of `RocketKVConfig`.
+        is_exact: whether what is loaded is what was stored, to the bit.
+        least_share: the least that a token takes of the bytes that it takes in 16 bits, 0 to 1.
+    """
+
+    name: ClassVar[str]
+    is_exact: ClassVar[bool]
+    least_share: ClassVar[float]
+
+    @abstractmethod
+    def store(self, keys: Tensor, values: Tensor) -> Fields:
+        """The fields of these tokens."""
+
+    @abstractmethod
+    def load(self, fields: Fields, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of stored tokens in the dtype in which they came."""
+
+    @abstractmethod
+    def token_bytes(self, head_dim: int, element_size: int) -> int:
+        """Bytes of one token's key and value in one KV head, if an element takes `element_size` bytes as it comes."""
+
+    def affordable(self, num_tokens: int, head_dim: int) -> int:
+        """How many tokens the bytes of `num_tokens` tokens in 16 bits, which a budget counts, pay for."""
+        return num_tokens
+
+
+@dataclass(frozen=True)
+class Native(Format):
+    """Keys and values as they come."""
+
+    name = "auto"
+    is_exact = True
+    least_share = 1.0
+
+    def store(self, keys: Tensor, values: Tensor) -> Fields:
+        """See `Format`."""
+        return {"keys": keys, "values": values}
+
+    def load(self, fields: Fields, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See `Format`."""
+        return fields["keys"], fields["values"]
+
+    def token_bytes(self, head_dim: int, element_size: int) -> int:
+        """See `Format`."""
+        return 2 * head_dim * element_size
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """Codes of 8 bits, and the exponents of their scales (`ops/int8.py`)."""
+
+    name = "int8"
+    is_exact = False
+    least_share = 0.5
+
+    def store(self, keys: Tensor, values: Tensor) -> Fields:
+        """See `Format`."""
+        keys, values, exponents = quantize_tokens(keys, values, new_storage)
+        return {"keys": keys, "values": values, "exponents": exponents}
+
+    def load(self, fields: Fields, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See `Format`."""
+        return dequantize_tokens(fields["keys"], fields["values"], fields["exponents"], dtype)
+
+    def token_bytes(self, head_dim: int, element_size: int) -> int:
+        """See `Format`."""
+        return stored_bytes(head_dim)
+
+    def affordable(self, num_tokens: int, head_dim: int) -> int:
+        """See `Format`."""
+        return num_tokens * 4 * head_dim // stored_bytes(head_dim)
+
+
+FORMATS: dict[str, Format] = {format.name: format for format in (Native(), Int8())}

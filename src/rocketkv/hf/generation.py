@@ -1,0 +1,49 @@
+"""Methods of a model that stand before its own: `generate`, and the one behind `generate_batch`."""
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from rocketkv.hf.history import UNKNOWN
+from rocketkv.hf.hooks import Given, given, passed_cache
+from rocketkv.hf.interface import NAME
+
+
+@wraps(GenerationMixin.generate)
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate as the model's class does, after a check that a compressed cache among the arguments fits the text."""
+    plain = type(self).generate
+    cache = passed_cache(kwargs)
+    if cache is None:
+        return plain(self, *args, **kwargs)
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    mask, embeddings = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+    if embeddings is not None:
+        ids = torch.full(embeddings.shape[:2], UNKNOWN, device=embeddings.device)
+    # As transformers reads it: a mask that is longer than the text says that the text is only what is new.
+    if isinstance(ids, Tensor) and ids.dim() == 2 and (mask is None or mask.shape[-1] == ids.shape[1]):
+        cache.check_continued(ids)
+    token = given.set(Given(self, self.get_decoder(), cache))
+    try:
+        return plain(self, *args, **kwargs)
+    finally:
+        given.reset(token)
+
+
+@wraps(GenerationMixin.init_continuous_batching)
+def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Begin `generate_batch` as the model's class does, with plain SDPA attention until its manager stops."""
+    self.set_attn_implementation("sdpa")
+    try:
+        manager = type(self).init_continuous_batching(self, *args, **kwargs)
+    except BaseException:
+        self.set_attn_implementation(NAME)
+        raise
+    manager._original_attn_impl = NAME  # the manager returns to this implementation when it stops
+    return manager
+
+
+METHODS = (generate, init_continuous_batching)

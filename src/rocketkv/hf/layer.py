@@ -1,0 +1,182 @@
+"""One compressed layer of a model's cache: what transformers asks of a layer, answered by a `LayerCache`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from rocketkv.attention import LayerCache
+from rocketkv.config import RocketKVConfig
+from rocketkv.errors import UnsupportedError
+from rocketkv.hf.padding import Padding
+from rocketkv.hf.support import is_full
+from rocketkv.hf.versions import dependency
+from rocketkv.ops import take_tokens
+from rocketkv.stats import LayerStats
+
+
+class RocketKVLayer(CacheLayerMixin):
+    """A layer of the model's cache that computes its attention itself, through a `LayerCache`.
+
+    Args:
+        cache: the layer's keys and values, and the attention over them.
+        window: the length in tokens of the sliding window of a layer whose window covers the model's whole context;
+            None for a layer without a window.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, cache: LayerCache, window: int | None = None) -> None:
+        super().__init__()
+        self.cache = cache
+        self.window = window
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer has seen a prompt."""
+        return self.cache.num_seen > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """Ignore what transformers sets: the cache knows the answer."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the layer starts with its first prompt."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse tokens that do not come through `RocketKVCache.update` in a forward pass that a hook has announced.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise unannounced()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, scale: float | None) -> Tensor:
+        """Attend the new tokens of a forward pass through the compressed cache.
+
+        Args:
+            query: `[B, Hq, T, D]` float, after RoPE.
+            key: `[B, Hkv, T, D]` in the dtype of `query`, after RoPE.
+            value: like `key`.
+            padding: the padding among the T new columns.
+            scale: the factor on the dot products; None stands for 1 / sqrt(D).
+
+        Returns:
+            `[B, Hq, T, D]`.
+
+        Raises:
+            RocketKVError: as `LayerCache.prefill` and `LayerCache.decode` raise it.
+        """
+        if query.shape[2] == 1 and self.cache.num_seen > 0 and not self.cache.awaits_prompt:
+            return self.cache.decode(query, key, value, scale=scale)
+        if padding.order is None:
+            return self.cache.prefill(query, key, value, padding=padding.counts, scale=scale)
+        order = padding.order.to(query.device)  # a device map may put layers on several devices
+        query, key, value = (_take_columns(x, order) for x in (query, key, value))
+        output = self.cache.prefill(query, key, value, padding=padding.counts, scale=scale)
+        return _take_columns(output, order.argsort(1))
+
+    def end_turn(self) -> None:
+        """Let the next prompt be a turn of its own; see `RocketKVCache.end_turn`."""
+        self.cache.end_turn()
+
+    def copy(self) -> "RocketKVLayer":
+        """Return an independent layer in the same state."""
+        return RocketKVLayer(self.cache.copy(), self.window)
+
+    def fork(self, config: RocketKVConfig) -> "RocketKVLayer":
+        """Return a layer with the same past that compresses as `config` says; see `LayerCache.fork`."""
+        return RocketKVLayer(self.cache.fork(config), self.window)
+
+    def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
+        """Return whether the tokens after the first `row_seen` of each row were decoded since the last prompt."""
+        return self.cache.only_decoded_since(row_seen)
+
+    def check_rewind(self, row_seen: Sequence[int]) -> None:
+        """Raise an `InputError` where `rewind` would."""
+        self.cache.check_rewind(row_seen)
+
+    def rewind(self, num_seen: int, row_seen: Sequence[int]) -> None:
+        """Forget all but the first `num_seen` columns; see `LayerCache.rewind`."""
+        self.cache.rewind(num_seen, row_seen)
+
+    @property
+    def part_seen(self) -> set[int]:
+        """The columns seen by each part of the layer: one number, unless a pass broke off inside the layer."""
+        return {self.cache.num_seen}
+
+    def get_seq_length(self) -> int:
+        """Return the columns seen, padding included, in which transformers counts positions and masks."""
+        return self.cache.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return no columns: this layer needs no mask from transformers, so none is made (see `interface.mask`)."""
+        return 0, 0
+
+    def get_max_length(self) -> int:
+        """Return -1, which stands for no limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.cache.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the batch by the rows `beam_idx` (`[B]` int64), as beam search does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices` (`[B']` int64)."""
+        self.cache.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        rows = self.cache.num_stored.shape[0]
+        self.batch_select_indices(torch.arange(rows, device=self.cache.num_stored.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to roll back: evicted tokens do not come back.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "a RocketKVCache cannot be rolled back, so assisted decoding does not work with it; "
+            "generate without assistant_model and prompt_lookup_num_tokens, or use a DynamicCache."
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refuse, as `crop` does: transformers calls this method when it is going to roll the cache back."""
+        self.crop(0)
+
+    def stats(self) -> LayerStats:
+        """Return what the layer stores and reads."""
+        return self.cache.stats()
+
+
+def compress(layer: DynamicLayer, config: PreTrainedConfig, rocketkv_config: RocketKVConfig, keep_queries: int) -> Any:
+    """Return a compressed layer in place of one of transformers' own that attends to everything, else that one."""
+    if not is_full(layer, config.get_text_config(decoder=True)):
+        return layer
+    return RocketKVLayer(LayerCache(rocketkv_config, keep_queries), window=getattr(layer, "sliding_window", None))
+
+
+def unannounced() -> UnsupportedError:
+    """Return the refusal of a forward pass that no hook of `enable` has announced."""
+    known = dependency("transformers")
+    return UnsupportedError(
+        "a RocketKVCache reached a layer of a model, but no hook of rocketkv.enable has seen the forward pass; "
+        "call rocketkv.enable(model) first. If the model is enabled, then the transformers at hand, "
+        f"{known.installed}, hands caches on in a way of its own; install a tested version, {known.tested}."
+    )
+
+
+def _take_columns(tokens: Tensor, order: Tensor) -> Tensor:
+    """Reorder the columns of `tokens` `[B, H, T, D]` row by row, as `order` `[B, T]` int64 says."""
+    return take_tokens(tokens, order[:, None].expand(-1, tokens.shape[1], -1))

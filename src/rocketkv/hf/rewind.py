@@ -1,0 +1,60 @@
+"""Taking a cache back to the beginning that a text shares with the tokens seen."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rocketkv.errors import InputError, UnsupportedError
+from rocketkv.hf.plain import first_columns
+
+if TYPE_CHECKING:
+    from rocketkv.hf.cache import RocketKVCache
+
+
+def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
+    """Forget all that does not belong to the text `ids`; see `RocketKVCache.rewind_to`, of which this is the work.
+
+    Args:
+        cache: the cache to take back; a call that raises leaves it as it was.
+        ids: `[B, L]` integers.
+
+    Returns:
+        The number of columns that stay; 0 if the cache was reset.
+
+    Raises:
+        InputError: `ids` do not fit the cache's rows, or tokens of a prompt are to go from a `single_turn` cache.
+        UnsupportedError: a sliding-window layer has dropped tokens that would be needed.
+    """
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
+        raise InputError("rewind_to takes the ids of a text, a tensor of integers [B, L]; give those for generate.")
+    rows = cache.history.num_rows
+    if rows not in (None, ids.shape[0]):
+        raise InputError(f"the cache holds {rows} rows, not {ids.shape[0]}; give as many.")
+    if rows is None:
+        cache.reset()
+        return 0
+    keep = min(cache.history.num_common(ids), ids.shape[1] - 1)
+    counts = cache.history.num_tokens(keep)
+    goes_on = keep == cache.history.num_columns or min(counts) == 0
+    if not goes_on and not all(layer.only_decoded_since(counts) for layer in cache.compressed_layers):
+        keep = max(0, min(keep, ids.shape[1] - cache.config.window_size))
+        counts = cache.history.num_tokens(keep)
+    if keep == 0 or min(counts) == 0:
+        cache.reset()
+        return 0
+    plain = cache.plain_layers_before_pass()
+    num_dropped = cache.history.num_columns - keep
+    for i, layer in plain.items():
+        if num_dropped > 0 and layer.keys.shape[2] < layer.get_seq_length():
+            raise UnsupportedError(
+                f"layer {i} has a sliding window and has dropped what came before it, so the cache cannot go back "
+                "to an earlier token; call cache.reset() and give the whole text."
+            )
+    for compressed in cache.compressed_layers:
+        compressed.check_rewind(counts)
+    for compressed in cache.compressed_layers:
+        compressed.rewind(keep, counts)
+    for i, layer in plain.items():
+        cache.layers[i] = first_columns(layer, keep)
+    cache.history.truncate(keep)
+    return keep

@@ -1,0 +1,89 @@
+"""The command line of the study."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from rocketkv.errors import RocketKVError
+from studies.lowbit_forms.fit import fit_size
+from studies.lowbit_forms.forms import AXES, REFERENCES
+from studies.lowbit_forms.measure import measure
+from studies.lowbit_forms.study import Study
+from studies.lowbit_forms.traces import NEW_TOKENS, WINDOW, Case, capture
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Compares forms of low-bit keys by the error of attention's output.")
+    parser.add_argument("texts", type=Path, nargs="+", help="files with texts")
+    parser.add_argument("--model", default="smollm2", help="as for rocketkv")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 7424], help="tokens of the prefixes")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512], help="tokens")
+    parser.add_argument("--layers", type=int, default=8, help="how many layers, evenly spread")
+    parser.add_argument("--steps", type=int, default=24, help=f"how many of the {NEW_TOKENS} steps after a prefix")
+    parser.add_argument("--axes", nargs="+", choices=AXES, metavar="AXIS", default=list(AXES), help=", ".join(AXES))
+    parser.add_argument("--cache", type=Path, default=Path("build/forms"), metavar="FOLDER", help="for the traces")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
+    arguments = parser.parse_args()
+    for text in arguments.texts:
+        if not text.is_file():
+            parser.error(f"there is no file {text}.")
+    if min(arguments.lengths) <= WINDOW or min(arguments.budgets) < WINDOW or arguments.layers < 1:
+        parser.error(f"--lengths must be more than {WINDOW}, --budgets {WINDOW} or more, --layers 1 or more.")
+    if not 2 <= arguments.steps <= NEW_TOKENS:
+        parser.error(f"--steps {arguments.steps} is not from 2 to {NEW_TOKENS}.")
+    return arguments
+
+
+@torch.inference_mode()
+def run(arguments: argparse.Namespace, console: Console) -> Study:
+    """Measure every form everywhere.
+
+    Raises:
+        InputError: a text is too short, or the model cannot be loaded.
+    """
+    forms = {**REFERENCES, **{name: form for axis in arguments.axes for name, form in AXES[axis].items()}}
+    num_tokens = max(arguments.lengths) + NEW_TOKENS
+    traces = {
+        text: capture(arguments.model, text, num_tokens, arguments.layers, arguments.cache)
+        for text in track(arguments.texts, "reading", console=console)
+    }
+    study = Study(arguments.lengths, arguments.budgets, [text.stem for text in arguments.texts])
+    places = [(text, layer, length) for text in traces for layer in range(arguments.layers) for length in study.lengths]
+    for text, layer, length in track(places, "choosing", console=console):
+        case = Case(traces[text][layer], length, arguments.steps)
+        for budget, (name, form) in product(study.budgets, forms.items()):
+            study.add(text.stem, length, layer, budget, name, measure(form, case, budget))
+    return study
+
+
+def main() -> None:
+    """Measure and show."""
+    arguments = parse_arguments()
+    console = Console(stderr=True)
+    try:
+        study = run(arguments, console)
+    except RocketKVError as error:
+        sys.exit(f"error: {error}")
+    if arguments.json is not None:
+        forms = {**REFERENCES, **{name: form for axis in arguments.axes for name, form in AXES[axis].items()}}
+        described = {name: asdict(form) for name, form in forms.items()}
+        arguments.json.write_text(json.dumps({"forms": described, "records": study.records}))
+    print("Cells: error; above the oracle, mean and worst; tokens' worth read, tokens attended to.")
+    for axis in ("references", *arguments.axes):
+        names = list(REFERENCES if axis == "references" else AXES[axis])
+        print(f"\n## {axis}\n", *study.table(names), sep="\n")
+    if "size" in arguments.axes:
+        for bits in (4, 3, 2):
+            print("", *fit_size(study, bits), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

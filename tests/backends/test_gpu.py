@@ -1,0 +1,122 @@
+"""What only a GPU can show: that the kernels run there, by themselves, in a graph, inside a model; and how fast.
+
+`pytest -m gpu` runs these where there is one.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from layers import DTYPES, check_steps, make_layer
+from rocketkv import RocketKVCache, RocketKVConfig, enable
+from rocketkv.backends import LayerTensors, Scoring, Step, triton
+from rocketkv.cli import app
+from rocketkv.hf.versions import pass_cache
+from rocketkv.ops import LowBitKeys, PageBounds
+from tiny import tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="torch sees no GPU here, so nothing that runs on one was tested"
+    ),
+]
+
+
+def on_gpu(layer: LayerTensors) -> LayerTensors:
+    """The same storage on a GPU."""
+    tensors = {name: each.cuda() for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
+    pages = None if layer.pages is None else PageBounds(*(x if x is None else x.cuda() for x in layer.pages))
+    lowbit = None if layer.lowbit is None else LowBitKeys(*(x.cuda() for x in layer.lowbit))
+    return replace(layer, pages=pages, lowbit=lowbit, **tensors)
+
+
+class OnGpu:
+    """The Triton backend for storage on the CPU, which it takes to the GPU and back."""
+
+    @staticmethod
+    def bind(layer: LayerTensors) -> Step:
+        there = on_gpu(layer)
+        step = triton.bind(there)
+
+        def call(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            report = chosen.cuda()
+            output, read_bytes = step(query.cuda(), key.cuda(), value.cuda(), report)
+            chosen.copy_(report)
+            for name, mine in vars(layer).items():
+                if isinstance(mine, torch.Tensor):
+                    mine.copy_(getattr(there, name))
+            for mine, its in zip(layer.index, there.index, strict=True):
+                mine.copy_(its)
+            return output.cpu(), read_bytes.cpu()
+
+        return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.BOUNDS, Scoring.EXACT, Scoring.LOWBIT])
+def test_steps_are_the_references(scoring: str, dtype: torch.dtype) -> None:
+    lengths = [[5000, 300], [61, 4095]]
+    generator = torch.Generator().manual_seed(0)
+    for group, head_dim in ((4, 128), (3, 64), (5, 80), (8, 96), (1, 256)):
+        options = {"group": group, "head_dim": head_dim, "dtype": dtype, "recents": 3}
+        check_steps(OnGpu, make_layer(generator, scoring, lengths, **options), generator, steps=5)
+        if scoring != Scoring.EXACT and dtype != torch.float32:
+            check_steps(OnGpu, make_layer(generator, scoring, lengths, int8=True, **options), generator, steps=5)
+
+
+@pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.LOWBIT])
+def test_a_step_is_captured_in_a_graph_and_replayed(scoring: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [on_gpu(make_layer(torch.Generator().manual_seed(1), scoring, [[3000, 127]])) for _ in range(2)]
+    tokens = [torch.randn(1, heads, 1, 64, generator=generator).cuda() for heads in (6, 2, 2)]
+    triton.bind(on_gpu(make_layer(generator, scoring, [[3000, 127]])))(*tokens)  # compiles
+    captured, plain = (triton.bind(layer) for layer in layers)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, _ = captured(*tokens)
+    for _ in range(5):
+        for token in tokens:
+            token.copy_(torch.randn(token.shape, generator=generator))
+        graph.replay()
+        torch.testing.assert_close(output, plain(*tokens)[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(layers[0].lengths, layers[1].lengths)
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_a_model_generates_what_it_does_on_the_cpu(mode: str) -> None:
+    model = enable(tiny_model("llama"))
+    ids = torch.randint(100, (2, 150), generator=torch.Generator().manual_seed(0))
+    config = RocketKVConfig(token_budget=26, mode=mode, dense_below=0, window_size=8, kernel_size=5)
+    answers = []
+    for device in ("cpu", "cuda"):
+        cache = RocketKVCache(model.to(device).config, config)
+        tokens = model.generate(
+            ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            **pass_cache(cache),
+            max_new_tokens=12,
+            do_sample=False,
+        )
+        answers.append(tokens.tolist())
+    assert answers[0] == answers[1]
+
+
+def test_a_step_is_timed_beside_torchs() -> None:
+    sizes = ["--geometry", "llama-3.1-8b", "--seq-len", "16384", "--token-budget", "512", "--repeats", "3"]
+    result = CliRunner().invoke(app, ["bench", "attention", *sizes, "--device", "cuda"])
+    assert result.exit_code == 0, result.output
+    assert "sdpa_grouped" in result.output
+    print(result.output)
+
+
+@pytest.mark.parametrize("command", [("decode", "--paths", "eager"), ("prefill",)])
+def test_models_and_prefills_are_timed_too(command: tuple[str, ...]) -> None:
+    sizes = ["--geometry", "llama-3.2-1b", "--seq-len", "8192", "--token-budget", "256", "--repeats", "3"]
+    result = CliRunner().invoke(app, ["bench", *command, *sizes, "--device", "cuda"])
+    assert result.exit_code == 0, result.output
+    print(result.output)

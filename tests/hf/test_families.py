@@ -1,0 +1,128 @@
+"""Every model type that transformers generates text with: right, or refused by name with a reason, by both doors."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from families import tiny_config
+from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, enable
+from rocketkv.hf.versions import CACHE_ARGUMENT, pass_cache
+from tiny import generate, prompts
+
+README = Path(__file__).parents[2].joinpath("README.md").read_text()
+
+WORKS = """
+    afmoe apertus apertus1p5_text arcee aria_text beam bert bert-generation bitnet camembert codegen
+    cohere cohere2 cohere2_moe ctrl cwm data2vec-text dots1 electra emu3 ernie ernie4_5 ernie4_5_moe
+    exaone exaone4 exaone_moe flex_olmo fuyu gemma gemma3 gemma3_text glm glm4 glm4_moe
+    gpt-sw3 gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
+    laguna lfm2 llama mellum minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+    moss_transcribe_diarize nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal
+    phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelayernorm roc_bert sarvam_moe seed_oss
+    smollm3 solar_open starcoder2 xlm-roberta xlm-roberta-xl
+"""
+
+BEFORE_5_24 = {"recurrent_gemma": "it has sliding-window layers only, so there is nothing to compress"}
+REFUSED = {  # by the sentence that says why
+    "its attention bypasses transformers' attention interface": """
+    falcon     bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom cpmant git got_ocr2 gpt_neo
+        gpt_neox_japanese marian mbart mpt mvp openai-gpt pegasus plbart prophetnet rwkv stablelm
+        trocr whisper xglm xlm xlstm
+    """,
+    r"layer \d+ keeps a \w+, not plain keys and values": """
+        deepseek_v4 falcon_h1 falcon_mamba inkling2_loop_text inkling2_text inkling_text jamba
+        lara_mini lfm2_moe lfm3 mamba minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe
+        qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma zaya
+    """,
+    r"multi-head latent attention \(MLA\) caches no plain keys and values": """
+        axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa
+        hy_v4 kimi_linear longcat_flash minicpm3 sarvam_mla youtu
+    """,
+    "its attention is bidirectional unless its configuration has is_decoder=True": """
+        big_bird megatron-bert rembert roformer xmod
+    """,
+    "its attention has sinks, learned logits that share in every softmax": """
+        flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash
+    """,
+    "it runs its layers several times over and caches each time anew": """
+        dory hrm_text
+    """,
+    r"it caps attention logits \(softcap\)": """
+        gemma2 vaultgemma
+    """,
+    "its layers attend in chunks": """
+        llama4 llama4_text
+    """,
+    "transformers' own cache cannot be made from its configuration": """
+        blt
+    """,
+    "its attention is the difference of two": """
+        diffllama
+    """,
+    "it adds a mask of its own, made from the values, to the attention logits": """
+        doge
+    """,
+    "some of its layers attend to images only": """
+        mllama
+    """,
+    "its decoder cannot be told apart from its head": """
+        modernbert-decoder
+    """,
+    "its attention does not say how wide its window is": """
+        moshi
+    """,
+    "its layers hand no options down to their attention": """
+        nemotron
+    """,
+}
+
+# The sizes above do not make a configuration of theirs, or it needs a package.
+NOT_TRIED = """
+    bamba cohere_compass_text dbrx dots3_note dots3_note_text gemma3n gemma3n_text gemma4
+    gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text
+    granitemoehybrid mamba2 musicgen musicgen_melody reformer xlnet zamba zamba2
+"""
+
+# They bypass the attention interface in earlier versions of transformers, or warn.
+SINCE_5_24 = """
+    codegen gpt_bigcode gptj
+"""
+
+KINDS = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in NOT_TRIED.split()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_is_right_or_refused_by_name(kind: str) -> None:
+    if kind in SINCE_5_24.split() and CACHE_ARGUMENT == "past_key_values":
+        pytest.skip("an earlier transformers")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    config = RocketKVConfig(token_budget=4096)
+    ids, _ = prompts(40)
+    if kind in WORKS.split():
+        expected = generate(model, ids, new=6)
+        enable(model)
+        assert torch.equal(generate(model, ids, new=6, **pass_cache(RocketKVCache(model.config, config))), expected)
+        return
+    (reason,) = (reason for reason, kinds in REFUSED.items() if kind in kinds.split())
+    if CACHE_ARGUMENT == "past_key_values":
+        reason = BEFORE_5_24.get(kind, reason)
+    for refused in (lambda: enable(model), lambda: RocketKVCache(model.config, config)):
+        with pytest.raises(UnsupportedError, match=f" is not supported: {reason}; use it with transformers' own"):
+            refused()
+
+
+def test_every_type_has_its_place() -> None:
+    listed = [*WORKS.split(), *NOT_TRIED.split(), *(kind for kinds in REFUSED.values() for kind in kinds.split())]
+    assert len(listed) == len(set(listed))
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= set(listed)
+
+
+def test_the_readme_lists_what_works() -> None:
+    (listed,) = re.findall(r"^Right, token for token, .*?: (.*)\.$", README, re.MULTILINE)
+    assert set(re.findall(r"`([^`]+)`", listed)) == set(WORKS.split())
