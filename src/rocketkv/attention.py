@@ -29,19 +29,16 @@ class LayerCache(LayerState):
     """The KV cache of one attention layer and the attention over it, compressed in two stages.
 
     RocketKV (arXiv:2502.14051), sections "SnapKV with GQA support", "Hybrid Sparse Attention" and "RocketKV-MT". Rows
-    of a batch may differ in length; each is treated as it would be alone. With `kv_dtype="int8"` that holds for equal
-    keys and values: what a model rounds otherwise in a batch may be stored with other codes, a whole step apart.
-
-    A call that raises leaves the cache as it was, an interrupted one too, and can be made again. One thread at a time
-    may use a cache; a second is refused. Other threads may use other caches, copies of this one too.
+    of a batch may differ in length; each is treated as it would be alone (with `kv_dtype="int8"`: if the model gives
+    it the same keys and values, as it does not where it rounds otherwise in a batch). A call that raises or is
+    interrupted leaves the cache as it was. One thread at a time may use a cache; a second is refused.
 
     Args:
         config: how it compresses.
         keep_queries: last queries of each prefill to keep for `fork`, in `multi_turn` only; 0: none.
 
     Attributes:
-        config: how it compresses.
-        keep_queries: as given.
+        config, keep_queries: as given.
         eviction: stage 1.
         selection: stage 2.
         working: what decode chooses from, with its index and archive; None before the first prefill.

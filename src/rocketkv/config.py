@@ -41,16 +41,16 @@ class RocketKVConfig:
         kernel_size: width of stage 1's max-pooling over the sequence, odd, >= 1.
         sink_tokens: first tokens of the working set always attended, counted inside `top_k`.
         recent_tokens: last tokens always attended, counted inside `top_k`; None: `top_k // 8` (docs/accuracy.md).
-        dense_below: a row that holds no more tokens than this is attended in full; None: twice the token budget, up to
-            which that takes no longer than to select (docs/benchmarks.md), or 0 with a `budget` of your own. With 0 no
-            step of a selecting method but `exact` reads more than the budget, but for what a row grows before it is
-            split anew, an eighth at most, and for very long rows, see `token_budget`.
+        dense_below: rows with at most this many kept tokens skip selection and attend to all of them; None: twice the
+            token budget, below which selecting is not faster (docs/benchmarks.md), or 0 with a `budget` of your own.
+            With 0 the budget is strict: a growing answer exceeds it by at most 1/8 until its row is planned again, and
+            very long rows exceed it as `token_budget` says. `exact` always reads every key to score it.
         new_tokens: tokens expected to be generated, which the budget then accounts for; 0: unknown. Room for very many
             is made in steps, as they come.
         budget: the split itself instead of the formulas, the same for every row and turn.
         backend: what decodes: `auto`, the fastest that accepts device, dtype and method, or plain torch if none does;
-            `reference`, plain torch; or a backend's name, which a cache that it does not accept then refuses. What a
-            backend has for a prefill, stage 1's scores and the index, it does whatever is asked for here.
+            `reference`, plain torch; or a backend's name, which a cache that it does not accept then refuses. Only
+            decoding is affected: prefill work (stage 1's scores, the index) always uses the fastest kernel available.
 
     Raises:
         ConfigError: an option is out of range or contradicts another.

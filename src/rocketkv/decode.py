@@ -1,9 +1,9 @@
 """One decode step of a layer: append -> score the kept tokens cheaply -> choose the best -> attend to those exactly.
 
 `ReferenceStep` is the step in plain torch: any selection method, format, device and dtype can take it, and every
-backend is held to it. A backend's step does the same in one call (`backends`). `Decoder` decides which of them decodes
-and for
-how many tokens that holds: until a buffer has to grow or the plan to change, nothing but the step itself runs.
+backend is compared with it. A backend's step does the same in one call (`backends`). `Decoder` decides which of them
+decodes and for how many tokens that decision holds: until a buffer has to grow or the plan to change, nothing but the
+step itself runs.
 """
 
 import torch

@@ -36,21 +36,21 @@ def budget(
     if total <= token_budget:
         out.print(f"{total} tokens fit in the budget of {token_budget}: nothing is evicted, all is attended.")
         return
-    held = split.kept_tokens + new_tokens
-    pages = -(-held // split.page_size)
+    kept = split.kept_tokens + new_tokens
+    pages = -(-kept // split.page_size)
     scored_bytes = config.selection_method().scored_bytes(
-        tensor([[held]]), tensor([[split.page_size]]), tensor([[split.num_channels]]), head_dim, 2
+        tensor([[kept]]), tensor([[split.page_size]]), tensor([[split.num_channels]]), head_dim, 2
     )
     token_bytes = 2 * 2 * head_dim  # keys and values of 16 bits
     scoring = int(scored_bytes) / token_bytes
     attending = split.top_k * config.format.token_bytes(head_dim, 2) / token_bytes
-    scored = f"{held} tokens" if split.page_size == 1 else f"{pages} pages of {split.page_size} tokens"
+    scored = f"{kept} tokens" if split.page_size == 1 else f"{pages} pages of {split.page_size} tokens"
     table = Table(title=f"{seq_len} prompt tokens, {new_tokens or 'unknown'} new, token budget {token_budget}")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_column("why")
     table.add_row("compression factor", f"{total / token_budget:.1f} x", "all tokens / token budget")
-    table.add_row("prompt tokens kept", f"{split.kept_tokens}", f"stage 1 evicts all but 1 in {total / held:.1f}")
+    table.add_row("prompt tokens kept", f"{split.kept_tokens}", f"stage 1 evicts all but 1 in {total / kept:.1f}")
     if scoring > 0:
         table.add_row("selection", f"{config.selection}", f"stage 2 scores {scored} ...")
         table.add_row("channels", f"{split.num_channels} of {head_dim}", "... along that many of a key's channels")
@@ -63,5 +63,5 @@ def budget(
         "read per step", f"{scoring + attending:.0f} tokens' worth", f"{scoring:.0f} to score, the rest to attend"
     )
     out.print(table)
-    if held <= config.dense_tokens:
-        out.print(f"So few are held that all are attended, by default (dense_below={config.dense_tokens}).")
+    if kept <= config.dense_tokens:
+        out.print(f"So few are kept that all are attended, by default (dense_below={config.dense_tokens}).")

@@ -1,4 +1,4 @@
-"""No selection: every held token is attended, so stage 1 alone must meet the budget."""
+"""No selection: every kept token is attended, so stage 1 alone must meet the budget."""
 
 import sys
 

@@ -11,7 +11,7 @@ from rocketkv.selection.hybrid import PublishedHybrid
 
 
 class SparQ(PublishedHybrid):
-    """Hybrid selection with pages of one token, whose bounds are the keys themselves, held channel-major."""
+    """Hybrid selection with pages of one token, whose bounds are the keys themselves, stored channel-major."""
 
     scoring = Scoring.PAGES
 
