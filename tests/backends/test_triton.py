@@ -9,7 +9,7 @@ import torch
 
 from inputs import make_inputs
 from layers import DTYPES, check_8_bits_of_extremes, check_steps, make_layer
-from rocketkv import Budget, LayerCache, RocketKVConfig, backends, cache, ops
+from rocketkv import Budget, LayerCache, RocketKVConfig, backends, ops, ragged
 from rocketkv.backends import Scoring, Spec, cpp, find_backend, triton
 from rocketkv.backends.triton import sizes
 from rocketkv.backends.triton.launch import Launch
@@ -282,7 +282,7 @@ def test_unread_channels_are_not_read(seeded: torch.Generator, scoring: str) -> 
 def test_a_cache_that_grows_decodes_as_by_the_reference(
     seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, selection: str, mode: str
 ) -> None:
-    monkeypatch.setattr(cache, "GROWTH", 4)
+    monkeypatch.setattr(ragged, "GROWTH", 4)
     inputs = make_inputs(seeded, num_tokens=145, head_dim=32)
     config = RocketKVConfig(token_budget=64, selection=selection, budget=Budget(120, 4, 9, 50), mode=mode)
     caches = [LayerCache(replace(config, backend=backend)) for backend in ("triton", "reference")]
