@@ -49,12 +49,13 @@ test-newest:
 	.venv-newest/bin/pip install -q --upgrade torch transformers
 	.venv-newest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS) || .venv-newest/bin/python tests/claimed.py failed
 
-# The kernels' own tests, and 10,000 right and wrong calls of a cache and 400 sequences of them, under AddressSanitizer and UBSan.
+# The kernels' own tests, and 10,000 right and wrong calls of a cache and 100 sequences of them, under
+# AddressSanitizer and UBSan.
 sanitize: setup
 	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	cmake --build build/sanitize -j2 > /dev/null
-	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=400 ASAN_OPTIONS=detect_leaks=0 \
+	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=100 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/attention/test_fuzz.py tests/attention/test_any_order.py
 
