@@ -17,7 +17,7 @@ from rocketkv.hf.versions import pass_cache
 from rocketkv.stats import LayerStats
 
 BATCH_BYTES = 8 * 2**30  # of caches that decode together at most, as if each held all of the past
-PIECE = 2048  # tokens of a long prompt that run through a model with sliding windows at once
+PIECE = 1024  # tokens of a long prompt that run through a model with sliding windows at once
 BASE = method_config(FULL, 1, mode="multi_turn")  # prefill is dense in every method, so this one's is all of theirs
 
 
