@@ -281,7 +281,7 @@ class WorkingSet:
         if self.archive is not None and self.source is None and self.num_pending > 0:
             last = torch.arange(-self.num_pending, 0, device=self.lengths.device)
             slots = self.lengths[..., None] + last
-            stored = {name: take_tokens(x, slots) for name, x in self.tokens.views().items()}
+            stored = {name: take_tokens(self.tokens.fields[name], slots) for name in self.archive.fields}
             self.archive.append({name: x.to(self.archive.lengths.device) for name, x in stored.items()})
         self.num_pending = 0
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from rocketkv.backends import Scoring
 from rocketkv.budget import Budget, Split, check_count, dense_split, prompt_share
 from rocketkv.errors import ConfigError
-from rocketkv.formats import FORMATS
 from rocketkv.selection import SelectionMethod
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class Planner:
         if not isinstance(split, Split):
             raise ConfigError(f"{name} returned {split!r}; return a rocketkv.budget.Split.")
         split = Split(*(check_count(f"{name}: {field}", n, 1) for field, n in zip(Split._fields, split, strict=True)))
-        top_k = FORMATS[self.config.kv_dtype].affordable(split.top_k, self.head_dim)
+        top_k = self.config.format.affordable(split.top_k, self.head_dim)
         return split._replace(top_k=min(top_k, sys.maxsize))
 
     def _warn_above_budget(self, split: Split, num_tokens: int) -> None:
@@ -163,7 +162,7 @@ class Planner:
             torch.tensor([[n]]) for n in (num_tokens, split.page_size, split.num_channels)
         )
         scored = int(self.selection.scored_bytes(lengths, page_size, num_channels, head_dim, 2))  # as the budget counts
-        attended = split.top_k * FORMATS[self.config.kv_dtype].token_bytes(head_dim, 2)
+        attended = split.top_k * self.config.format.token_bytes(head_dim, 2)
         if scored > 0 and scored + attended > budget * 4 * head_dim:
             warnings.warn(
                 f"a row has grown so long that even one channel of every token takes {type(self.selection).__name__} "

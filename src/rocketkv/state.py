@@ -95,7 +95,7 @@ class LayerState:
 
     @property
     def backend(self) -> str | None:
-        """What has run the last decode step: a backend's name or `reference`; None before the first one."""
+        """What runs the decode steps: a backend's name or `reference`; None until the first step after a prefill."""
         return self._decoder.backend
 
     @property
