@@ -64,10 +64,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/rumdl check --no-cache --quiet .
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
 
 # A question about a real long document (this licence), once; then two in a row over the same cache.
 DEMO_BUDGET ?= 256
