@@ -24,7 +24,7 @@ test: setup
 
 # The GPU kernels in Triton's interpreter; `make test` compiles them for GPUs.
 test-triton: setup
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/triton
 
 # The tests that run models of transformers, on the oldest version that pyproject.toml claims and on the newest that the
 # registry has, each in an environment of its own; `make test-oldest VERSION_TESTS=tests` runs the whole suite there.

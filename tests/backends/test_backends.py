@@ -1,55 +1,18 @@
 """Every backend's fused step against the reference operations, on random, ragged, tied and poisoned storage."""
 
-import ast
-from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nanobind.stubgen import StubGen
 
 from layers import DTYPES, SCORINGS, check_8_bits_of_extremes, check_steps, make_layer
-from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, backends
-from rocketkv.backends import BACKENDS, Backend, Scoring, Spec, cpp, find_backend
+from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError
+from rocketkv.backends import Backend, Scoring, Spec, cpp, find_backend
 from rocketkv.index import LowBitIndex, PageIndex
-from rocketkv.ops import int8, lowbit, pages
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 from rocketkv.selection.hybrid import Hybrid
 
-
-@pytest.fixture(
-    params=[(backend, None) for backend in BACKENDS if backend is not cpp and "cpu" in backend.DEVICES]
-    + [(cpp, name) for name in cpp.library_names()],
-    ids=lambda param: param[1] or param[0].NAME,
-)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """Every backend of the CPU, the C++ one with every instruction set of this one."""
-    backend, library = request.param
-    if library is not None:
-        monkeypatch.setattr(cpp, "library_names", lambda: [library])
-        forget_library()
-    reason = backend.decline(Spec("cpu", torch.float32, 64))
-    if reason is not None:
-        pytest.skip(f"{backend.NAME}: {reason}")
-    yield backend
-    forget_library()
-
-
-def forget_library() -> None:
-    cpp._load.cache_clear()
-    cpp._native_dtypes.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Races and the sharing out of work show with more than one thread only; the suite itself runs on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,26 +150,6 @@ def test_a_cache_that_grows_decodes_as_by_the_reference(
         assert caches[0].read_bytes == caches[1].read_bytes
 
 
-@pytest.mark.parametrize("name", cpp.library_names())
-def test_the_kernels_have_the_constants_of_the_reference(name: str) -> None:
-    library = vars(import_module(name))
-    reference = {**vars(pages), **vars(lowbit), **vars(int8)}
-    constants = {key for key in library if key.isupper()}
-    assert constants == {"PAGES_PER_BLOCK", "GROUP", "GROUPS_PER_BLOCK", "LEVELS", "STEP_CHANNELS", "NOT_FINITE"}
-    assert {key: library[key] for key in constants} == {key: reference[key] for key in constants}
-    assert {scoring.name for scoring in library["Scoring"]} == {*Scoring}
-
-
-@pytest.mark.parametrize("name", cpp.library_names())
-def test_the_stub_describes_the_kernels(name: str) -> None:
-    library, stub = import_module(name), Path(cpp.__file__).with_name("_kernels.pyi")
-    generator = StubGen(library)
-    generator.put(library)
-    command = f"python -m nanobind.stubgen -m {name} -o {stub.name}"
-    is_current = ast.dump(ast.parse(stub.read_text())) == ast.dump(ast.parse(generator.get()))
-    assert is_current, f"{stub.name} is not what `{command}` and `ruff format` write"
-
-
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_layer(backend: Backend, data: st.DataObject) -> None:
@@ -311,40 +254,6 @@ def test_a_method_with_logits_of_its_own_is_not_taken_for_its_parent() -> None:
     assert Mine.scoring is None
     assert Renamed.scoring == Scoring.PAGES
     assert SelectionMethod.scoring is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("rows", "num_in", "num_out"), [(1, 64, 33), (2, 576, 50), (3, 20, 1), (5, 257, 300), (8, 96, 17)]
-)
-def test_linear_is_a_matrix_product(
-    seeded: torch.Generator, dtype: torch.dtype, rows: int, num_in: int, num_out: int
-) -> None:
-    x = torch.randn(rows, num_in, generator=seeded).to(dtype)
-    weight = torch.randn(num_out, num_in, generator=seeded).to(dtype)
-    exact = x.double() @ weight.double().T
-    assert cpp.takes_linear(x, weight) or cpp.decline(x[None, None]) is not None
-    output = backends.linear(x[:, None], weight)[:, 0]
-    assert output.dtype == dtype
-    torch.testing.assert_close(
-        output.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(exact.abs().max())
-    )
-
-
-def test_linear_leaves_many_rows_to_torch(seeded: torch.Generator) -> None:
-    x, weight = torch.randn(2, 7, 40, generator=seeded), torch.randn(30, 40, generator=seeded)
-    assert torch.equal(backends.linear(x, weight), torch.nn.functional.linear(x, weight))
-
-
-def test_outputs_are_the_callers_own(backend: Backend, seeded: torch.Generator) -> None:
-    step = backend.bind(make_layer(seeded, Scoring.PAGES, [[90, 90]]))
-    outputs = []
-    for _ in range(2 * cpp.OUTPUTS + 2):  # allocated several at a time
-        query, key = torch.randn(1, 6, 1, 64, generator=seeded), torch.randn(1, 2, 1, 64, generator=seeded)
-        outputs.append(step(query, key, key)[0])
-    copies = [output.clone() for output in outputs]
-    outputs[0].zero_()
-    assert all(torch.equal(output, copy) for output, copy in zip(outputs[1:], copies[1:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
