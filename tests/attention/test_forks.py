@@ -27,7 +27,7 @@ def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Genera
         shared.fork(config).decode(*x.part(368, 369))
     empty = LayerCache(config).fork(config)
     assert torch.equal(empty.prefill(*x), LayerCache(config).prefill(*x))
-    with pytest.raises(InputError, match="a single_turn cache has evicted what a fork would need; set mode='multi"):
+    with pytest.raises(InputError, match="a single_turn cache cannot be forked: tokens were evicted; set mode='multi"):
         LayerCache(strict(token_budget=48)).fork(config)
 
 
@@ -73,13 +73,15 @@ def test_a_fork_at_a_later_turn_sees_all_of_the_past(seeded: torch.Generator) ->
         alone.prefill(*x.part(300, 400))
         assert torch.equal(decode_all(fork, x, 400, 408), decode_all(alone, x, 400, 408))
     single = strict(token_budget=48, window_size=16)
-    with pytest.raises(InputError, match="would have evicted at an earlier prefill already; fork it after the first"):
+    with pytest.raises(InputError, match="would have evicted at an earlier prefill already; fork after the first"):
         shared.fork(single)
     everything = strict(token_budget=48, window_size=16, eviction="keep_all")
     alone = LayerCache(everything)
     alone.prefill(*x.part(0, 400))
     assert torch.equal(decode_all(shared.fork(everything), x, 400, 420), decode_all(alone, x, 400, 420))
-    with pytest.raises(InputError, match="window_size=17 is more than the keep_queries=16 of the cache; make it with"):
+    with pytest.raises(
+        InputError, match="window_size=17 is more than the keep_queries=16 of this cache; make the cache with"
+    ):
         shared.fork(strict(token_budget=48, window_size=17))
     decode_all(shared, x, 400, 401)
     with pytest.raises(InputError, match="needs the last queries of a prefill; make the cache with keep_queries"):

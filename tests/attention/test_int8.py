@@ -58,7 +58,7 @@ def test_what_8_bits_cannot_do_is_refused(seeded: torch.Generator) -> None:
     multi_turn = strict(token_budget=48, mode="multi_turn", kv_dtype="int8")
     cache = LayerCache(multi_turn, keep_queries=32)
     cache.prefill(*x.part(0, 380))
-    with pytest.raises(InputError, match="has rounded what a fork without would need; set kv_dtype='auto' in it"):
+    with pytest.raises(InputError, match=r"has rounded its keys and values, .*; set kv_dtype='auto' in this cache"):
         cache.fork(strict(token_budget=48))
     alone = LayerCache(multi_turn)  # of what is stored
     alone.prefill(x.query[:, :, :380], *ops.dequantize_tokens(*cache.working.archive.views().values(), x.key.dtype))

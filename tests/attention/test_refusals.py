@@ -76,7 +76,10 @@ WRONG: list[tuple[Call, str]] = [
     (rows(lambda: torch.zeros(1, dtype=torch.int64, device="meta")), "are no numbers of rows"),
     (rows(lambda: torch.tensor([-1])), r"rows=\[-1\] are not all in the batch; give numbers from 0 to 1"),
     (rows(lambda: torch.tensor([0, 2])), "are not all in the batch"),
-    (lambda c, x: c.load_tokens(*x.part(0, 9)[1:], num_seen=9), "holds tokens already; load them into an empty one"),
+    (
+        lambda c, x: c.load_tokens(*x.part(0, 9)[1:], num_seen=9),
+        "has tokens already; load the new ones into an empty cache",
+    ),
     (lambda c, x: c.fork(None), "None is no RocketKVConfig"),
 ]
 

@@ -175,7 +175,7 @@ def test_memory_is_of_a_process_of_its_own() -> None:
     [
         (("attention", "-g", "llama-3.1-9b"), "geometry='llama-3.1-9b' does not exist; did you mean llama-3.1-8b"),
         (("prefill", "-g", "x"), "choose from llama-3.1-8b, llama-3.2-1b, qwen3-8b, smollm2-135m."),
-        (("attention", "--seq-len", "8k"), "seq-len='8k' is no list of numbers; separate them by commas"),
+        (("attention", "--seq-len", "8k"), "seq-len='8k' is no list of numbers; separate numbers by commas"),
         (("decode", "--batch", "0"), "batch='0' has a number below 1; give positive ones."),
         (("prefill", "-t", "16"), "token_budget=16 is smaller than window_size=32"),
         (("attention", "--dtype", "int4"), "dtype='int4' does not exist; choose from auto, float32"),

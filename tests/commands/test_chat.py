@@ -48,7 +48,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(
     handler = signal.getsignal(signal.SIGINT)
     result = run(*chat, stdin="Tell a long story.\n/stats\nGo on.\n")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("Interrupted: the answer ends here, and stays in the conversation as it is.") == 1
+    assert result.stdout.count("Interrupted: the answer ends here; what was answered stays in the conversation.") == 1
     assert "RocketKV-MT t=128" in result.stdout
     assert signal.getsignal(signal.SIGINT) is handler
 

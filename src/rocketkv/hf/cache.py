@@ -62,7 +62,7 @@ class RocketKVCache(DynamicCache):
         self.layers[:] = [compress(layer, config, rocketkv_config, keep_queries) for layer in self.layers]
         self.history = History()
         self.noted: tuple[Tensor | None, Any] = (None, None)
-        self._pass: Pass | None = None  # announced and not finished
+        self._pass: Pass | None = None  # the pass that was announced and has not finished
         self._decoder: ref[PreTrainedModel] | None = None  # the one that filled the cache; None if it is not known
 
     @property

@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls by the name of our implementation."""
+"""The attention function and the mask function, which transformers calls by the name of our implementation."""
 
 from typing import Any
 
