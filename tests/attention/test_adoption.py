@@ -31,7 +31,7 @@ def test_what_cannot_be_loaded_is_refused(seeded: torch.Generator) -> None:
         (lambda k: (k, k[:, :1], 300, None), "cannot be loaded; give both as"),
         (lambda k: (k, k[:, :, :9], 300, None), "cannot be loaded; give both as"),
         (lambda k: (k[0], k[0], 300, None), "cannot be loaded; give both as"),
-        (lambda k: (k[:, :, :0], k[:, :, :0], 300, None), "nothing empty"),
+        (lambda k: (k[:, :, :0], k[:, :, :0], 300, None), "no dimension of size 0"),
         (lambda k: (k.int(), k.int(), 300, None), "give one dtype for all"),
         (lambda k: (k, k.to("meta"), 300, None), "give all tensors on one device"),
         (lambda k: (k.to("meta"), k.to("meta"), 300, None), "give all tensors on one device"),
