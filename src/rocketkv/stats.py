@@ -31,7 +31,7 @@ class LayerStats:
 
     @property
     def compression_factor(self) -> float:
-        """How many times fewer bytes a decode step reads than with an uncompressed cache."""
+        """The bytes that a step over an uncompressed cache reads, over the bytes that the last step read."""
         return self.full_read_bytes / max(1, self.read_bytes)
 
 

@@ -39,7 +39,7 @@ def test_what_cannot_be_loaded_is_refused(seeded: torch.Generator) -> None:
         (lambda k: (k, k, 300.5, None), "num_seen=300.5 is no whole number"),
         (lambda k: (k, k, True, None), "num_seen=True is no whole number"),
         (lambda k: (k, k, 199, None), "num_seen=199 does not fit 200 tokens; give a number from 200 to"),
-        (lambda k: (k, k, (1 << 30) + 1, None), "1073741824 at most"),
+        (lambda k: (k, k, (1 << 30) + 1, None), "from 200 to 1073741824"),
         (lambda k: (k, k, 300, torch.arange(199)), "positions=.* do not fit; give int64"),
         (lambda k: (k, k, 300, torch.arange(200.0)), "do not fit"),
         (lambda k: (k, k, 300, list(range(200))), "do not fit"),
