@@ -78,12 +78,12 @@ def main() -> None:
 
 
 def read(*names: str) -> Results:
-    """The records of some folders."""
+    """Return the records of some folders."""
     return Results([record for run in read_runs([HERE / name for name in names]) for record in run.records])
 
 
 def by_budget(results: Results, budgets: Sequence[int], cell: Callable[[Arm], str]) -> None:
-    """A row per method, a column per budget."""
+    """Return a table with a row per method and a column per budget."""
     rows = [[name, *(cell(Arm(name, budget)) for budget in budgets)] for name in results.methods if name != "full"]
     full = cell(FULL_CACHE)
     header = ["method", *(f"t = {budget}" for budget in budgets)]
@@ -91,13 +91,13 @@ def by_budget(results: Results, budgets: Sequence[int], cell: Callable[[Arm], st
 
 
 def score(results: Results, arm: Arm, cell: Cell) -> str:
-    """A cell's mean."""
+    """Return a cell's mean."""
     values = results.values(arm, cell)
     return f"{100 * values.mean():.1f}" if len(values) else "-"
 
 
 def by_task(results: Results, cell: Cell, arms: Sequence[Arm]) -> list[str]:
-    """A row: the cell's name, its samples, each method's mean."""
+    """Return a row: the cell's name, its number of samples, and each method's mean."""
     return [str(cell), f"{len(results.values(FULL_CACHE, cell))}", *(score(results, arm, cell) for arm in arms)]
 
 
@@ -139,7 +139,7 @@ def faithful(results: Results, arm: Arm) -> str:
 
 
 def beside_published(results: Results, arm: Arm) -> str:
-    """A method's error above the oracle's and its bytes, as parts of the published method's, over the passages."""
+    """Return a method's error above the oracle's and its bytes, over the published method's, as means."""
     if arm == FULL_CACHE:
         return ""
     errors, held, published_held = [], [], []
@@ -161,7 +161,7 @@ def beside_published(results: Results, arm: Arm) -> str:
 
 
 def ablated(results: Results, arm: Arm) -> str:
-    """Needles and fidelity of one setting."""
+    """Return the needle and fidelity figures of one setting."""
     needles, passages = (
         results.at(arm, [c for c in results.cells if (c.suite == "fidelity") == told]) for told in (False, True)
     )

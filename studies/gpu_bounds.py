@@ -35,11 +35,11 @@ class Gpu:
     lanes: int = 64
 
     def read_us(self, num_bytes: float) -> float:
-        """Microseconds that moving so many bytes takes at best."""
+        """Return the least microseconds that moving so many bytes takes."""
         return 1e6 * num_bytes / self.bandwidth
 
     def compute_us(self, operations: float, programs: int) -> float:
-        """Microseconds that so many integer operations in each of some programs take, one program to a core."""
+        """Return the microseconds that so many integer operations per program take, one program to a core."""
         return 1e6 * operations * -(-programs // self.cores) / (self.lanes * self.clock)
 
 
@@ -72,7 +72,7 @@ class Work:
 
 
 def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: int = 132) -> Iterator[Work]:
-    """The three kernels of a decode step after a prompt of so many tokens."""
+    """Return the three kernels of a decode step after a prompt of so many tokens."""
     group, dim = MODEL.num_heads // MODEL.num_kv_heads, MODEL.head_dim
     config = RocketKVConfig(token_budget=token_budget, selection=selection)
     budget = config.budget_for(seq_len, dim)
@@ -118,7 +118,7 @@ def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: 
 
 
 def prefill_kernels(seq_len: int, token_budget: int) -> Iterator[Work]:
-    """The kernels that run once after a prompt: stage 1's scores in two launches, and the low-bit keys."""
+    """Return the kernels that run once after a prompt: two for stage 1's scores, and those of the low-bit keys."""
     group, dim, window = MODEL.num_heads // MODEL.num_kv_heads, MODEL.head_dim, 32
     rows, parts = group * window, -(-seq_len // LEAST_WINDOW_PART)
     keys, partials = seq_len * dim * ELEMENT, 8 * rows * parts

@@ -18,7 +18,7 @@ SHARES = (0.25, 0.33, 0.5)
 
 
 def lowbit_keeping(factor: float, share: float) -> type[LowBit]:
-    """Low-bit keys of `factor` times as many tokens as the paper's formula says; `share` of the budget scores."""
+    """Return low-bit selection that keeps `factor` times the paper's tokens and spends `share` on scoring."""
 
     class Keeping(LowBit):
         @classmethod

@@ -17,7 +17,7 @@ FILES = ("gguf", "openvino_model")  # fields of a job that are paths
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Times decoding in rocketkv and its peers, side by side.",
         epilog=f"Engines: {', '.join(ENGINES)}. How to set them up: see benchmarks/peers/README.md.",

@@ -55,7 +55,7 @@ class Engine:
 
 
 def llama_cpp(cache_type: str) -> Callable[[Job], Decode]:
-    """llama.cpp with flash attention; `cache_type`: f16, its default, or q8_0."""
+    """Return a loader of llama.cpp with flash attention; `cache_type` is f16, its default, or q8_0."""
 
     def load(job: Job) -> Decode:
         import llama_cpp as lib
@@ -83,7 +83,7 @@ def llama_cpp(cache_type: str) -> Callable[[Job], Decode]:
 
 
 def openvino(evict: bool) -> Callable[[Job], Decode]:
-    """OpenVINO GenAI's continuous batching, with or without cache eviction; the cache has its default format."""
+    """Return a loader of OpenVINO GenAI's continuous batching, with cache eviction or without."""
 
     def load(job: Job) -> Decode:
         import numpy
@@ -124,7 +124,7 @@ def openvino(evict: bool) -> Callable[[Job], Decode]:
 def transformers(
     dtype: str, compressed: bool, *, fast: bool = False, weight_dtype: str | None = None
 ) -> Callable[[Job], Decode]:
-    """`generate` of transformers, with its own DynamicCache or with rocketkv's, the decode step compiled if `fast`."""
+    """Return a loader of `generate` with a DynamicCache or rocketkv's; `fast` compiles the decode step."""
 
     def load(job: Job) -> Decode:
         import torch
@@ -132,7 +132,7 @@ def transformers(
         from transformers.generation.streamers import BaseStreamer
 
         from rocketkv import RocketKVCache, RocketKVConfig, enable
-        from rocketkv.hf.compiled import accelerate
+        from rocketkv.hf.compiled import compile as compile_step
         from rocketkv.hf.models import load as load_model
         from rocketkv.hf.versions import pass_cache
 
@@ -171,7 +171,7 @@ def transformers(
                 )
 
         if fast:
-            accelerate(model)
+            compile_step(model)
             generate(prompt[:, :8], 4, lambda token: None)  # compiles: part of loading, as elsewhere
         return lambda on_token: generate(prompt, job.new_tokens, on_token)
 

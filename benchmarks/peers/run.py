@@ -40,7 +40,7 @@ class Run:
 
 
 def cpu_seconds() -> tuple[float, float] | None:
-    """CPU time used so far by all processes and by this one; None where the system does not tell."""
+    """Return the CPU seconds used so far by all processes and by this one; None where the system does not tell."""
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:
@@ -51,7 +51,7 @@ def cpu_seconds() -> tuple[float, float] | None:
 
 
 def others_since(start_s: float, start: tuple[float, float] | None) -> float | None:
-    """The part of the machine's CPU time that other processes have used since a moment.
+    """Return the part of the machine's CPU time that other processes have used since a moment.
 
     Args:
         start_s: the moment, of `time.perf_counter`.
@@ -78,7 +78,7 @@ def wait_for_quiet(patience_s: float) -> None:
 
 
 def peak_mib() -> float | None:
-    """The most memory that this process has held; None where the system does not tell."""
+    """Return the most MiB that this process has used at a time; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

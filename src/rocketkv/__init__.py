@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {  # resolved on first use, so that `import rocketkv` and the command line's help stay quick
+_HOMES = {  # names are imported on first use, so that `import rocketkv` and the command line's help stay quick
     "Budget": "budget",
     "ConfigError": "errors",
     "InputError": "errors",

@@ -20,7 +20,7 @@ from studies.lowbit_forms.traces import NEW_TOKENS, WINDOW, Case, capture
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Compares forms of low-bit keys by the error of attention's output.")
     parser.add_argument("texts", type=Path, nargs="+", help="files with texts")
     parser.add_argument("--model", default="smollm2", help="as for rocketkv")

@@ -25,7 +25,7 @@ def fit_size(study: Study, bits: int) -> Iterator[str]:
         curves[text, length, budget] = sorted(points.items())
 
     def error_at(place: tuple[str, int, int], count: float) -> float:
-        """The error at this size, between the sizes that were measured."""
+        """Return the error at this size, interpolated between the sizes that were measured."""
         points = curves[place]
         count = min(max(count, points[0][0]), points[-1][0])
         for (x, y), (z, w) in pairwise(points):

@@ -64,7 +64,7 @@ SIZES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, ALL)
 
 
 def vary(name: str, *values: Any) -> dict[str, Form]:
-    """Forms that differ from the base in one field."""
+    """Return forms that differ from the base in one field."""
     return {
         f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}": replace(BASE, **{name: value})
         for value in values

@@ -25,7 +25,7 @@ def quantize(x: Tensor, bits: int, symmetric: bool) -> Tensor:
 
 
 def hadamard(size: int) -> Tensor:
-    """An orthogonal matrix of equal entries; `size` is a power of two."""
+    """Return an orthogonal matrix of entries of equal size; `size` is a power of two."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
@@ -33,7 +33,7 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotate(form: Form, case: Case, held: Held) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries `[P, Hkv, G, D]`, keys `[Hkv, M, D]` and the window's queries `[W, Hkv, G, D]`, rotated alike."""
+    """Rotate queries `[P, Hkv, G, D]`, keys `[Hkv, M, D]` and the window's queries `[W, Hkv, G, D]` alike."""
     window = case.window.reshape(held.keys.shape[0], -1, WINDOW, held.keys.shape[2]).permute(2, 0, 1, 3)
     if form.rotated == "no":
         return case.query, held.keys, window
@@ -60,7 +60,7 @@ def pick_channels(form: Form, query: Tensor, window: Tensor, prompt: Tensor, cha
 
 
 def lowbit(form: Form, case: Case, held: Held, plan: Plan) -> Tensor:
-    """Approximate logits `[P, Hkv, G, M]` by low-bit keys, the last group's by its 16-bit keys."""
+    """Return logits `[P, Hkv, G, M]` by low-bit keys, those of the last group by its 16-bit keys."""
     query, keys, window = rotate(form, case, held)
     prompt = keys[:, : held.prompt_tokens]
     chosen = pick_channels(form, query, window, prompt, plan.channels)
@@ -82,7 +82,7 @@ def lowbit(form: Form, case: Case, held: Held, plan: Plan) -> Tensor:
 
 
 def page_logits(case: Case, held: Held, page_size: Tensor, channels: Tensor) -> Tensor:
-    """The published logits `[P, Hkv, G, M]`, one step at a time."""
+    """Return the published logits `[P, Hkv, G, M]`, computed one step at a time."""
     keys = held.keys.bfloat16()[None]
     logits = []
     for step in range(len(held.lengths)):

@@ -21,7 +21,7 @@ class Plan(NamedTuple):
 
 
 def keep_count(form: Form, length: int, budget: int) -> int:
-    """Tokens of the prefix that stage 1 keeps."""
+    """Return the number of tokens of the prefix that stage 1 keeps."""
     if form.size is not None:
         factor, power, rest = form.size
         count = factor * budget**power * length**rest
@@ -50,7 +50,7 @@ def make_plan(form: Form, held: Held, budget: int) -> Plan | None:
 
 
 def split_lowbit(form: Form, length: int, budget: int, head_dim: int) -> tuple[int, int, int] | None:
-    """Page size (not used), channels and top_k for low-bit keys of so many tokens."""
+    """Return page size (not used), channels and top_k for low-bit keys of so many tokens."""
     total = budget * 4 * head_dim  # bytes
     fixed, scored = 0.0, 1.0
     if form.coarse:
@@ -64,7 +64,7 @@ def split_lowbit(form: Form, length: int, budget: int, head_dim: int) -> tuple[i
 
 
 def channel_bytes(form: Form, length: int) -> float:
-    """Bytes of one channel of all tokens."""
+    """Return the bytes of one channel of all tokens."""
     if form.bits == 16:
         return 2 * length
     tail = length % form.group
@@ -72,7 +72,7 @@ def channel_bytes(form: Form, length: int) -> float:
 
 
 def token_bytes(form: Form, head_dim: int) -> int:
-    """Bytes of a token that is attended to; with 8 bits a step for its key and one for its value."""
+    """Return the bytes of a token attended to; with 8 bits its key and its value have one step each."""
     return 4 * head_dim if form.attended_bits == 16 else 2 * head_dim + 4
 
 

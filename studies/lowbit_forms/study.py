@@ -31,7 +31,7 @@ class Study:
         return statistics.fmean(found) if found else math.nan
 
     def above_oracle(self, form: str, budget: int) -> list[float]:
-        """The form's error above the oracle's over the published method's, for each text and length."""
+        """Return, for each text and length, the form's error above the oracle's over the published method's."""
         ratios = []
         for text, length in product(self.texts, self.lengths):
             errors = [
@@ -41,7 +41,7 @@ class Study:
         return ratios
 
     def table(self, forms: Sequence[str]) -> Iterator[str]:
-        """A Markdown table."""
+        """Return a Markdown table."""
         yield "| form | " + " | ".join(f"t = {budget}" for budget in self.budgets) + " |"
         yield "|---|" + "---|" * len(self.budgets)
         for form in forms:

@@ -80,7 +80,7 @@ class Case:
 
 
 def dot(query: Tensor, keys: Tensor) -> Tensor:
-    """Products of `[P, Hkv, G, D]` with `[Hkv, M, D]`: `[P, Hkv, G, M]`."""
+    """Multiply `[P, Hkv, G, D]` with `[Hkv, M, D]`; return `[P, Hkv, G, M]`."""
     steps, heads, group, _ = query.shape
     products = query.transpose(0, 1).flatten(1, 2) @ keys.transpose(1, 2)
     result: Tensor = products.reshape(heads, steps, group, -1).transpose(0, 1)
@@ -88,13 +88,13 @@ def dot(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def mix(weights: Tensor, values: Tensor) -> Tensor:
-    """Sums of `[Hkv, M, D]` with weights `[P, Hkv, G, M]`: `[P, Hkv, G, D]`."""
+    """Sum `[Hkv, M, D]` with weights `[P, Hkv, G, M]`; return `[P, Hkv, G, D]`."""
     return dot(weights, values.transpose(1, 2))
 
 
 @torch.inference_mode()
 def capture(name: str, text: Path, num_tokens: int, num_layers: int, cache: Path) -> list[Trace]:
-    """What evenly spread layers are given on `num_tokens` tokens from the middle of a text, kept in `cache`.
+    """Record the inputs of evenly spread layers on `num_tokens` tokens from a text's middle, kept in `cache`.
 
     Raises:
         InputError: the text is too short, or the model cannot be loaded or has too few layers.

@@ -81,7 +81,7 @@ def test_a_selection_method_from_outside_works(seeded: torch.Generator) -> None:
     [
         (lambda keys: torch.ones(keys.shape[:3]), r"returned torch.float32 \[1, 2, 200\]; return torch.bool"),
         (lambda keys: torch.ones(1, 2, 7, dtype=torch.bool), r"returned torch.bool \[1, 2, 7\]; return"),
-        (lambda keys: torch.zeros(keys.shape[:3], dtype=torch.bool), "left a row without tokens; keep one at least"),
+        (lambda keys: torch.zeros(keys.shape[:3], dtype=torch.bool), "left a row without tokens; keep at least one"),
     ],
 )
 def test_policies_that_return_nonsense_are_refused(

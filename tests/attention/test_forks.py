@@ -84,7 +84,7 @@ def test_a_fork_at_a_later_turn_sees_all_of_the_past(seeded: torch.Generator) ->
     ):
         shared.fork(strict(token_budget=48, window_size=17))
     decode_all(shared, x, 400, 401)
-    with pytest.raises(InputError, match="needs the last queries of a prefill; make the cache with keep_queries"):
+    with pytest.raises(InputError, match="needs the last queries of a prefill; make this cache with keep_queries"):
         shared.fork(single)
 
 

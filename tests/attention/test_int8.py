@@ -64,7 +64,7 @@ def test_what_8_bits_cannot_do_is_refused(seeded: torch.Generator) -> None:
     alone.prefill(x.query[:, :, :380], *ops.dequantize_tokens(*cache.working.archive.views().values(), x.key.dtype))
     assert torch.equal(decode_all(cache.fork(multi_turn), x, 380, 400), decode_all(alone, x, 380, 400))
     for selection in ("exact", Exact()):
-        with pytest.raises(ConfigError, match="selection='exact' reads whole keys as they come; set kv_dtype='auto'"):
+        with pytest.raises(ConfigError, match="selection='exact' cannot read keys in 8 bits; set kv_dtype='auto'"):
             strict(token_budget=48, selection=selection, kv_dtype="int8")
     with pytest.raises(ConfigError, match="kv_dtype='int4' does not exist; did you mean int8"):
         strict(token_budget=48, kv_dtype="int4")

@@ -47,7 +47,7 @@ def test_a_prompt_that_broke_off_can_be_given_again(
 def test_a_prompt_whose_plan_is_refused_can_be_followed_by_another(x: Inputs) -> None:
     cache = LayerCache(RocketKVConfig(**SMALL, recent_tokens=30))
     expected = cache.copy()
-    with pytest.raises(ConfigError, match="more than top_k"):
+    with pytest.raises(ConfigError, match="but a step attends to top_k"):
         cache.prefill(*x.part(0, 200))
     assert (cache.num_seen, cache.working, cache.plan) == (0, None, None)
     assert expected.num_seen == 0
@@ -58,7 +58,7 @@ def test_a_step_that_no_backend_takes_counts_no_token(seeded: torch.Generator) -
     cache = LayerCache(RocketKVConfig(token_budget=64, backend="cpp"))
     cache.prefill(*x.part(0, 40))
     for _ in range(2):
-        with pytest.raises(UnsupportedError, match="backend='cpp' does not take this cache"):
+        with pytest.raises(UnsupportedError, match="backend='cpp' declines this cache"):
             cache.decode(*x.part(40, 41))
     assert cache.num_seen == 40
     assert cache.row_seen == [40]

@@ -282,5 +282,5 @@ def test_a_backend_asked_for_by_name_does_not_leave_it_to_the_reference(seeded: 
     tokens = torch.randn(3, 1, 1, 40, 64, dtype=torch.float64, generator=seeded)
     cache = LayerCache(RocketKVConfig(token_budget=64, backend="cpp"))
     cache.prefill(*tokens[..., :39, :])
-    with pytest.raises(UnsupportedError, match=r"backend='cpp' does not take this cache \(cpp: .*float64.*\); set"):
+    with pytest.raises(UnsupportedError, match=r"backend='cpp' declines this cache \(cpp: .*float64.*\); set"):
         cache.decode(*tokens[..., 39:, :])

@@ -95,7 +95,7 @@ def measure_attention(
 def _build(
     geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, selections: Sequence[str], device: str
 ) -> list[Path]:
-    """Every path, filled, after one step of each layer: what a first step sets up is not the step's price."""
+    """Return every path, filled, and stepped once in each layer so that set-up is not timed."""
     gc.collect()  # the last point's caches
     seq_len, batch = point.seq_len, point.batch
     token_bytes = batch * geometry.token_elements * dtype.itemsize  # of one layer
@@ -136,7 +136,7 @@ def _build(
 
 
 def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype, device: str) -> dict[int, Call]:
-    """One call per path: the matrix product, then the attention, which alone counts."""
+    """Return one call per path: it does a matrix product and then the attention, whose time alone counts."""
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     hidden = torch.randn(batch, geometry.hidden_size, **options)
     weight = torch.randn(geometry.hidden_size, geometry.hidden_size, **options)
@@ -155,7 +155,7 @@ def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype
             return timed(lambda: path.attend(layer, query, key, value), device)
 
         def walk() -> float:
-            """Several layers in a row, as in decoding; the first meets what others left behind and does not count."""
+            """Time several layers in a row, as in decoding; the first, which meets other paths' data, is left out."""
             step(count % path.num_layers)
             num_counted = min(_WALK, path.num_layers)
             return sum(step(count % path.num_layers) for _ in range(num_counted)) / num_counted
@@ -178,7 +178,7 @@ def _ours(name: str, token_budget: int | None, caches: list[LayerCache]) -> Path
 
 
 def _sdpa_grouped(caches: list[LayerCache]) -> Path:
-    """Torch's attention, the query heads of a KV head as its queries, over our dense buffers; nothing is appended."""
+    """Return the path of torch's attention over our dense buffers, with a KV head's query heads as queries."""
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = _tokens_far_from(caches, layer)
@@ -189,7 +189,7 @@ def _sdpa_grouped(caches: list[LayerCache]) -> Path:
 
 
 def _flash_attn(caches: list[LayerCache]) -> Path:
-    """The flash-attn package over the same buffers; nothing is appended."""
+    """Return the path of the flash-attn package over the same buffers; it appends nothing."""
     flash = import_module("flash_attn").flash_attn_with_kvcache
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> object:
@@ -200,14 +200,14 @@ def _flash_attn(caches: list[LayerCache]) -> Path:
 
 
 def _tokens_far_from(caches: list[LayerCache], layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the layer that is farthest from the one that `dense` is at."""
+    """Return keys and values of the layer that is farthest from `layer`, to which `dense` attends."""
     working = caches[(layer + len(caches) // 2) % len(caches)].working
     assert working is not None
     return working.keys_and_values()
 
 
 def _transformers_default(cache: DynamicCache, dense: list[LayerCache], geometry: Geometry) -> Path:
-    """What a model of transformers does by default: its cache's update, then its attention function."""
+    """Return the path of a model of transformers by default: its cache, then its attention function."""
     module = _Module(geometry).eval()
     scale = geometry.head_dim**-0.5
 

@@ -62,7 +62,7 @@ class NoAttention(LayerCache):
         self.num_seen = num_seen
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-        """Zeros in the shape of `query`."""
+        """Return zeros in the shape of `query`."""
         self.num_seen += 1
         return torch.zeros_like(query)
 
@@ -159,13 +159,13 @@ def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: 
 
 
 def _step(setting: Setting, cache: Any) -> Call:
-    """One step of the whole model."""
+    """Return a call that times one step of the whole model."""
     input_ids = torch.ones(setting.point.batch, 1, dtype=torch.int64, device=setting.device)
     return lambda: timed(lambda: decode_step(setting.model, cache, input_ids), setting.device)
 
 
 def _attention(setting: Setting, cache: RocketKVCache) -> Call:
-    """The attention of one step alone: every layer's own, after a matrix product, the times of the layers added up."""
+    """Return a call that times the attention of one step alone, each layer after a matrix product, added up."""
     sizes, options = setting.sizes, {"dtype": setting.model.dtype, "device": setting.device}
     query = torch.randn(setting.point.batch, sizes.num_heads, 1, sizes.head_dim, **options)
     key = torch.randn(setting.point.batch, sizes.num_kv_heads, 1, sizes.head_dim, **options)
@@ -184,7 +184,7 @@ def _attention(setting: Setting, cache: RocketKVCache) -> Call:
 
 
 def _compare(path: str, rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Amdahl's limit: a baseline's step over the rest of a step and our attention, and what of it was reached."""
+    """Compare each step with Amdahl's limit, which is a baseline's step over the rest of a step and our attention."""
     medians = {(row.name, row.token_budget): row.median_ms for row in rows}
     comparisons: list[dict[str, object]] = []
     for row in rows:

@@ -27,7 +27,7 @@ class MemoryRead:
         self.num_bytes = self._buffer.nbytes
 
     def __call__(self) -> float:
-        """The milliseconds of one read."""
+        """Read once and return the milliseconds."""
         return timed(self._buffer.sum, self._device)
 
 
@@ -44,13 +44,13 @@ def check_device(device: str) -> None:
 
 
 def measure_bandwidth(device: str = "cpu", reads: int = 5) -> float:
-    """Bytes per second at which a device's memory can be read: the best of a few reads."""
+    """Return the bytes per second at which a device's memory can be read, the best of a few reads."""
     read = MemoryRead(device)
     return max(1000 * read.num_bytes / read() for _ in range(reads))
 
 
 def available_bytes(device: str = "cpu") -> int | None:
-    """Memory of a device that can be had, without swapping; None where the system does not tell."""
+    """Return the bytes of a device's memory that are free without swapping; None where the system does not tell."""
     if device != "cpu":
         torch.cuda.empty_cache()  # what torch holds and nobody uses
         return int(torch.cuda.mem_get_info()[0])
@@ -82,7 +82,7 @@ def check_memory(what: str, needed_bytes: float, device: str = "cpu") -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process has held.
+    """Return the most bytes of memory that this process has used at a time.
 
     Linux's `ru_maxrss` begins with what the parent held when it started this process, so its own count comes first.
     """

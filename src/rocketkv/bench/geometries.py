@@ -36,12 +36,12 @@ class Geometry:
 
     @property
     def token_elements(self) -> int:
-        """Elements of the keys and values of one token in one layer."""
+        """The number of elements of the keys and values of one token in one layer."""
         return 2 * self.num_kv_heads * self.head_dim
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model, norms left out."""
+        """The number of weights of the model, without its norms."""
         attention = 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
         layer = attention + 3 * self.hidden_size * self.intermediate_size
         return self.num_layers * layer + (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size
@@ -59,7 +59,7 @@ GEOMETRIES = {
 
 
 def find_geometry(name: str) -> Geometry:
-    """The geometry of this name.
+    """Return the geometry of this name.
 
     Raises:
         InputError: there is none.

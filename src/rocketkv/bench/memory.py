@@ -69,7 +69,7 @@ def cases(
     budgets: list[int],
     batches: list[int],
 ) -> Iterator[Case]:
-    """All cases of a sweep; the full cache once for all budgets."""
+    """Yield all cases of a sweep, with the full cache once for all budgets."""
     for phase in phases:
         for seq_len in prefill_lens if phase == "prefill" else seq_lens:
             for batch in batches:

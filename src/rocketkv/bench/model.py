@@ -37,7 +37,7 @@ class Sizes:
 
 
 def build_model(geometry: Geometry, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """A model of this geometry in evaluation mode; its random weights repeat, as only their traffic counts."""
+    """Return a model of this geometry in evaluation mode; its random weights repeat, as only their bytes matter."""
     config = _CONFIGS[geometry.model_type](
         vocab_size=geometry.vocab_size,
         hidden_size=geometry.hidden_size,
@@ -81,7 +81,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 
 def full_cache(model: PreTrainedModel, keys: Tensor, values: Tensor) -> DynamicCache:
-    """The cache of transformers itself with copies of `keys` and `values` `[B, Hkv, S, D]` in every layer."""
+    """Return transformers' own cache with copies of `keys` and `values` `[B, Hkv, S, D]` in every layer."""
     cache = DynamicCache(config=model.config)
     for layer in range(len(cache.layers)):
         cache.update(keys, values, layer)
@@ -91,7 +91,7 @@ def full_cache(model: PreTrainedModel, keys: Tensor, values: Tensor) -> DynamicC
 def our_cache(
     model: PreTrainedModel, config: RocketKVConfig, keys: Tensor, values: Tensor, seq_len: int
 ) -> RocketKVCache:
-    """Our cache as after a prompt of `seq_len` tokens, holding the first of `keys` and `values` `[B, Hkv, N, D]`."""
+    """Return our cache as after a prompt of `seq_len` tokens, with the first of `keys`, `values` `[B, Hkv, N, D]`."""
     cache = RocketKVCache(model.config, config)
     kept = kept_tokens(config, seq_len)
     for layer in cache.layers:
@@ -104,6 +104,6 @@ def our_cache(
 
 
 def decode_step(model: PreTrainedModel, cache: Any, input_ids: Tensor) -> None:
-    """One step of the whole model: `input_ids` `[B, 1]` int64."""
+    """Run one step of the whole model on `input_ids` `[B, 1]` int64."""
     with torch.inference_mode():
         model(input_ids=input_ids, **pass_cache(cache))

@@ -25,12 +25,12 @@ out = Console(highlight=False)
 
 
 def print_json(result: Record) -> None:
-    """One object and nothing else."""
+    """Print one JSON object and nothing else."""
     print(json.dumps(result, indent=2))
 
 
 def print_result(result: Record) -> None:
-    """A table, and below it what the figures depend on."""
+    """Print a table, and below it what the figures depend on."""
     rows: Sequence[Record] = result["rows"]
     fixed = [f"{AXES[name]} {_values(rows, name).pop()}" for name in AXES if len(_values(rows, name)) == 1]
     title = ", ".join([f"{result['benchmark']}: {result['model']}", result["dtype"], *fixed])
@@ -121,7 +121,7 @@ def _memory_columns() -> dict[str, Any]:
 
 
 def _digits(number: float) -> str:
-    """Three digits, or all those before the point."""
+    """Return a number with three digits, or with all digits before the point."""
     return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number > 0 else "0"
 
 
@@ -177,7 +177,7 @@ def _values(rows: Sequence[Record], name: str) -> set[int]:
 
 
 def _lines(rows: Sequence[Record], names: Sequence[str]) -> dict[str, list[Record]]:
-    """Rows that belong to one line, by its label."""
+    """Group the rows that belong to one line of a plot by the line's label."""
     lines: dict[str, list[Record]] = {}
     for row in rows:
         parts = [str(row["name"])]

@@ -64,7 +64,7 @@ def measure_prefill(
 
 
 def _call(prefill: Prefill, token_budget: int | None, inputs: list[tuple[Tensor, ...]]) -> Call:
-    """The prefill of one layer after the other, in turn."""
+    """Return a call that times the prefill of one layer, of another layer at each call."""
     count = 0
 
     def call() -> float:

@@ -96,12 +96,12 @@ class Row:
 
 
 def floor_of(name: str) -> str | None:
-    """The row with the floor of a row; `sparse:NAME`, of another selection method, has one of its own."""
+    """Return the row with the floor of a row; each selection method, as in `sparse:NAME`, has its own floor."""
     return f"{name}_floor" if ":" in name else FLOORS.get(name)
 
 
 def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
-    """The time that reading the bytes of our rows takes at `bandwidth` bytes per second: no method can be faster."""
+    """Return rows with the time that reading the bytes of our rows takes at `bandwidth` bytes per second."""
     floors: dict[tuple[object, ...], Row] = {}
     for row in rows:
         name = floor_of(row.name)
@@ -116,7 +116,7 @@ def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
 
 
 def timed(work: Callable[[], object], device: str = "cpu") -> float:
-    """Milliseconds that `work` takes; of a GPU, those between events around it."""
+    """Return the milliseconds that `work` takes, between two events on a GPU."""
     if device != "cpu":
         return _timed_on_gpu(work)
     start = time.perf_counter()

@@ -58,7 +58,7 @@ class Sweep:
         return dtype
 
     def axes(self) -> tuple[list[int], list[int], list[int]]:
-        """Lengths, batches and budgets, checked with all that can be before anything is measured."""
+        """Return lengths, batches and budgets, after every check that is possible before anything is measured."""
         find_geometry(self.geometry)
         check_plot(self.plot)
         lengths, batches = numbers("seq-len", self.seq_len), numbers("batch", self.batch)
@@ -102,7 +102,7 @@ class TimedSweep(Sweep):
     device: Device = "cpu"
 
     def points(self) -> list[Point]:
-        """Every length with every batch."""
+        """Return a point for every length with every batch."""
         from rocketkv.bench.device import check_device
 
         lengths, batches, budgets = self.axes()
@@ -224,7 +224,7 @@ def memory(
 
 
 def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
-    """A model of the geometry, behind a spinner."""
+    """Return a model of the geometry, and show a spinner while it is built."""
     geometry, dtype = find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.device import check_memory
     from rocketkv.bench.model import build_model
@@ -239,7 +239,7 @@ def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
 
 @contextmanager
 def _counted(title: str, items: Sequence[Item]) -> Iterator[Iterator[tuple[Item, OnRound]]]:
-    """The items behind a bar on standard error, each with what tells the bar of its rounds."""
+    """Yield the items behind a bar on standard error, each with the function that tells the bar of its rounds."""
     progress = passing_bar()
     task = progress.add_task(title, total=len(items))
 

@@ -138,7 +138,7 @@ def report(
 
 
 def _shard(text: str) -> "Shard":
-    """Two numbers as in 2/3."""
+    """Return the two numbers of a text like 2/3."""
     from rocketkv.eval.run.journal import Shard
 
     index, _, count = text.partition("/")
@@ -148,7 +148,7 @@ def _shard(text: str) -> "Shard":
 
 
 def _summarize(records: Sequence[Mapping[str, Any]]) -> None:
-    """A short table, and what one prefill for all methods saved."""
+    """Print a short table, and what one prefill for all methods saved."""
     groups: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["method"], record["token_budget"]), []).append(record)

@@ -77,7 +77,7 @@ def info(
 
 
 def _compared(found: "Dependency") -> str:
-    """The version at hand, and whether it is a tested one."""
+    """Return the version at hand, and whether it is a tested one."""
     return f"{found.installed} ({'tested' if found.is_tested else 'not tested; tested are'}: {found.tested})"
 
 
@@ -104,7 +104,7 @@ def _taken() -> dict[str, str]:
 
 
 def _meta_model(model: str | None, geometry: str | None, dtype: str) -> "PreTrainedModel":
-    """The model in question, without weights."""
+    """Return the model in question, without weights."""
     quieten()
     if model is not None:
         from rocketkv.hf.models import load_meta
@@ -121,7 +121,7 @@ def _meta_model(model: str | None, geometry: str | None, dtype: str) -> "PreTrai
 
 
 def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, Any]:
-    """Which way the decode steps of each kind of layer go, and why, as `LayerCache` would decide."""
+    """Return which backend decodes in each kind of layer, and why, as `LayerCache` would decide."""
     from rocketkv.backends import BACKENDS, Spec, find_backend
     from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
     from rocketkv.hf.switch import enable

@@ -46,7 +46,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def print_error(error: RocketKVError) -> None:
-    """One sentence on standard error."""
+    """Print one sentence on standard error."""
     err.print("error:", str(error), style="red", markup=False, soft_wrap=True)
 
 
@@ -58,7 +58,7 @@ def explain(error: OSError) -> InputError:
 
 
 def passing_bar(*columns: ProgressColumn) -> Progress:
-    """A bar on standard error that goes away when it is done; nothing where that is no terminal."""
+    """Return a bar on standard error that goes away when it is done, and is not shown where that is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -72,7 +72,7 @@ def passing_bar(*columns: ProgressColumn) -> Progress:
 
 
 def lasting_bar() -> Progress:
-    """A bar on standard error that says how long it will take, and stays."""
+    """Return a bar on standard error that shows the time left, and stays."""
     return Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err)
 
 
@@ -80,7 +80,7 @@ STANDARD_INPUT = Path("-")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or of standard input if the path is `-`.
+    """Return the text of a file, or of standard input if the path is `-`.
 
     Raises:
         InputError: there is none.
@@ -101,7 +101,7 @@ def read_text(path: Path) -> str:
 
 
 def read_line(prompt: str) -> str | None:
-    """The next line of standard input, stripped; None at its end.
+    """Return the next line of standard input, stripped; None at its end.
 
     Raises:
         InputError: it is closed or cannot be read.
@@ -127,7 +127,7 @@ def _standard_input() -> TextIO:
 
 @contextmanager
 def deferring_interrupts() -> Iterator[Callable[[], bool]]:
-    """While it lasts, the first Ctrl-C is but noted, in the function it gives; a second one interrupts at once."""
+    """Defer the first Ctrl-C inside the block, and yield a function that says whether it came."""
     noted = Event()
 
     def note(*_: object) -> None:

@@ -78,7 +78,7 @@ class RocketKVLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log likelihoods of continuations, and whether each is what greedy decoding gives; one prefill per context."""
+        """Return log likelihoods of continuations, and whether each is the greedy one; prefill each context once."""
         found: dict[int, tuple[float, bool]] = {}
         cut = [(key, *self._cut(context, continuation)) for key, context, continuation in requests]
         order = sorted(range(len(cut)), key=lambda i: cut[i][1])
@@ -95,7 +95,7 @@ class RocketKVLM(HFLM):
         return [found[i] for i in range(len(cut))]
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Without the context's first tokens where both are too long, as `HFLM` cuts them."""
+        """Return both texts, the context without its first tokens where both are too long, as `HFLM` cuts them."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise InputError(
@@ -116,7 +116,7 @@ class RocketKVLM(HFLM):
 
 
 def main() -> None:
-    """lm-eval's own command line."""
+    """Run lm-eval's own command line."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -108,7 +108,7 @@ def cut_passages(
 def measure(
     loaded: LoadedModel, passages: Passages, method: str, budgets: Sequence[int], on_progress: OnProgress
 ) -> list[Measured]:
-    """A method and the oracle at every budget, from one prefill per passage.
+    """Measure a method and the oracle at every budget, from one prefill per passage.
 
     Args:
         loaded: its model gets enabled.
@@ -148,12 +148,12 @@ def measure(
 
 
 def find_budget(measured: Sequence[Measured], target: float) -> int | None:
-    """The smallest budget whose agreement is `target` or more; None if there is none."""
+    """Return the smallest budget whose agreement is `target` or more; None if there is none."""
     return next((one.token_budget for one in measured if one.agreement >= target), None)
 
 
 def advise(measured: Sequence[Measured], target: float) -> str:
-    """One line of advice.
+    """Return one line of advice.
 
     Args:
         measured: one budget at least, by rising budget.
@@ -179,7 +179,7 @@ def advise(measured: Sequence[Measured], target: float) -> str:
 
 
 def warn(measured: Sequence[Measured]) -> str | None:
-    """One sentence if the oracle keeps far more than ours at some budget, about where the gap is largest."""
+    """Return one sentence, about the largest gap, if the oracle keeps far more than ours at some budget."""
     failing = [
         one
         for one in measured

@@ -29,13 +29,13 @@ class Dialogue:
     pieces: list[list[int]]
 
     def prompt_tokens(self, turn: int) -> int:
-        """Tokens that the model has seen when it answers turn `turn`."""
+        """Return the number of tokens that the model has seen when it answers turn `turn`."""
         if self.head:
             return len(self.head) + len(self.pieces[turn])
         return sum(map(len, self.pieces[: turn + 1]))
 
     def needed_tokens(self, turns: Sequence[Turn]) -> int:
-        """Tokens that the longest prompt takes with its answer."""
+        """Return the number of tokens that the longest prompt takes with its answer."""
         return max(self.prompt_tokens(k) + turn.max_new_tokens for k, turn in enumerate(turns))
 
 
@@ -125,7 +125,7 @@ def fit(
 
 
 def _hide(plain: PlainText, sample: Sample) -> Sample:
-    """The same with what looks like special tokens hidden, see `PlainText`."""
+    """Return the sample with all text that looks like special tokens hidden; see `PlainText`."""
     turns = [
         replace(
             turn,
@@ -139,7 +139,7 @@ def _hide(plain: PlainText, sample: Sample) -> Sample:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample, turn: int, mode: str) -> str:
-    """All that the model sees before it answers turn `turn`."""
+    """Return all text that the model sees before it answers turn `turn`."""
     first = turn if mode == "multi_request" else 0
     asked = sample.turns[first : turn + 1]
     questions = [("" if k else sample.context) + each.question for k, each in enumerate(asked)]

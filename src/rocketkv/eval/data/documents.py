@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 def read_squad(data: Path) -> list[Article]:
-    """The articles of a SQuAD file with their paragraphs; questions that have no answer are left out.
+    """Return the articles of a SQuAD file with their paragraphs; questions without an answer are left out.
 
     Args:
         data: the file, .json or .json.gz, or a folder with it.
@@ -51,7 +51,7 @@ def read_squad(data: Path) -> list[Article]:
 
 
 def read_hotpotqa(data: Path) -> list[Case]:
-    """The questions of a HotpotQA file, each with its documents, title first.
+    """Return the questions of a HotpotQA file, each with its documents, the title first.
 
     Args:
         data: the file, .json or .json.gz, or a folder with it.

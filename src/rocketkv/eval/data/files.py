@@ -51,7 +51,7 @@ class DataFile:
 
     @property
     def stem(self) -> str:
-        """Its name without folder and suffixes, or for parquet its folder's, which says what task it holds."""
+        """The name without folder and suffixes; for parquet that of its folder, which names the task."""
         path = Path(self.member or self.path)
         name = path.name
         if name.endswith(PARQUET) and name.startswith(SPLITS):
@@ -59,7 +59,7 @@ class DataFile:
         return next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix))
 
     def items(self) -> Iterator[Item]:
-        """Its objects in order; blank lines of a .jsonl file are passed over.
+        """Yield the file's objects in order; blank lines of a .jsonl file are passed over.
 
         Raises:
             InputError: the file cannot be read, or is no file of its suffix, or pyarrow is missing for a .parquet.
@@ -76,7 +76,7 @@ class DataFile:
             raise InputError(f"{self.path} cannot be read ({error}); give another file.") from None
 
     def _open(self) -> BufferedIOBase:
-        """Its bytes, unpacked."""
+        """Return the file's bytes, unpacked."""
         if self.member:
             with zipfile.ZipFile(self.path) as archive:
                 data = archive.read(self.member)
@@ -125,7 +125,7 @@ class DataFile:
 
 
 def find_files(path: Path) -> list[DataFile]:
-    """The files of objects in a folder (and the parquet of the hub's folders in it), in a .zip, or `path` itself.
+    """Return the files of objects: in a folder, with the parquet of the hub's folders in it, in a .zip, or `path`.
 
     Raises:
         InputError: there is no such file or folder, or it is or holds none of the kinds that can be read.
@@ -148,7 +148,7 @@ def find_files(path: Path) -> list[DataFile]:
 
 
 def by_stem(files: Iterable[DataFile]) -> dict[str, DataFile]:
-    """Each file by its stem.
+    """Return each file by its stem.
 
     Raises:
         InputError: two have the same one.

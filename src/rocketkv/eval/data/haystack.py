@@ -18,14 +18,14 @@ _SENTENCE_END = re.compile(
 
 
 def default_text() -> str:
-    """Prose that every Python install has: the topics of its help system, about half a megabyte."""
+    """Return prose that every Python install has: the topics of its help system, about half a megabyte."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, each with the white space after it, so that joined they are the text.
+    """Return the words of a text, each with the white space after it, so that joined they are the text.
 
     Raises:
         InputError: there are none.
@@ -37,17 +37,17 @@ def split_words(text: str) -> list[str]:
 
 
 def take_words(words: Sequence[str], start: int, count: int) -> list[str]:
-    """`count` words from word `start` on; where the text ends it begins anew, as in NIAH and RULER."""
+    """Return `count` words from word `start` on; after its end the text begins anew, as in NIAH and RULER."""
     return [words[(start + offset) % len(words)] for offset in range(count)]
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, without the white space between them."""
+    """Return the sentences of a text, without the white space between them."""
     return _SENTENCE_END.split(text.strip())
 
 
 def plant(words: Sequence[str], needle: str, depth: float) -> str:
-    """The text of `words` with `needle` before word `int(len(words) * depth)`; `depth` is from 0 to 1."""
+    """Return the text of `words` with `needle` before word `int(len(words) * depth)`; `depth` is from 0 to 1."""
     place = int(len(words) * depth)
     return f"{''.join(words[:place]).strip()} {needle} {''.join(words[place:]).strip()}"
 
@@ -55,7 +55,7 @@ def plant(words: Sequence[str], needle: str, depth: float) -> str:
 def fill(
     make: Callable[[int], Sample], tokenizer: PreTrainedTokenizerBase, smallest: int, largest: int, length: int
 ) -> Sample:
-    """The largest sample that fits: its longest prompt and what may be generated after it have at most `length` tokens.
+    """Return the largest sample that fits: its longest prompt and answer have at most `length` tokens.
 
     Args:
         make: a sample of a size (words, sentences, documents), the same at every call; larger sizes, longer prompts.

@@ -76,7 +76,7 @@ class BrokenRowError(Exception):
 
 
 def load_samples(path: Path) -> Iterator[Sample | Fault]:
-    """Samples in this schema: one JSON object each, with the attributes of `Sample` and `Turn` as keys.
+    """Load samples in this schema: one JSON object each, with the attributes of `Sample` and `Turn` as keys.
 
     Args:
         path: a file, a folder or a .zip; see `rocketkv.eval.data.files`.
@@ -112,7 +112,7 @@ def make_samples(items: Iterable[Item], make: Callable[[Mapping[str, Any], int],
 
 
 def take(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-    """The value of a key, of the `kind` it must be of.
+    """Return the value of a key, which must be of the given `kind`.
 
     Raises:
         BrokenRowError: it is of another kind, or missing and there is no `default`.
@@ -127,7 +127,7 @@ def take(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], defau
 
 
 def take_texts(row: Mapping[str, Any], name: str, at_least: int = 1) -> tuple[str, ...]:
-    """The strings in the list under a key; none where `at_least` is 0 and the key is missing.
+    """Return the strings in the list under a key; none where `at_least` is 0 and the key is missing.
 
     Raises:
         BrokenRowError: it is no list of strings, or of too few.
@@ -173,7 +173,7 @@ def _turn(row: Mapping[str, Any]) -> Turn:
 
 
 def _refuse_unknown(row: Mapping[str, Any], schema: type) -> None:
-    """A misspelt optional key must not pass for a missing one."""
+    """Refuse unknown keys, so that a misspelt optional key is not taken for a missing one."""
     names = {field.name for field in fields(schema)}
     if unknown := sorted(set(row) - names):
         raise BrokenRowError(f"has the unknown key {unknown[0]!r}; known are {', '.join(sorted(names))}")

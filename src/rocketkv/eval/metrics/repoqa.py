@@ -46,7 +46,7 @@ def repoqa(prediction: str, right: Collection[str], functions: Sequence[str], la
 
 
 def extract_function(text: str, language: str) -> str:
-    """The first function in a fenced block, else the first block, else all of the text.
+    """Return the first function in a fenced block, else the first block, else all of the text.
 
     Raises:
         InputError: a package is missing.
@@ -64,7 +64,7 @@ def extract_function(text: str, language: str) -> str:
 
 
 def similarity(candidate: str, reference: str) -> float:
-    """BLEU of the words of two functions, smoothed by the fourth method of Chen and Cherry.
+    """Return the BLEU of the words of two functions, smoothed by the fourth method of Chen and Cherry.
 
     Raises:
         InputError: a package is missing.
@@ -77,7 +77,7 @@ def similarity(candidate: str, reference: str) -> float:
 
 @cache
 def _grammar(language: str) -> tuple[Any, Any]:
-    """A parser and a cursor over the functions it finds."""
+    """Return a parser and a cursor over the functions that the parser finds."""
     sitter = library("tree_sitter")
     package, function, pattern = GRAMMARS[language]
     grammar = sitter.Language(getattr(library(package), function)())

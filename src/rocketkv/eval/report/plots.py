@@ -58,7 +58,7 @@ def draw_turns(results: Results) -> Figure:
 
 
 def draw_layers(results: Results, name: str, label: str) -> Figure:
-    """A figure per layer, the mean over texts, a panel per budget."""
+    """Draw a figure by layer, the mean over texts, in a panel per budget."""
 
     def line(arm: Arm) -> Mapping[int, float]:
         return dict(enumerate(layer_means(results.at(arm), name)))
@@ -92,7 +92,7 @@ def draw_depths(results: Results, task: str) -> Figure:
 
 
 def draw_kept(results: Results) -> Figure | None:
-    """Which part of the text each layer keeps, layers down, positions across; None where no method evicts."""
+    """Draw which part of the text each layer keeps: layers down, positions across; None if no method evicts."""
 
     def grid(arm: Arm) -> Grid:
         shares = layer_means(results.at(arm), "kept")
@@ -108,7 +108,7 @@ def draw_kept(results: Results) -> Figure | None:
 
 
 def _lines(results: Results, line: Callable[[Arm], Mapping[int, float]], x: str, y: str) -> Figure:
-    """A panel per budget, a line per method."""
+    """Draw a panel per budget and a line per method."""
     budgets = results.rows
     figure = Figure(figsize=(2.6 * len(budgets) + 2, 3.2), layout="constrained")
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -129,7 +129,7 @@ def _lines(results: Results, line: Callable[[Arm], Mapping[int, float]], x: str,
 
 
 def _heat_maps(results: Results, grid: Callable[[Arm], Grid], label: str, norm: Normalize) -> tuple[Figure, Axes]:
-    """Panels of one colour scale, a row per budget, a column per method that has any data."""
+    """Draw panels of one colour scale: a row per budget, a column per method that has any data."""
     budgets = results.rows
     grids = {(budget, arm.method): grid(arm) for budget in budgets for arm in results.arms_at(budget)}
     grids = {place: values for place, values in grids.items() if not np.isnan(values).all()}
@@ -169,7 +169,7 @@ def _finish(plot: Axes, ticks: Sequence[int]) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    """One for all panels, each method once."""
+    """Draw one legend for all panels, with each method once."""
     entries: dict[str, Artist] = {}
     for plot in figure.axes:
         handles, labels = plot.get_legend_handles_labels()
@@ -178,7 +178,7 @@ def _legend(figure: Figure) -> None:
 
 
 def _style(method: str) -> dict[str, Any]:
-    """The same in every plot and report; methods beyond the palette begin it anew with dashes, options with dots."""
+    """Return a method's style, the same in all plots; methods beyond the palette have dashes, options have dots."""
     if method == FULL:
         return {"color": "#777777", "linestyle": ":", "linewidth": 2, "zorder": 3}
     name, _, options = method.partition(":")

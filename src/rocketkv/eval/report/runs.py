@@ -65,7 +65,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _read_objects(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The object of a .json file; or those of a .jsonl file, without a torn last line, each with some `texts`."""
+    """Return the object of a .json file, or the whole lines' objects of a .jsonl file, each with some `texts`."""
     found = []
     try:
         content = path.read_bytes()
@@ -82,7 +82,7 @@ def _read_objects(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Every fact as a text."""
+    """Return every fact as a text."""
     flat: dict[str, str] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):

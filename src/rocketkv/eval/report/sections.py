@@ -51,7 +51,7 @@ class Pictures:
 
 
 def sections(runs: Sequence[Run], pictures: Pictures) -> Iterator[str]:
-    """The report's parts in Markdown, in order."""
+    """Return the report's parts in Markdown, in order."""
     everything = Results([record for run in runs for record in run.records])
     scored = everything.of([cell for cell in everything.cells if cell.suite != FIDELITY])
     yield "# Evaluation"
@@ -88,7 +88,7 @@ def _what_was_run(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _averages(results: Results) -> Iterator[str]:
-    """What is kept of the full cache's average and which methods differ there, tasks of several turns apart."""
+    """Report what methods keep of the full cache's average, and which differ, with multi-turn tasks apart."""
     yield f"## Average over the tasks where the full cache scores above {100 * SOLVED:.0f}"
     if FULL_CACHE not in results.arms:
         yield "No data: the full cache was not run."

@@ -47,7 +47,7 @@ class Interval:
 
 
 def wilson(successes: float, trials: int) -> Interval:
-    """A share and its score interval (Wilson 1927): it never leaves [0, 1] and is no point at 0 or 1.
+    """Return a share and its score interval (Wilson 1927), which stays in [0, 1] and has a width at 0 and 1, too.
 
     Centre `(p + z^2/2n) / (1 + z^2/n)`, half width `z / (1 + z^2/n) * sqrt(p(1-p)/n + z^2/4n^2)`.
 

@@ -58,7 +58,7 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _render(text: str, folder: Path) -> str:
-    """The Markdown as one HTML file with the pictures in it."""
+    """Return the Markdown as one HTML file with the pictures in it."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(text)
     for token in tokens:

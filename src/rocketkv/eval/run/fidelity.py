@@ -79,7 +79,7 @@ def run(
 
 @torch.inference_mode()
 def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[Record]:
-    """All figures of a passage, a record per arm."""
+    """Return all figures of a passage, as a record per arm."""
     length = passage.case.length
     assert length is not None
     start = time.perf_counter()
@@ -126,7 +126,7 @@ def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[
 def predict(
     loaded: LoadedModel, token_ids: Sequence[int], length: int, arms: Sequence[Arm], on_step: OnStep
 ) -> list[Free]:
-    """How every arm predicts a text, without the figures by layer.
+    """Return how every arm predicts a text, without the figures by layer.
 
     Args:
         loaded: its model is enabled.
@@ -154,7 +154,7 @@ def predict(
 
 
 def _prefill(loaded: LoadedModel, token_ids: Sequence[int], arms: Sequence[Arm]) -> RocketKVCache:
-    """A cache with all of the prefix, from which every arm can fork."""
+    """Return a cache that has seen all of the prefix, from which every arm can fork."""
     windows = [BASE.window_size, *(arm.config().window_size for arm in arms)]
     base = RocketKVCache(loaded.model.config, BASE, keep_queries=max(windows))
     prefill(loaded.model, base, token_ids)
@@ -179,7 +179,7 @@ class _Recorder(RocketKVLayer):
 def _follow_full(
     loaded: LoadedModel, base: RocketKVCache, token_ids: Sequence[int], advance: Advance = lambda _: None
 ) -> tuple[Tensor, list[list[Step]]]:
-    """The full cache's log-probabilities `[STEPS, V]` and what each of its compressed layers did."""
+    """Return the full cache's log-probabilities `[STEPS, V]` and the steps of each of its compressed layers."""
     cache = base.fork(BASE)
     cache.layers[:] = [_Recorder(layer) if isinstance(layer, RocketKVLayer) else layer for layer in cache.layers]
     logits = []
@@ -198,7 +198,7 @@ def _predict(
     full: Tensor,
     advance: Advance = lambda _: None,
 ) -> list[Free]:
-    """Every arm's predictions of the text against the full cache's `[STEPS, V]`."""
+    """Return every arm's predictions of the text against the full cache's `[STEPS, V]`."""
     free: list[Free] = []
     rows = max(1, BATCH_BYTES // max(1, base.stats().total.kv_bytes))
     for first in range(0, len(arms), rows):
@@ -221,7 +221,7 @@ def _predict(
 def _compare_layers(
     base: RocketKVCache, trace: Sequence[Sequence[Step]], arms: Sequence[Arm]
 ) -> list[dict[str, list[Any]]]:
-    """Lists by layer, of each arm but the full cache: which tokens stage 1 kept, and output error and recall.
+    """Return lists by layer, for each arm but the full cache: what stage 1 kept, output error and recall.
 
     `output_error`: distance of the attention's output from the full one's relative to its norm, the mean over heads and
     steps. `recall`: attention mass of the tokens attended to, relative to that of as many best ones as the budget has;
@@ -240,7 +240,7 @@ def _compare_layers(
 
 
 def _compare_layer(cache: LayerCache, steps: Sequence[Step], masses: Tensor, arm: Arm) -> dict[str, Any]:
-    """One layer's figures of an arm on the full cache's trace; `masses` as of `_attention_masses`."""
+    """Return one layer's figures of an arm on the full cache's trace; `masses` is from `_attention_masses`."""
     fork = cache.fork(arm.config())
     kept = _kept_shares(fork)
     best = masses.topk(min(arm.token_budget or 0, masses.shape[2])).values.sum(-1)  # [Hkv, STEPS]
@@ -260,7 +260,7 @@ def _compare_layer(cache: LayerCache, steps: Sequence[Step], masses: Tensor, arm
 
 
 def _attention_masses(cache: LayerCache, steps: Sequence[Step]) -> Tensor:
-    """Full attention of each step to every token, the mean over the heads of a KV head: `[Hkv, STEPS, N]` float32."""
+    """Return each step's full attention to every token, averaged over a KV head's heads, `[Hkv, STEPS, N]`."""
     past = cache.keys()
     keys = torch.cat([past, *(step.key for step in steps)], dim=2)[0].float()  # [Hkv, N, D]
     query = torch.cat([step.query for step in steps], dim=2)[0].float()  # [Hq, STEPS, D]
@@ -273,7 +273,7 @@ def _attention_masses(cache: LayerCache, steps: Sequence[Step]) -> Tensor:
 
 
 def _kept_shares(cache: LayerCache) -> list[float]:
-    """Of each of `BINS` parts of what was seen, the share of tokens that decode may choose from, over KV heads."""
+    """Return the share of kept tokens in each of `BINS` parts of the seen tokens, over all KV heads."""
     seen = cache.num_seen
     bins = torch.arange(seen, device=cache.positions.device) * BINS // seen
     positions = cache.positions[cache.positions >= 0]

@@ -76,7 +76,7 @@ class SharedPrefill:
             self._own = {i: (cache, self._prefill(cache, token_ids)) for i, (cache, _) in self._own.items()}
 
     def copy(self) -> "SharedPrefill":
-        """The same conversation, to go on in another way."""
+        """Return an independent copy of the conversation."""
         copied = SharedPrefill(self.model, self.configs)
         copied._base, copied._logits = self._base.copy(), self._logits
         copied._own = {i: (cache.copy(), logits) for i, (cache, logits) in self._own.items()}
@@ -108,7 +108,7 @@ class SharedPrefill:
 
 
 def prefill(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[int]) -> Tensor:
-    """Logits `[1, V]` after a prompt, which `cache` takes in.
+    """Return the logits `[1, V]` after a prompt, which `cache` takes in.
 
     Where nothing is evicted, a model with sliding-window layers takes in a long first prompt in pieces: transformers
     pays the square of a piece's length for the attention of such a layer, most of which the window hides.
@@ -125,7 +125,7 @@ def prefill(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[in
 
 
 def forward(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[Sequence[int]] | Tensor) -> Tensor:
-    """Logits `[rows, V]` after the new tokens `[rows, T]`, which `cache` takes in."""
+    """Return the logits `[rows, V]` after the new tokens `[rows, T]`, which `cache` takes in."""
     input_ids = torch.as_tensor(token_ids, device=model.device)
     logits: Tensor = model(input_ids=input_ids, **pass_cache(cache), logits_to_keep=1).logits
     return logits[:, -1]
@@ -169,7 +169,7 @@ def decode_greedily(
 
 
 def stop_ids(loaded: LoadedModel) -> set[int]:
-    """The tokens that end an answer, by the model's generation settings and its tokenizer."""
+    """Return the tokens that end an answer, by the model's generation settings and its tokenizer."""
     given = loaded.model.generation_config.eos_token_id
     ids = {*(given if isinstance(given, list) else [given]), loaded.tokenizer.eos_token_id}
     return {i for i in ids if i is not None}

@@ -124,7 +124,7 @@ class Journal:
             self._file.close()
 
     def of(self, case: Case) -> list[Record]:
-        """The answers to a sample so far."""
+        """Return the answers to a sample so far."""
         return self._by_case.get(case, [])
 
     def missing(self, case: Case, arms: Sequence[Arm], prompt: str) -> list[Arm]:
@@ -159,7 +159,7 @@ class Journal:
             file.write(json.dumps(asdict(fault), ensure_ascii=False) + "\n")
 
     def _write(self, records: Iterable[Record]) -> None:
-        """One write and one wait for the disk."""
+        """Write once and wait once for the disk."""
         with self._writing():
             self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
             self._file.flush()

@@ -31,7 +31,7 @@ class Passage:
 
 
 def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
-    """Passages of every text at every length, from places drawn by the seed.
+    """Return passages of every text at every length, from places drawn by the seed.
 
     `request.data` is a text, .txt or .txt.gz, or a folder of them; without it `request.haystack` is the text.
 
@@ -58,7 +58,7 @@ def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
 
 
 def _texts(request: Request) -> dict[str, str]:
-    """The texts by name."""
+    """Return the texts by name."""
     if request.data is None:
         return {"haystack": request.haystack}
     paths = [request.data]

@@ -91,7 +91,7 @@ def run(loaded: LoadedModel, plan: Plan, journal: Journal, on_progress: OnProgre
 def _evaluate(
     loaded: LoadedModel, suite: Suite, sample: Sample, dialogue: Dialogue, arms: Sequence[Arm], journal: Journal
 ) -> list[Record]:
-    """Every turn of a sample under every one of `arms`."""
+    """Evaluate every turn of a sample under every one of `arms`."""
     for turn in range(len(sample.turns)):
         suite.score(sample, turn, "")  # what cannot be judged need not be run
     full = {record["turn"]: record["prediction"] for record in journal.of(_case(sample)) if record["method"] == FULL}

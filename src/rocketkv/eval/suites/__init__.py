@@ -19,7 +19,7 @@ SUITES: dict[str, str] = {  # by name, the module that has it as `SUITE`; import
 
 
 def find_suite(name: str) -> "Suite":
-    """The suite of this name.
+    """Return the suite of this name.
 
     Raises:
         InputError: there is none.

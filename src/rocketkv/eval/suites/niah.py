@@ -56,7 +56,7 @@ class Niah:
     tasks = ("passkey", "passkey_tokens", "passkey_turns", "code")
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """At each length, every depth `num_samples` (3) times.
+        """Return `num_samples` (3) samples for every depth at each length.
 
         Without tasks `passkey_tokens`, for parity `passkey`, else for a model without a chat template `code`.
 
@@ -87,7 +87,7 @@ class Niah:
 def _passkey(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """The published form; the prose is always the text's first words."""
+    """Return a sample in the published form, whose prose is always the text's first words."""
     key = "".join(generator.choices(string.digits, k=7))
     content = plant(take_words(words, 0, length), PASSKEY.format(key=key), depth)
     turn = Turn(PASSKEY_QUESTION, (key,), max_new_tokens=128)
@@ -97,7 +97,7 @@ def _passkey(
 def _passkey_tokens(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """Our form; the prose starts anywhere in the text, and prompt and answer fill `length` tokens."""
+    """Return a sample in our form: prose from anywhere in the text; prompt and answer fill `length` tokens."""
     name, number = generator.choice(NAMES), _number(generator)
     start = generator.randrange(len(words))
     turn = _ask(name, number)
@@ -113,7 +113,7 @@ def _passkey_tokens(
 def _passkey_turns(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """Four numbers, one in each quarter of the prose and there at `depth`, asked for in random order."""
+    """Return a sample with a number in each quarter of the prose, at its `depth`, asked for in random order."""
     names = generator.sample(NAMES, TURNS)
     numbers = [_number(generator) for _ in names]
     start = generator.randrange(len(words))
@@ -134,7 +134,7 @@ def _passkey_turns(
 def _code(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """A sentence to complete, in one of several wordings; the prose starts anywhere in the text."""
+    """Return a sentence to complete, in one of several wordings; the prose starts anywhere in the text."""
     sentence = generator.choice(CODES).replace("{name}", generator.choice(NAMES))
     code = str(generator.randrange(10_000, 100_000))
     start = generator.randrange(len(words))

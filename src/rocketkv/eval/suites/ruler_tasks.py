@@ -177,13 +177,13 @@ class DocumentsQuestion:
 
 @cache
 def all_words() -> list[str]:
-    """The words of all categories, sorted. Errors as of `word_list`."""
+    """Return the words of all categories, sorted; errors are those of `word_list`."""
     return sorted({word for name in ("noun", "adjective", "verb") for word in word_list(name)})
 
 
 @cache
 def word_list(name: str) -> list[str]:
-    """The words of a category (noun, adjective, verb) of `wonderwords`, where RULER takes its words from.
+    """Return the words of a category (noun, adjective, verb) of `wonderwords`, as RULER does.
 
     Raises:
         InputError: the package is missing.

@@ -116,7 +116,7 @@ class SCBench:
     tasks = tuple(TASKS)
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """The rows of the asked tasks, in the data's order, or generated ones; without tasks, of all there are.
+        """Return the asked tasks' rows, in the data's order, or generated ones; without tasks, all rows there are.
 
         Raises:
             InputError: an unknown task or mode, a task that needs data, data without it, or a package is missing.
@@ -143,7 +143,7 @@ class SCBench:
         return _read({name: files[name] for name in names}, request)
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
-        """The metric of the turn's kind of question, and `released` where the released scorer counts otherwise."""
+        """Score by the metric of the turn's kind, and add `released` where the released scorer counts otherwise."""
         asked = sample.turns[turn]
         return TASKS[sample.task][asked.subtask].score(prediction, asked, sample)
 
@@ -163,7 +163,7 @@ def _read(files: Mapping[str, DataFile], request: Request) -> Iterator[Sample | 
 
 
 def _functions(file: DataFile) -> Functions:
-    """What all rows of a file ask for, by repository: an answer is told from the answers to other rows' questions."""
+    """Return the functions that all rows of a file ask for, by repository, among which an answer must be found."""
     functions: dict[str, list[tuple[str, str]]] = {}
     for item in file.items():
         row = item.value or {}
@@ -174,7 +174,7 @@ def _functions(file: DataFile) -> Functions:
 
 
 def _sample(name: str, request: Request, functions: Functions, row: Mapping[str, Any], number: int) -> Sample:
-    """A row of the official format; tasks whose context is under `input` have none under `context`."""
+    """Return a row of the official format; some tasks have their context under `input`, not `context`."""
     context = take(row, "context" if "context" in row else "input", list if name == "scbench_mf" else str)
     rows = take(row, "multi_turns", list)
     if not rows or not all(isinstance(turn, dict) for turn in rows):
@@ -201,7 +201,7 @@ def _sample(name: str, request: Request, functions: Functions, row: Mapping[str,
 
 
 def _turn(name: str, row: Mapping[str, Any], functions: Sequence[tuple[str, str]]) -> Turn:
-    """A turn without its words: `write_prompt` finds them."""
+    """Return a turn without its words, which `write_prompt` finds."""
     kinds = TASKS[name]
     subtask = "" if "" in kinds else take(row, "task", str)
     if subtask not in kinds:

@@ -87,7 +87,7 @@ def _question(task: str, turn: Mapping[str, Any], again: bool) -> str:
 
 
 def _asked_for(turn: Mapping[str, Any]) -> str:
-    """`What is the largest number?` for a question that says `The largest number is`."""
+    """Return `What is the largest number?` for a question that says `The largest number is`."""
     match = re.search(r"The .+ is", turn["input"])
     if match is None:
         raise BrokenRowError(f"asks {turn['input'][:40]!r} where 'The ... is' is expected")

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def make_row(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: str) -> Row:
-    """A row whose context has at most `length` tokens, and nearly as many.
+    """Return a row whose context has at most `length` tokens, and nearly as many.
 
     Args:
         task: a key of `MAKERS`.
@@ -109,7 +109,7 @@ def _uuid(generator: random.Random) -> str:
 
 
 def _distinct(generator: random.Random, number: int, draw: Callable[[], str]) -> list[str]:
-    """So many different strings, in random order."""
+    """Return `count` different strings, in random order."""
     drawn: set[str] = set()
     while len(drawn) < number:
         drawn.add(draw())
