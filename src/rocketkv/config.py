@@ -62,7 +62,7 @@ class RocketKVConfig:
     token_budget: int
     mode: Literal["single_turn", "multi_turn"] = "single_turn"
     archive_on_host: bool = False
-    kv_dtype: Literal["auto", "int8"] = "auto"
+    kv_dtype: str = "auto"
     eviction: str | EvictionPolicy = "peak"
     selection: str | SelectionMethod = DEFAULT_SELECTION
     window_size: int = 32

@@ -1,7 +1,5 @@
 """Random caches: the shapes and the memory of a long context, without hours of prefill."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -36,8 +34,7 @@ def sparse_config(token_budget: int, selection: str = DEFAULT_SELECTION) -> Rock
     After a colon, `selection` may have the `kv_dtype`: `lowbit:int8`.
     """
     name, _, kv_dtype = selection.partition(":")
-    options: dict[str, Any] = {"selection": name, "kv_dtype": kv_dtype or "auto"}
-    return RocketKVConfig(token_budget=token_budget, dense_below=0, **options)
+    return RocketKVConfig(token_budget=token_budget, dense_below=0, selection=name, kv_dtype=kv_dtype or "auto")
 
 
 def dense_config(token_budget: int) -> RocketKVConfig:
@@ -65,4 +62,5 @@ def held_bytes(config: RocketKVConfig, seq_len: int, token_bytes: int) -> int:
     kept = kept_tokens(config, seq_len)
     if config.eviction == "keep_all":
         return (kept + SPARE_TOKENS) * token_bytes
-    return int((1.0 if config.kv_dtype == "int8" else 1.75) * (kept + 32) * token_bytes)
+    share = 1.5 * config.format.least_share + 0.25  # an index takes half of what it is of; the rest is spare room
+    return int(share * (kept + 32) * token_bytes)

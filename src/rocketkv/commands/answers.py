@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -62,7 +62,7 @@ class Setup:
         return RocketKVConfig(
             token_budget=self.token_budget,
             window_size=self.window_size,
-            kv_dtype=cast(Literal["auto", "int8"], self.kv_dtype),  # the configuration checks the name
+            kv_dtype=self.kv_dtype,
             mode=mode,
         )
 

@@ -1,7 +1,7 @@
 """`rocketkv budget`."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -25,8 +25,13 @@ def budget(
 
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
 
-    options: dict[str, Any] = {"selection": selection or DEFAULT_SELECTION, "kv_dtype": kv_dtype}
-    config = RocketKVConfig(token_budget=token_budget, window_size=window_size, new_tokens=new_tokens, **options)
+    config = RocketKVConfig(
+        token_budget=token_budget,
+        window_size=window_size,
+        new_tokens=new_tokens,
+        selection=selection or DEFAULT_SELECTION,
+        kv_dtype=kv_dtype,
+    )
     split = config.budget_for(seq_len, head_dim)
     split = split._replace(top_k=min(split.top_k, split.kept_tokens + new_tokens))
     if as_json:

@@ -64,8 +64,7 @@ def info(
     }
     if model or geometry:
         chosen = selection or DEFAULT_SELECTION
-        options: dict[str, Any] = {"selection": chosen, "backend": backend, "kv_dtype": kv_dtype}
-        config = RocketKVConfig(token_budget=256, mode=mode, **options)
+        config = RocketKVConfig(token_budget=256, mode=mode, selection=chosen, backend=backend, kv_dtype=kv_dtype)
         facts |= _decoding(_meta_model(model, geometry, dtype), config)
     if as_json:
         print(json.dumps(facts, indent=2))
