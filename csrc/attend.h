@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "dot.h"
+#include "restore.h"
 #include "view.h"
 
 namespace rocketkv {

@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 
 from rocketkv.bench import device as machine
 from rocketkv.bench import memory, model, timing
-from rocketkv.bench import output as report
 from rocketkv.bench.decode import NoAttention
 from rocketkv.bench.geometries import GEOMETRIES, Geometry
+from rocketkv.bench.output import AXES
+from rocketkv.bench.plot import save_plot
 from rocketkv.bench.tensors import dense_config, loaded_cache, random_tokens, sparse_config
 from rocketkv.cli import app
 
@@ -195,7 +196,7 @@ def test_what_cannot_be_is_one_sentence(run: Any, arguments: tuple[str, ...], me
 
 
 def test_a_plot_needs_matplotlib(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr("rocketkv.bench.plot.find_spec", lambda name: None)
     result = run("prefill", "--plot", "a.png")
     assert "drawing needs matplotlib, which is not installed; run `pip install rocketkv[plot]`." in result.stderr
 
@@ -213,7 +214,7 @@ def test_a_sweep_is_drawn(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     flat = timing.Row("dense", [3.0], 100, 512, None, 1).record()
     result = {"benchmark": "attention", "model": "m", "dtype": "bfloat16", "rows": [*rows, flat]}
-    report.save_plot(result, tmp_path / "plot.svg")
+    save_plot(result, tmp_path / "plot.svg")
     assert "svg" in (tmp_path / "plot.svg").read_text()[:200]
     (plot,) = figures[0].axes
     lines = {line.get_label(): line for line in plot.lines}
@@ -225,7 +226,7 @@ def test_a_sweep_is_drawn(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (lines["sparse"].get_linestyle(), lines["sparse_floor"].get_linestyle()) == ("-", "--")
     assert set(lines["dense"].get_ydata()) == {flat["median_ms"]}
     assert len(lines["dense"].get_xdata()) == (3 if axis == "token_budget" else 1)  # it is the same for every budget
-    assert (plot.get_xscale(), plot.get_xlabel(), plot.get_ylabel()) == ("log", report.AXES[axis], "milliseconds")
+    assert (plot.get_xscale(), plot.get_xlabel(), plot.get_ylabel()) == ("log", AXES[axis], "milliseconds")
 
 
 def test_rounds_take_turns_and_stop() -> None:

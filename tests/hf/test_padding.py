@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from rocketkv import InputError, UnsupportedError
-from rocketkv.hf.padding import Padding, check_positions, read
+from rocketkv.hf.padding import Padding, read
+from rocketkv.hf.passes import check_positions
 
 
 def mask_of(*rows: str) -> Tensor:

@@ -1,8 +1,6 @@
 """The memory of the machine that a measurement runs on: how fast it is read, and how much of it is left."""
 
 import os
-import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -79,17 +77,3 @@ def check_memory(what: str, needed_bytes: float, device: str = "cpu") -> None:
             f"{what} needs {needed_bytes / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB are available; "
             "lower --seq-len or --batch, or choose a smaller geometry."
         )
-
-
-def peak_rss_bytes() -> int:
-    """Return the most bytes of memory that this process has used at a time.
-
-    Linux's `ru_maxrss` begins with what the parent held when it started this process, so its own count comes first.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,10 +1,12 @@
 """Memory of a prefill and of decoding, with the full cache and with ours, each in a process of its own."""
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rocketkv.errors import RocketKVError
@@ -97,7 +99,6 @@ def run_case(case: Case) -> dict[str, object]:
     import torch
     from transformers import DynamicCache
 
-    from rocketkv.bench.device import peak_rss_bytes
     from rocketkv.bench.geometries import find_geometry
     from rocketkv.bench.model import build_model, decode_step, full_cache, our_cache, sizes_of
     from rocketkv.bench.tensors import kept_tokens, same_tokens, sparse_config
@@ -129,6 +130,20 @@ def run_case(case: Case) -> dict[str, object]:
         "model_rss_bytes": model_rss_bytes,
         "weight_bytes": sizes.weight_bytes,
     }
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held.
+
+    Linux's `ru_maxrss` begins with what the parent held when it started this process, so its own count comes first.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

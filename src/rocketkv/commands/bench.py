@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from rocketkv.bench.geometries import find_geometry
-from rocketkv.bench.output import check_plot, print_json, print_result, save_plot
+from rocketkv.bench.output import print_json, print_result
+from rocketkv.bench.plot import check_plot, save_plot
 from rocketkv.bench.timing import OnRound, Pace, Point, Row, floor_rows
 from rocketkv.commands.options import AsJson, WeightDtype, numbers
 from rocketkv.commands.terminal import err, load_model, passing_bar
