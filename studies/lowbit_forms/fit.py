@@ -1,4 +1,4 @@
-"""The fit of stage 1's size."""
+"""The fit of stage 1's size to the study's outcomes."""
 
 import math
 import statistics

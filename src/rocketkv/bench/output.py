@@ -1,4 +1,4 @@
-"""Results for people and for programs: a table, one JSON object, a plot."""
+"""The output of results: a table, one JSON object, a plot."""
 
 import json
 import math
@@ -19,7 +19,7 @@ Record = Mapping[str, Any]
 AXES = {"seq_len": "tokens", "token_budget": "token budget", "batch": "batch"}
 PLOT_FORMATS = (".png", ".svg")
 
-OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # their floor is that of our dense attention
+OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # they share our dense attention's floor
 
 out = Console(highlight=False)
 
@@ -40,7 +40,7 @@ def print_result(result: Record) -> None:
     for name in columns:
         table.add_column(name, justify="left" if name in ("what", "path") else "right", no_wrap=True)
     for row in rows:
-        if row["name"].endswith("_floor"):  # floors have a column
+        if row["name"].endswith("_floor"):  # floors have a column of their own
             continue
         table.add_row(*(render(row) for render in columns.values()))
     out.print(table)
@@ -52,7 +52,7 @@ def print_result(result: Record) -> None:
             soft_wrap=True,
         )
     if any(row.get("interleaved") is False for row in rows):
-        out.print("Not all fitted in memory at once: where not interleaved, one was measured after the other.")
+        out.print("Not all caches fitted in memory at once, so they were measured one after the other.")
     repeats = {row["repeats"] for row in rows if row.get("repeats", 1) > 1}
     if repeats:
         out.print(f"medians of {' to '.join(map(str, sorted({min(repeats), max(repeats)})))} repeats", style="dim")
@@ -71,7 +71,7 @@ def print_result(result: Record) -> None:
 
 
 def _axis_columns(rows: Sequence[Record]) -> dict[str, Any]:
-    """Name what was swept; what was not stands in the title."""
+    """Return the columns of the sizes that were swept; the title has those that were not."""
     columns: dict[str, Any] = {
         "tokens": ("seq_len", lambda row: str(row["seq_len"])),
         "t": ("token_budget", lambda row: str(row["token_budget"] or "")),
@@ -126,7 +126,7 @@ def _digits(number: float) -> str:
 
 
 def check_plot(path: Path | None) -> None:
-    """Refuse a plot that could not be drawn, before anything is measured.
+    """Refuse a plot that cannot be drawn, before anything is measured.
 
     Raises:
         InputError: the name ends in no known format, its folder does not exist, or matplotlib is not installed.
@@ -138,11 +138,11 @@ def check_plot(path: Path | None) -> None:
     if not path.parent.is_dir():
         raise InputError(f"plot={str(path)!r} lies in a folder that does not exist; make it first.")
     if find_spec("matplotlib") is None:
-        raise InputError("drawing needs matplotlib, which is not installed; run `pip install rocketkv[plot]`.")
+        raise InputError("a plot needs matplotlib, which is not installed; run `pip install rocketkv[plot]`.")
 
 
 def save_plot(result: Record, path: Path) -> None:
-    """Draw time, or for memory the peak, against what was swept, on logarithmic axes; floors are dashed."""
+    """Draw the time, or the peak memory, against the swept sizes, on logarithmic axes; floors are dashed."""
     from matplotlib.figure import Figure
 
     rows: Sequence[Record] = result["rows"]
@@ -153,10 +153,10 @@ def save_plot(result: Record, path: Path) -> None:
     others = [name for name in AXES if name != axis and len(_values(rows, name)) > 1]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     plot = figure.add_subplot(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=label)
-    colors: dict[tuple[object, ...], str] = {}  # a floor has the colour of what it is the floor of
+    colors: dict[tuple[object, ...], str] = {}  # a floor has the colour of the rows whose floor it is
     for line_label, line in _lines(rows, [*others, "path"]).items():
         points = sorted((row[axis], row[value]) for row in line if row[axis] is not None)
-        if not points:  # the same for every value on the axis
+        if not points:  # a row without a budget is the same at every budget
             points = [(x, line[0][value]) for x in sorted(_values(rows, axis))]
         is_floor = line[0]["name"].endswith("_floor")
         name = line[0]["name"] if is_floor else floor_of(line[0]["name"]) or line[0]["name"]
