@@ -84,9 +84,8 @@ def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: 
     index = int(config.selection_method().scored_bytes(*sizes, dim, ELEMENT))
     query = group * dim * ELEMENT
     logits, partials = 4 * group * units, 8 * group * parts
-    appended = (
-        (2 + 2 + (selection == "lowbit")) * dim * ELEMENT
-    )  # the key and value, read and written, and the open group
+    # A step reads and writes the new key and value, and writes the key to the open group.
+    appended = (2 + 2 + (selection == "lowbit")) * dim * ELEMENT
     choice = dim * dim + 4 * group * dim  # channels, each of which is compared with each other
     unpacked = 3 * part * num_channels if selection == "lowbit" else 0
     yield Work(

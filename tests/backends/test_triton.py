@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference operations, in Triton's interpreter: `make test-triton` sets it."""
+"""Tests of the Triton kernels against the reference, in Triton's interpreter, as `make test-triton` runs it."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +26,7 @@ SELECTING = [scoring for scoring in triton.SCORINGS if scoring != Scoring.DENSE]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that short rows have several, and one of them is not full."""
+    """Make blocks so small that short rows have several, and that one of them is not full."""
     for name, value in {"PART": 32, "TILE": 16, "BLOCK": 64}.items():
         monkeypatch.setattr(sizes, name, value)
 
@@ -182,7 +182,7 @@ def test_a_group_of_extremes_is_quantized_as_by_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_low_bit_keys_are_built_as_by_the_reference(seeded: torch.Generator, dtype: torch.dtype) -> None:
-    keys = torch.full((2, 3, 300, 48), torch.nan, dtype=dtype)[:, :, :250]  # a view, as of storage with room
+    keys = torch.full((2, 3, 300, 48), torch.nan, dtype=dtype)[:, :, :250]  # a view, as of storage with spare room
     lengths = torch.tensor([[250, 64, 63], [128, 1, 200]])
     for row in range(2):
         for head in range(3):
@@ -190,7 +190,7 @@ def test_low_bit_keys_are_built_as_by_the_reference(seeded: torch.Generator, dty
     keys[0, 0, :64, 3], keys[0, 0, 64:100, 5] = 2.0, torch.inf
     built = []
     for build in (ops.build_lowbit, triton.build_lowbit):
-        index = LowBitIndex(keys[:, :, :1], torch.ones_like(lengths))  # as empty as can be
+        index = LowBitIndex(keys[:, :, :1], torch.ones_like(lengths))  # the smallest possible storage
         index.reserve(300)
         build(index.stored, keys, lengths)
         built.append(index.stored)
@@ -241,7 +241,7 @@ def test_windows_are_scored_as_by_the_reference(
         for head in range(2):
             some = torch.randn(lengths[row, head], head_dim, generator=seeded)
             keys[row, head, : lengths[row, head]] = some.to(dtype)
-    query[0, 0, -1, 0] = torch.nan  # worth nothing
+    query[0, 0, -1, 0] = torch.nan  # the weights of a NaN query count as 0
     given = {"lengths": lengths, "num_queries": torch.tensor([window, max(1, window // 3)]), "scale": head_dim**-0.5}
     for by_peak in (False, True):
         expected = ops.score_window(query, keys.nan_to_num(), **given, by_peak=by_peak)

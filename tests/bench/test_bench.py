@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: that they run, what they report and what they refuse. Nothing here is timed."""
+"""Tests of the benchmarks at tiny sizes: what they report and what they refuse; no test checks a time."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ ROW = {"name", "seq_len", "token_budget", "batch", "median_ms", "min_ms", "max_m
 
 @pytest.fixture(autouse=True)
 def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bandwidth is measured, but on little: no figure of a test is kept."""
+    """Measure the bandwidth on few bytes, because no test keeps a figure."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(machine, "READ_BYTES", 2**20)
     monkeypatch.setattr(machine, "last_level_cache_bytes", lambda: 2**17)
@@ -53,7 +53,7 @@ def rows_named(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def assert_floor(record: dict[str, Any], name: str, of: str) -> None:
-    """A floor is the time that its row's bytes take at the measured bandwidth."""
+    """Check that a floor is the time that its row's bytes take at the measured bandwidth."""
     for floor, row in zip(rows_named(record, name), rows_named(record, of), strict=True):
         assert floor["bytes"] == row["bytes"] > 0
         assert floor["median_ms"] == pytest.approx(row["bytes"] / floor["bandwidth_gb_per_s"] / 1e6)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes for start-up and exits, the runner for the rest."""
+"""Tests of the command line: real processes for start-up and exits, the runner for all else."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def loaded(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The real model, loaded once for all tests instead of once a command."""
+    """Load the real model once for all tests instead of once per command."""
     monkeypatch.setattr("rocketkv.hf.models.load", lambda name, dtype, weights: smollm2)
     yield smollm2
     disable(smollm2.model)
@@ -143,7 +143,7 @@ def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
 
 @pytest.fixture
 def describe(run: Any, tmp_path: Path) -> Any:
-    """What `info` says of a tiny model's decode steps: its layers, and `backend="cpp"`."""
+    """Return what `info` says of a tiny model's decode steps: its layers, and `backend="cpp"`."""
 
     def described(name: str, *options: str, **changes: Any) -> tuple[list[str], list[str]]:
         config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | changes)
@@ -290,7 +290,7 @@ def test_chat_keeps_history_and_obeys(run: Any, loaded: LoadedModel, document: s
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that has Ctrl-C pressed when a method of the streamer is called for the n-th time."""
+    """Return a function that presses Ctrl-C when a method of the streamer is called for the n-th time."""
 
     def press(method: str, number: int) -> None:
         real, calls = getattr(_TimedStreamer, method), []
@@ -460,7 +460,7 @@ def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
 
 
 def in_a_shell(redirected: str) -> tuple[int, str]:
-    """Exit code of `rocketkv` with these arguments and redirections, and all that it wrote to standard error."""
+    """Run `rocketkv` with arguments and redirections; return its exit code and its standard error."""
     command = f"{sys.executable} -m rocketkv {redirected}; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     return result.returncode, result.stderr

@@ -1,4 +1,4 @@
-"""A cache and its conversation: what continues it, what does not, and what a refusal costs."""
+"""Tests of a cache and its conversation: what continues it, what does not, and what a refusal leaves."""
 
 import copy
 import pickle

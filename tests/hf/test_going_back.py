@@ -1,4 +1,4 @@
-"""Turns that broke off, and the way back over what was decoded."""
+"""Tests of turns that broke off, and of going back over decoded tokens."""
 
 import pickle
 from functools import partial
@@ -16,7 +16,7 @@ from tiny import COMPRESSED, COMPRESSED_MT, generate, prompts, tiny_model
 
 
 class Breaks(KeepAll):
-    """Stage 1 that breaks off in the prompt of one layer, once armed."""
+    """An eviction that breaks off in the prompt of one layer, once it is armed."""
 
     def __init__(self) -> None:
         self.left = -1

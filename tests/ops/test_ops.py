@@ -1,4 +1,4 @@
-"""Each operation against plain loops, on odd sizes, ragged rows, ties and poisoned memory."""
+"""Tests of each operation against plain loops, on odd sizes, ragged rows, ties and poisoned memory."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
 
 
 def poisoned(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """A copy of `tokens` [B, Hkv, S, D] with NaN beyond the lengths and spare room at the end."""
+    """Return a copy of `tokens` [B, Hkv, S, D] with NaN beyond the lengths and in spare room at the end."""
     spare = torch.cat([tokens, torch.zeros_like(tokens[:, :, :5])], dim=2)
     beyond = torch.arange(spare.shape[2]) >= lengths[..., None]
     return spare.masked_fill(beyond[..., None], torch.nan)
@@ -319,7 +319,7 @@ def test_low_bit_keys_grow_into_what_they_are_when_built_anew(seeded: torch.Gene
 
 
 def assert_alike(index: LowBitIndex, other: LowBitIndex, lengths: torch.Tensor) -> None:
-    """Whole groups and open tokens are the same, what is beyond may differ."""
+    """Check that whole groups and open tokens are equal; memory beyond may differ."""
     for row in range(lengths.shape[0]):
         for head in range(lengths.shape[1]):
             whole, left = divmod(int(lengths[row, head]), ops.GROUP)
@@ -353,7 +353,7 @@ def test_low_bit_logits_are_those_of_the_plain_loop(
 
 
 def test_more_bytes_of_low_bit_keys_tell_more(seeded: torch.Generator) -> None:
-    """Read along all channels they rank tokens almost as the keys themselves do."""
+    """Low-bit keys read along all channels rank tokens almost as the keys themselves do."""
     x = make_inputs(seeded, 1, 2, 2, 1000, 64)
     index, scale = LowBitIndex(x.key, torch.full((1, 2), 1000)), 1 / 8
     exact = x.query[:, :, -1:] @ x.key.transpose(2, 3) * scale

@@ -41,7 +41,7 @@ LONG = "It was the best of times, it was the worst of times, it was the age of w
 
 
 def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """A token per byte."""
+    """Return a tokenizer with a token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -64,7 +64,7 @@ def make_sample(number: int, turns: int = 1, chat: bool = True, length: int | No
 
 @dataclass
 class Small:
-    """A suite of a few samples; a task `broken` has faults of every kind among them."""
+    """A suite of a few samples, whose task `broken` has faults of every kind."""
 
     turns: int = 1
     name = "small"
@@ -102,7 +102,7 @@ def run_small(
     seed: int = 0,
     **changes: Any,
 ) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-    """All records in the folder, and what was said of the progress."""
+    """Run the small suite; return all records in the folder and the reported progress."""
     said: list[tuple[int, int]] = []
     plan = Plan(Small(turns), request_for(loaded, **changes), make_arms(methods, budgets), None, shard)
     with Journal(folder, {"model": "tiny", "seed": seed}, shard, facts={"versions": {}}, command="run") as journal:
@@ -401,7 +401,7 @@ def test_a_folder_where_a_file_should_be_is_named(loaded: LoadedModel, tmp_path:
 
 @pytest.fixture
 def full_disk() -> Iterator[Any]:
-    """A function that lets no file grow beyond so many bytes."""
+    """Return a function that lets no file grow beyond so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def allow(size: int) -> None:

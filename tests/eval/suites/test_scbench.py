@@ -70,7 +70,7 @@ def read_one(folder: Path, task: str, **changes: Any) -> Sample:
 
 
 def written(sample: Sample) -> list[str]:
-    """The first prompt whole, then what follows each answer."""
+    """Return the whole first prompt, then the text that follows each answer."""
     first, *later = sample.turns
     return [sample.context + first.question, *(turn.question for turn in later)]
 
