@@ -1,4 +1,4 @@
-"""The official metrics of LongBench and SCBench, each from 0 to 1; tests hold them to written-out numbers.
+"""The official metrics of LongBench and SCBench, each from 0 to 1; tests compare them with written-out numbers.
 
 Sources: `metrics.py` of THUDM/LongBench and `compute_scores.py` of SCBench (microsoft/MInference), both MIT.
 """

@@ -70,7 +70,7 @@ def wilson(successes: float, trials: int) -> Interval:
 
 
 def score_interval(tasks: Sequence[Values]) -> Interval:
-    """The mean score over tasks: Wilson's interval where all tasks hold as many scores, all 0 or 1, else a bootstrap.
+    """Return the mean score over tasks, by Wilson's interval if all tasks have equally many scores of 0 or 1.
 
     Args:
         tasks: the samples' scores [n], task by task, one task and one sample at least.
@@ -89,7 +89,7 @@ def score_interval(tasks: Sequence[Values]) -> Interval:
 
 
 def mean_interval(tasks: Sequence[Values]) -> Interval:
-    """The mean over tasks of any number, such as a difference of two scores of a sample; bootstrap.
+    """Return the mean over tasks of any number, such as a difference of two scores of a sample, by bootstrap.
 
     Args:
         tasks: the numbers [n], task by task.
@@ -105,7 +105,7 @@ def mean_interval(tasks: Sequence[Values]) -> Interval:
 
 
 def ratio_interval(tasks: Sequence[Values], reference: Sequence[Values]) -> Interval:
-    """One mean over tasks relative to another, paired by sample; bootstrap.
+    """Return the ratio of two means over tasks, paired by sample, by bootstrap.
 
     Args:
         tasks: the scores [n], task by task.
@@ -128,7 +128,7 @@ def _mean(tasks: Sequence[Values]) -> float:
 
 
 def _mean_draws(tasks: Sequence[Values]) -> Values:
-    """Resampled means [RESAMPLES]; the draws depend on nothing but the number of samples and the task's place."""
+    """Return resampled means [RESAMPLES]; the draws depend only on the number of samples and the task's place."""
     sums = sum(_counts(len(values), place) @ values / len(values) for place, values in enumerate(tasks))
     return np.asarray(sums / len(tasks), dtype=np.float64)
 

@@ -58,7 +58,7 @@ def turn_table(results: Results) -> str:
 
 
 def kept_score_table(results: Results, cells: Sequence[Cell]) -> str:
-    """What each method keeps of the full cache's average over some tasks, and whether that is what is asked for."""
+    """Table what each method keeps of the full cache's average over some tasks, and whether that is enough."""
     rows = []
     for arm in results.arms:
         ours, full = results.paired(arm, FULL_CACHE, cells)

@@ -177,7 +177,7 @@ class Journal:
             ) from None
 
     def _read_settings(self) -> dict[str, Any]:
-        """Make what run.json is to hold; earlier runs into this folder must have had the same settings."""
+        """Return the content of run.json; earlier runs into this folder must have had the same settings."""
         path = self._folder / "run.json"
         if not path.exists():
             return {**self._settings, **self._facts, "commands": []}

@@ -43,7 +43,7 @@ class Plan:
 
 
 def run(loaded: LoadedModel, plan: Plan, journal: Journal, on_progress: OnProgress) -> None:
-    """Run what the journal does not hold yet, sample by sample.
+    """Run what the journal does not have yet, sample by sample.
 
     A sample that cannot be evaluated is a fault; the others are evaluated without it.
 
