@@ -1,8 +1,8 @@
-"""The tables of docs/accuracy.md and of the README, in Markdown, from the records committed in benchmarks/accuracy.
+"""Prints the tables of docs/accuracy.md and of the README, in Markdown, from the records in benchmarks/accuracy.
 
     .venv/bin/python benchmarks/accuracy_tables.py
 
-Scores and shares are in hundredths, means over samples; intervals as in `rocketkv eval report`.
+Scores and shares are in hundredths, as means over samples; intervals are those of `rocketkv eval report`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ from rocketkv.eval.report.tables import difference
 from rocketkv.eval.run.methods import Arm
 
 HERE = Path(__file__).parent / "accuracy"
-FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
+FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # runs with one question per sample
 TURNS = ("niah-turns", "squad-turns")
-BEYOND = ("lines", "kv")  # what this model cannot do
-SPREAD = ("gemma-niah", "gemma-niah-long", "smollm2-niah", "smollm2-ruler", "smollm2-peak")  # the present defaults
-SPREAD_TEXTS = ("gemma-fidelity", "smollm2-fidelity")  # the same
+BEYOND = ("lines", "kv")  # tasks that this model cannot do
+SPREAD = ("gemma-niah", "gemma-niah-long", "smollm2-niah", "smollm2-ruler", "smollm2-peak")  # the default settings
+SPREAD_TEXTS = ("gemma-fidelity", "smollm2-fidelity")  # the same setting
 ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
-MIN_SAMPLES = 30  # of a cell that counts for the average
+MIN_SAMPLES = 30  # the least score of a cell that counts for the average
 
 
 def main() -> None:
-    """Print them all."""
+    """Print all tables."""
     single, turns, fidelity = read(*FOLDERS), read(*TURNS), read("fidelity")
     can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
     print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
@@ -102,7 +102,7 @@ def by_task(results: Results, cell: Cell, arms: Sequence[Arm]) -> list[str]:
 
 
 def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
-    """Mean over the cells, and what that is of the full cache's; a dash where a cell is missing."""
+    """Return the mean over the cells, and its fraction of the full cache's; a dash where a cell is missing."""
     ours, full = results.paired(arm, FULL_CACHE, cells)
     if len(ours) < len(cells) or min(map(len, ours)) < MIN_SAMPLES:
         return "-"
@@ -112,14 +112,14 @@ def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
 
 
 def less(results: Results, method: str, arm: Arm, cells: Sequence[Cell]) -> str:
-    """Say what a method scores above another at the same budget, paired by sample; bold where it is more than noise."""
+    """Return a method's score less another's at the same budget, paired by sample; bold if it is more than noise."""
     if arm == FULL_CACHE:
         return ""
     return difference(results, Arm(method, arm.token_budget), arm, cells)
 
 
 def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
-    """Give what the oracle scores above a method, with its interval."""
+    """Return the oracle's score less a method's, with its interval."""
     if arm == FULL_CACHE:
         return ""
     oracle, ours = results.paired(Arm("exact_topk", arm.token_budget), arm, [cell])
@@ -128,7 +128,7 @@ def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
 
 
 def faithful(results: Results, arm: Arm) -> str:
-    """Give how close a method stays, and its bytes."""
+    """Return how close a method stays to the full cache, and its bytes."""
     records = results.at(arm)
     if not records:
         return "-"

@@ -25,7 +25,7 @@ def save_checkpoint(gguf: Path, folder: Path) -> None:
     from rocketkv.hf.models import load as load_model
 
     model, tokenizer = load_model(str(gguf), "float32")
-    model.hf_quantizer = None  # the weights are plain by now, but transformers thinks that GGUF ones cannot be saved
+    model.hf_quantizer = None  # transformers would refuse to save a GGUF model, although its weights are plain here
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,8 +2,8 @@
 
 A model reads a piece of each text, from its middle, in one forward pass.
 The queries, keys and values of some layers are kept on disk.
-For each prefix, stage 1 keeps what the prefix's last queries looked at.
-Each form then chooses, for some of the next 256 tokens, what to attend to.
+For each prefix, stage 1 keeps the tokens to which the prefix's last queries attend.
+Each form then chooses, for some of the next 256 tokens, the tokens to attend to.
 A form is given the same bytes at each of these steps: a budget of t tokens is `t * 2 * head_dim` elements of 16 bits a
 KV head.
 What a form reads to score is counted in full: codes, steps, zeros and the 16-bit keys of the last group while that

@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @torch.inference_mode()
 def run(arguments: argparse.Namespace, console: Console) -> Study:
-    """Measure every form everywhere.
+    """Measure every form on every text, length, layer and budget.
 
     Raises:
         InputError: a text is too short, or the model cannot be loaded.

@@ -1,4 +1,4 @@
-"""The fit of stage 1's size."""
+"""The fit of stage 1's size to the study's outcomes."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ def fit_size(study: Study, bits: int) -> Iterator[str]:
         return points[-1][1]
 
     def loss(places: Sequence[tuple[str, int, int]], size: Callable[[int, int], float]) -> float:
-        """Mean of the error over the least error of any size."""
+        """Return the mean of the error over the least error of any size."""
         return statistics.fmean(error_at(x, size(x[1], x[2])) / min(y for _, y in curves[x]) for x in places) - 1
 
     train = [x for x in places if x[0] == study.texts[0] and x[1] != max(study.lengths)] or places

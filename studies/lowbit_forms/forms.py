@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-PAGE, PAGE_CHANNELS = 4, 8  # tokens of a page and channels read of it, in the coarse level
+PAGE, PAGE_CHANNELS = 4, 8  # the tokens of a page and the channels read of it, in the coarse level
 ALL = math.inf
 
 
@@ -13,26 +13,26 @@ class Form:
     """One way to choose tokens.
 
     Attributes:
-        scoring: what estimates logits: low-bit keys; page bounds, as published; or the logits themselves, not counted.
-        held: stage 1 keeps this many times what the paper's formula says.
-        size: stage 1 keeps a * t**b * length**c instead, given as (a, b, c).
-        share: of the budget, what scoring may take.
-        bits: per code; 16: the keys themselves.
-        group: tokens that share a step.
-        symmetric: codes around zero, no zero point.
-        rotated: queries and keys multiplied by a Hadamard matrix or by the principal axes of the kept keys, uncounted.
-        centred: the mean of the kept keys is taken off before quantization.
-        channels: which are read: the largest of the sum over heads of |q|, times the range or deviation of the kept
-            keys, the largest in any head, or those of the prefix's last queries.
-        temperature: SparQ's, by the share of |q| that is read.
-        heads: how the heads of a group agree.
-        by_value: scores are multiplied by the values' norms, 8 bits per token.
-        sinks: first tokens pinned.
-        recents: last tokens pinned, as a part of top_k.
-        coarse: pages, by bounds along few channels, decide which half of the tokens has its low-bit keys read.
-        mass: attend until this part of the approximate attention is reached.
-        tail: what stands for the tokens not attended to: nothing, their weight, or their weight and mean value.
-        attended_bits: 16, or 8: quantized keys and values are attended to.
+        scoring: the estimate of logits: low-bit keys; page bounds, as published; or true logits, which are not counted.
+        held: stage 1 keeps this multiple of the paper's number of tokens.
+        size: (a, b, c), with which stage 1 keeps a * t**b * length**c tokens instead; None uses `held`.
+        share: the fraction of the budget that scoring may take.
+        bits: the bits per code; 16 stands for the keys themselves.
+        group: the number of tokens that share a step.
+        symmetric: True centres codes on zero, without a zero point.
+        rotated: the matrix that rotates queries and keys, Hadamard's or the kept keys' principal axes, uncounted.
+        centred: True subtracts the mean of the kept keys before quantization.
+        channels: the channels that are read: the largest by the sum over heads of |q|, times range or deviation of the
+            kept keys, the largest in any head, or those of the prefix's last queries.
+        temperature: True divides logits by SparQ's temperature, which follows from the share of |q| that is read.
+        heads: the way in which the heads of a group agree on tokens.
+        by_value: True multiplies scores by the values' norms, which take 8 bits per token.
+        sinks: the number of first tokens that are pinned.
+        recents: the number of last tokens that are pinned, as a fraction of top_k.
+        coarse: True lets pages, scored along few channels, decide for which half of the tokens low-bit keys are read.
+        mass: the fraction of the approximate attention at which attending stops.
+        tail: the stand-in for the tokens not attended to: nothing, their weight, or their weight and mean value.
+        attended_bits: the bits of keys and values attended to, 16, or 8 after quantization.
     """
 
     scoring: Literal["lowbit", "pages", "exact"] = "lowbit"

@@ -12,17 +12,17 @@ from studies.lowbit_forms.traces import Case, dot
 
 
 class Outcome(NamedTuple):
-    """Holds how a form did: means over steps."""
+    """The result of a form, as means over steps."""
 
     error: float
     attended: float
     channels: float
-    read_tokens: float  # worth of keys and values, for scoring and attention
+    read_tokens: float  # tokens with keys and values of the same bytes, for scoring and attention
     held: int
 
 
 def measure(form: Form, case: Case, budget: int) -> Outcome | None:
-    """Run all steps of a case; None: the form cannot score within its budget."""
+    """Run all steps of a case and return the outcome; None if the form cannot score within its budget."""
     held = case.hold(keep_count(form, case.length, budget))
     plan = make_plan(form, held, budget)
     if plan is None:

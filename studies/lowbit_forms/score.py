@@ -1,4 +1,4 @@
-"""Scores that a form gives to tokens."""
+"""The scores that a form gives to tokens."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Spends the bytes of a step, and counts those that a form reads."""
+"""The spending of a step's bytes, and the count of the bytes that a form reads."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from studies.lowbit_forms.traces import WINDOW, Held
 
 
 class Plan(NamedTuple):
-    """Says what each of the steps reads; each `[P]` int64."""
+    """What each of the P steps reads, each field `[P]` int64."""
 
     page_size: Tensor
     channels: Tensor
@@ -31,7 +31,7 @@ def keep_count(form: Form, length: int, budget: int) -> int:
 
 
 def make_plan(form: Form, held: Held, budget: int) -> Plan | None:
-    """Spend the budget, for each step anew; None: the form cannot score within it."""
+    """Spend the budget for each step; return None if the form cannot score within the budget."""
     head_dim = held.keys.shape[2]
     splits = []
     for length in held.lengths.tolist():
@@ -40,7 +40,7 @@ def make_plan(form: Form, held: Held, budget: int) -> Plan | None:
         elif form.scoring == "pages":
             splits.append(split_selection(length, budget, head_dim))
         elif length <= budget:
-            splits.append((1, head_dim, length))  # all of it is attended, nothing scored
+            splits.append((1, head_dim, length))  # a short row is attended in full, without scores
         else:
             split = split_lowbit(form, length, budget, head_dim)
             if split is None:
@@ -77,7 +77,7 @@ def token_bytes(form: Form, head_dim: int) -> int:
 
 
 def read_tokens(form: Form, held: Held, plan: Plan, attended: Tensor) -> float:
-    """Mean bytes of a step, as tokens' worth of keys and values; `attended` `[P]`."""
+    """Return the mean bytes of a step, in tokens with keys and values in 16 bits; `attended` is `[P]`."""
     head_dim = held.keys.shape[2]
     scored = []
     for length, page_size, channels, top_k in zip(*(x.tolist() for x in (held.lengths, *plan)), strict=True):

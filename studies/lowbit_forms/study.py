@@ -1,4 +1,4 @@
-"""Every outcome of the study, and tables of their means."""
+"""The outcomes of the study, and tables of their means."""
 
 import math
 import statistics
@@ -26,7 +26,7 @@ class Study:
         self.records.append({**place, **outcome._asdict()})
 
     def mean(self, name: str, form: str, **places: Any) -> float:
-        """Mean of a figure over the records of a form at these places."""
+        """Return the mean of a figure over the records of a form at these places."""
         found = [x[name] for x in self.records if x["form"] == form and all(x[k] == v for k, v in places.items())]
         return statistics.fmean(found) if found else math.nan
 

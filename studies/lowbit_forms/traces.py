@@ -11,12 +11,12 @@ from rocketkv.eviction import SnapKV
 from rocketkv.hf.models import load
 
 NEW_TOKENS = 256  # tokens of the text after the prefix
-WINDOW = 32  # last queries of the prefix that stage 1 asks
-KERNEL = 63  # tokens that stage 1 pools over
+WINDOW = 32  # last queries of the prefix, which vote in stage 1
+KERNEL = 63  # the width of stage 1's max-pooling, in tokens
 
 
 class Trace(NamedTuple):
-    """Holds what a layer was given: queries `[Hq, T, D]`, keys and values `[Hkv, T, D]`, bfloat16."""
+    """The inputs of a layer's attention: queries `[Hq, T, D]`, keys and values `[Hkv, T, D]`, bfloat16."""
 
     query: Tensor
     key: Tensor
@@ -24,7 +24,7 @@ class Trace(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Holds what stage 1 kept of a case, and all tokens since."""
+    """The tokens of a case that stage 1 kept, and all tokens since."""
 
     prompt_tokens: int
     keys: Tensor  # [Hkv, M, D]

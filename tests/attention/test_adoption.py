@@ -1,4 +1,4 @@
-"""Keys and values that another cache prefilled."""
+"""Tests of `load_tokens`: a cache goes on from keys and values that another cache prefilled."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Right and wrong calls of a `LayerCache` in any order, against a model of it in plain lists.
+"""Tests of right and wrong calls of a `LayerCache` in any order, against a model of the cache in plain lists.
 
 ROCKETKV_TEST_EXAMPLES sets how many sequences of calls are tried; `make sanitize` tries more of them.
 """
@@ -42,7 +42,7 @@ WRONG: dict[str, Any] = {
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Up to three caches, each beside its model."""
+    """A state machine over up to three caches, each beside its model."""
 
     @initialize(
         mode=MODES,
@@ -167,7 +167,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(which=st.integers(0, 2), count=st.just(0) | st.integers(1, 12), unevenly=st.booleans())
     def rewind(self, which: int, count: int, unevenly: bool) -> None:
         cache, model = self.pick(which)
-        count = count or max(1, model.num_decoded)  # often just what was decoded
+        count = count or max(1, model.num_decoded)  # 0 stands for all decoded tokens
         if not model.rows or min(map(len, model.rows)) <= count:
             return
         dropped = [max(0, count - 5 * i) if unevenly else count for i in range(len(model.rows))]
@@ -220,7 +220,7 @@ class AnyOrder(RuleBasedStateMachine):
                     assert model.kept == everything
 
     def teardown(self) -> None:
-        """The archive is complete: a next turn of every multi_turn cache attends to all that its rows have seen."""
+        """Check the archive: in a next turn, every multi_turn cache attends to all tokens that its rows have seen."""
         for which, (_, model) in enumerate(getattr(self, "live", [])):
             if model.rows and model.config.mode == "multi_turn":
                 self.prefill(which, 3, 1, False)
@@ -231,7 +231,7 @@ class TestAnyOrder(AnyOrder.TestCase):  # type: ignore[misc, valid-type] # hypot
     settings = settings(
         deadline=None,
         derandomize=True,
-        phases=[Phase.generate],  # a failure is told as it was found: to shorten it takes minutes
+        phases=[Phase.generate],  # a failing example is not shortened, because that takes minutes
         max_examples=int(os.environ.get("ROCKETKV_TEST_EXAMPLES", "80")),
         stateful_step_count=25,
         suppress_health_check=list(HealthCheck),

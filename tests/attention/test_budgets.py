@@ -1,4 +1,4 @@
-"""What a cache keeps and reads: what its budget allows and what it reports."""
+"""Tests of what a cache keeps and reads: what its budget allows, and what the cache reports."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Policies and methods from outside: they work, and nonsense that they return is refused."""
+"""Tests of policies and methods from outside: they work, and nonsense that they return is refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from rocketkv.selection import SELECTION_METHODS, Hybrid
 
 
 class HeadsOfTheirOwn(KeepAll):
-    """An eviction policy from outside: each head keeps a number of tokens of its own."""
+    """An eviction policy from outside, with which each head keeps another number of tokens."""
 
     def keep(self, query: Tensor, keys: Tensor, *, lengths: Tensor, **_: Any) -> Tensor:
         slots = torch.arange(keys.shape[2])

@@ -1,4 +1,4 @@
-"""A fork of a shared prefill is a cache that saw everything itself."""
+"""Tests that a fork of a shared prefill equals a cache that has seen everything itself."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_a_fork_with_kept_queries_is_to_the_bit_a_cache_that_prefilled_by_itself
         assert torch.equal(fork.positions, alone.positions)
         assert (fork.kv_bytes, fork.num_seen, fork.row_seen) == (alone.kv_bytes, alone.num_seen, alone.row_seen)
         assert torch.equal(decode_all(fork, x, prompt, prompt + 8), decode_all(alone, x, prompt, prompt + 8))
-        following = x.part(prompt + 8, prompt + 40)  # the next turn
+        following = x.part(prompt + 8, prompt + 40)  # this is the next turn
         assert torch.equal(fork.prefill(*following), alone.prefill(*following))
         assert torch.equal(fork.positions, alone.positions)
         end = prompt + 40, prompt + 44

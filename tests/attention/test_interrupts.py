@@ -1,4 +1,4 @@
-"""Calls that break off half way were made or were not."""
+"""Tests that a call which breaks off has either taken effect completely or not at all."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from rocketkv.eviction import SnapKV
 
 
 class Flaky(SnapKV):
-    """Raises once asked to."""
+    """An object that raises once it is told to."""
 
     error: BaseException | None = None
 
@@ -65,7 +65,7 @@ def test_a_step_that_no_backend_takes_counts_no_token(seeded: torch.Generator) -
 
 
 class Interrupting:
-    """Raises KeyboardInterrupt at the n-th point at which the interpreter would, counted in this package's code."""
+    """A context that raises KeyboardInterrupt at the n-th possible point inside this package's code."""
 
     def __init__(self, point: int) -> None:
         self.point = point
@@ -90,7 +90,7 @@ CALLS: dict[str, Call] = {
 
 
 def interrupted_at(point: int, cache: LayerCache, call: Call, x: Inputs) -> tuple[LayerCache, int]:
-    """A copy of the cache after the call was interrupted at a point, and how many points the call has passed."""
+    """Return a copy of the cache after a call interrupted at a point, and how many points the call passed."""
     copied, interrupting = cache.copy(), Interrupting(point)
     sys.setprofile(interrupting)
     try:

@@ -1,4 +1,4 @@
-"""What `LayerCache` refuses, in a sentence, and that a refused call changes nothing."""
+"""Tests of the calls that `LayerCache` refuses in a sentence, and that a refused call changes nothing."""
 
 from collections.abc import Callable
 from typing import Any

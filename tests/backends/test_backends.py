@@ -1,4 +1,4 @@
-"""Every backend's fused step against the reference operations, on random, ragged, tied and poisoned storage."""
+"""Tests of every backend's step against the reference, on random, ragged, tied and poisoned storage."""
 
 import pytest
 import torch
@@ -191,7 +191,7 @@ def test_a_row_shorter_than_the_pieces_beside_a_long_one(
 
 
 def test_an_output_that_the_reference_rounds_hardly(backend: Backend) -> None:
-    """Here the reference errs so little, by chance, that weights rounded to bfloat16 showed beside it."""
+    """The reference errs so little here, by chance, that weights rounded to bfloat16 would show beside it."""
     generator = torch.Generator().manual_seed(1160033)
     sizes = {"group": 3, "head_dim": 7, "page_size": 1, "num_channels": 1, "top_k": 1, "dtype": torch.bfloat16}
     check_steps(backend, make_layer(generator, Scoring.DENSE, [[181, 2, 2]], **sizes), generator, steps=2)
@@ -249,7 +249,7 @@ def test_a_method_with_logits_of_its_own_is_not_taken_for_its_parent() -> None:
             return None
 
     class Renamed(Hybrid):
-        """The same under another name."""
+        """The same backend under another name."""
 
     assert Mine.scoring is None
     assert Renamed.scoring == Scoring.PAGES

@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: that they run, what they report and what they refuse. Nothing here is timed."""
+"""Tests of the benchmarks at tiny sizes: what they report and what they refuse; no test checks a time."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ ROW = {"name", "seq_len", "token_budget", "batch", "median_ms", "min_ms", "max_m
 
 @pytest.fixture(autouse=True)
 def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bandwidth is measured, but on little: no figure of a test is kept."""
+    """Measure the bandwidth on few bytes, because no test keeps a figure."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(machine, "READ_BYTES", 2**20)
     monkeypatch.setattr(machine, "last_level_cache_bytes", lambda: 2**17)
@@ -54,7 +54,7 @@ def rows_named(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def assert_floor(record: dict[str, Any], name: str, of: str) -> None:
-    """A floor is the time that its row's bytes take at the measured bandwidth."""
+    """Check that a floor is the time that its row's bytes take at the measured bandwidth."""
     for floor, row in zip(rows_named(record, name), rows_named(record, of), strict=True):
         assert floor["bytes"] == row["bytes"] > 0
         assert floor["median_ms"] == pytest.approx(row["bytes"] / floor["bandwidth_gb_per_s"] / 1e6)
@@ -88,7 +88,7 @@ def test_attention_compares_selection_methods(run: Any) -> None:
     assert 0.97 * lowbit[0]["bytes"] < int8["bytes"] < lowbit[0]["bytes"]
     assert_floor(record, "sparse_floor", "sparse")
     assert_floor(record, "sparse:hybrid_floor", "sparse:hybrid")
-    for device, message in (("cuda", "this torch sees no GPU"), ("tpu", "choose from cpu, cuda")):
+    for device, message in (("cuda", "torch sees no GPU"), ("tpu", "choose from cpu, cuda")):
         if device == "tpu" or not torch.cuda.is_available():
             for command in ("attention", "decode", "prefill"):
                 assert message in run(command, *sizes, "--device", device).stderr
@@ -138,7 +138,7 @@ def test_decode_of_a_real_model_one_after_the_other(run: Any, tmp_path: Path, mo
         "decode", "--model", str(tmp_path), "--seq-len", "300", "-t", "64", "--repeats", "1", "--paths", "eager"
     )
     assert result.exit_code == 0, result.output
-    for part in ("300", "token budget 64", "full", "Not all fitted in memory", "x as fast as dense; at best"):
+    for part in ("300", "token budget 64", "full", "Not all caches fitted", "x as fast as dense; at best"):
         assert part in result.stdout
 
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_is_one_sentence(run: Any, arguments: tuple[str, ...], me
 def test_a_plot_needs_matplotlib(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rocketkv.bench.plot.find_spec", lambda name: None)
     result = run("prefill", "--plot", "a.png")
-    assert "drawing needs matplotlib, which is not installed; run `pip install rocketkv[plot]`." in result.stderr
+    assert "a plot needs matplotlib, which is not installed; run `pip install rocketkv[plot]`." in result.stderr
 
 
 @pytest.mark.parametrize("axis", ["seq_len", "token_budget", "batch"])

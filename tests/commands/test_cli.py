@@ -94,7 +94,7 @@ def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
 
 
 def in_a_shell(redirected: str) -> tuple[int, str]:
-    """Exit code of `rocketkv` with these arguments and redirections, and all that it wrote to standard error."""
+    """Run `rocketkv` with arguments and redirections; return its exit code and its standard error."""
     command = f"{sys.executable} -m rocketkv {redirected}; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     return result.returncode, result.stderr

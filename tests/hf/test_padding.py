@@ -1,4 +1,4 @@
-"""Reading the padding of a forward pass: counts, the order of columns, and what is refused."""
+"""Tests of reading the padding of a pass: counts, the order of columns, and what is refused."""
 
 import pytest
 import torch

@@ -17,10 +17,10 @@ from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.hf import RocketKVCache, cache_stats
 from rocketkv.hf.switch import disable, enable
 
-Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # undone by `disable`
+Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # `disable` undoes it
 
 
-PATHS: dict[str, Prepare] = {"eager": enable, "fast": rocketkv.compile}  # ways to run a model, each measured in full
+PATHS: dict[str, Prepare] = {"eager": enable, "fast": rocketkv.compile}  # the ways to run a model
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Contender:
     """A cache to decode with.
 
     Attributes:
-        name: the row's name: `rocketkv`, `dense`, `full` or `rest`.
-        token_budget: None where it plays no part.
-        needed_bytes: bytes of memory that are needed, about.
-        build: fills the cache.
+        name: the row's name, `rocketkv`, `dense`, `full` or `rest`.
+        token_budget: the budget in tokens; None for a cache without one.
+        needed_bytes: about how many bytes of memory the cache needs.
+        build: a function that makes the cache and fills it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """Holds what stays the same while everything is compared: the model and the point of the sweep."""
+    """The model and the point of the sweep, which are the same for all contenders."""
 
     model: PreTrainedModel
     sizes: Sizes
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """Give the model's device: `cpu` or `cuda`."""
+        """The kind of the model's device, `cpu` or `cuda`."""
         return str(self.model.device.type)
 
 
@@ -78,7 +78,7 @@ def measure_decode(
         bandwidth of the memory meanwhile, in bytes per second.
 
     Raises:
-        InputError: it would not fit in memory.
+        InputError: the point does not fit in memory.
     """
     setting = Setting(model, sizes_of(model), point)
     contenders = _contenders(setting)

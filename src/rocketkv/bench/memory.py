@@ -1,4 +1,4 @@
-"""Memory of a prefill and of decoding, with the full cache and with ours, each in a process of its own."""
+"""Measures the memory of a prefill and of decoding, with the full cache and with ours, each in its own process."""
 
 import json
 import resource
@@ -21,12 +21,12 @@ class Case:
 
     Attributes:
         geometry: a name of `GEOMETRIES`.
-        dtype: torch's name of the dtype of weights and cache.
-        phase: `prefill`: one forward pass of the prompt; `decode`: two steps after a prompt that is not computed.
-        cache: `full`: transformers' own; `rocketkv`.
-        seq_len: tokens of the prompt.
-        token_budget: None for `full`.
-        batch: rows.
+        dtype: the torch name of the dtype of weights and cache.
+        phase: `prefill` for one forward pass of the prompt; `decode` for two steps after a prompt that is not computed.
+        cache: `full` for transformers' own cache; `rocketkv` for ours.
+        seq_len: the number of tokens of the prompt.
+        token_budget: the budget in tokens; None for `full`.
+        batch: the number of rows.
     """
 
     geometry: str
@@ -42,14 +42,14 @@ class Case:
 
 
 def measure_memory(case: Case) -> dict[str, object]:
-    """Measure in a process of its own, so that nothing else counts.
+    """Measure a case in its own process, so that no other memory counts.
 
     Returns:
         `name`, as in `decode_rocketkv`; `kv_bytes`, held by the cache; `peak_rss_bytes`, the most that the process has
         held; `model_rss_bytes`, the same before there was a cache; and the fields of the case.
 
     Raises:
-        InputError: it would not fit in memory.
+        InputError: the case does not fit in memory.
         RocketKVError: the process failed.
     """
     _check(case)
@@ -95,7 +95,7 @@ def _check(case: Case) -> None:
 
 
 def run_case(case: Case) -> dict[str, object]:
-    """Measure here: what the process of a case does."""
+    """Measure a case in this process; `measure_memory` starts a process that calls this function."""
     import torch
     from transformers import DynamicCache
 

@@ -1,4 +1,4 @@
-"""Whole models of a geometry, with random weights, and caches of theirs that are filled without a prefill."""
+"""Whole models of a geometry with random weights, and caches for them that are filled without a prefill."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +19,14 @@ _CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Holds the sizes of a model's attention and weights.
+    """The sizes of a model's attention and weights.
 
     Attributes:
-        num_layers: decoder layers.
-        num_heads: query heads, Hq.
-        num_kv_heads: KV heads, Hkv.
-        head_dim: channels of a key, D.
-        weight_bytes: weights that a decode step must read.
+        num_layers: the number of decoder layers.
+        num_heads: the number of query heads, Hq.
+        num_kv_heads: the number of KV heads, Hkv.
+        head_dim: the number of channels of a key, D.
+        weight_bytes: the bytes of the weights that a decode step must read.
     """
 
     num_layers: int
@@ -70,7 +70,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is not embedding:
-        del weights[embedding.data_ptr()]  # a step reads one row of it per token
+        del weights[embedding.data_ptr()]  # a step reads only one row of the embedding per token
     return Sizes(
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
@@ -97,7 +97,7 @@ def our_cache(
     for layer in cache.layers:
         if isinstance(layer, RocketKVLayer):
             layer.cache.load_tokens(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
-        else:  # a sliding window, which forgets most of them
+        else:  # a sliding window forgets most of the tokens
             shape = (-1, -1, seq_len, -1)
             layer.update(keys[:, :, :1].expand(shape), values[:, :, :1].expand(shape))
     return cache

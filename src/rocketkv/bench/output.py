@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 
 AXES = {"seq_len": "tokens", "token_budget": "token budget", "batch": "batch"}
 
-OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # their floor is that of our dense attention
+OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # they share our dense attention's floor
 
 out = Console(highlight=False)
 
@@ -36,7 +36,7 @@ def print_result(result: Record) -> None:
     for name in columns:
         table.add_column(name, justify="left" if name in ("what", "path") else "right", no_wrap=True)
     for row in rows:
-        if row["name"].endswith("_floor"):  # floors have a column
+        if row["name"].endswith("_floor"):  # floors have a column of their own
             continue
         table.add_row(*(render(row) for render in columns.values()))
     out.print(table)
@@ -48,7 +48,7 @@ def print_result(result: Record) -> None:
             soft_wrap=True,
         )
     if any(row.get("interleaved") is False for row in rows):
-        out.print("Not all fitted in memory at once: where not interleaved, one was measured after the other.")
+        out.print("Not all caches fitted in memory at once, so they were measured one after the other.")
     repeats = {row["repeats"] for row in rows if row.get("repeats", 1) > 1}
     if repeats:
         out.print(f"medians of {' to '.join(map(str, sorted({min(repeats), max(repeats)})))} repeats", style="dim")
@@ -67,7 +67,7 @@ def print_result(result: Record) -> None:
 
 
 def _axis_columns(rows: Sequence[Record]) -> dict[str, Any]:
-    """Name what was swept; what was not stands in the title."""
+    """Return the columns of the sizes that were swept; the title has those that were not."""
     columns: dict[str, Any] = {
         "tokens": ("seq_len", lambda row: str(row["seq_len"])),
         "t": ("token_budget", lambda row: str(row["token_budget"] or "")),

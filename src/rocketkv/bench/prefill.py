@@ -14,7 +14,7 @@ from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 
 Prefill = Callable[[int | None, tuple[Tensor, ...]], None]
 
-_LAYERS = 2  # with inputs of their own, taken in turn
+_LAYERS = 2  # layers with their own inputs, which are measured in turn
 
 
 def measure_prefill(
@@ -27,7 +27,7 @@ def measure_prefill(
         layer, and `model_ms` the time of all layers.
 
     Raises:
-        InputError: it would not fit in memory.
+        InputError: the point does not fit in memory.
     """
     seq_len, batch = point.seq_len, point.batch
     shapes = [(geometry.num_heads, geometry.head_dim), *[(geometry.num_kv_heads, geometry.head_dim)] * 2]

@@ -1,4 +1,4 @@
-"""Random caches: the shapes and the memory of a long context, without hours of prefill."""
+"""Random caches, which have the shapes and the memory of a long context without hours of prefill."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from torch import Tensor
 from rocketkv.attention import LayerCache
 from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
 
-BLOCK = 32768  # tokens drawn anew; longer texts repeat them
-ANY_HEAD_DIM = 128  # channels of a key: how many tokens stage 1 keeps does not depend on it
-SPARE_TOKENS = 256  # room for the tokens that a measurement decodes, so that a full cache does not grow amid it
+BLOCK = 32768  # tokens drawn at random; longer texts repeat these
+ANY_HEAD_DIM = 128  # channels of a key; the number of tokens that stage 1 keeps does not depend on it
+SPARE_TOKENS = 256  # tokens to make room for, so that no cache grows during a measurement
 
 
 def random_tokens(

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 GeometryName = Annotated[str, typer.Option("--geometry", "-g", help="Sizes of a known model, such as llama-3.1-8b.")]
-SeqLens = Annotated[str, typer.Option("--seq-len", help="Tokens of context, separated by commas.")]
+SeqLens = Annotated[str, typer.Option("--seq-len", help="Numbers of tokens of context, separated by commas.")]
 TokenBudgets = Annotated[str, typer.Option("--token-budget", "-t", help="Token budgets, separated by commas.")]
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16, or the model's own.")]
-Repeats = Annotated[int, typer.Option(min=0, help="Rounds; 0: until the medians are stable.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is bfloat16, or the model's own.")]
+Repeats = Annotated[int, typer.Option(min=0, help="Number of rounds; 0 measures until the medians are stable.")]
 TimeLimit = Annotated[float, typer.Option(min=0, help="Seconds that a row may take, unless --repeats is given.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU, which is timed by its own events.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result into this file, .png or .svg.")]
@@ -50,7 +50,7 @@ class Sweep:
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """The dtype of that name; auto: bfloat16."""
+        """Return the dtype of that name; auto stands for bfloat16."""
         import torch
 
         from rocketkv.hf.models import find_dtype
@@ -114,13 +114,13 @@ class TimedSweep(Sweep):
 
 def attention(
     sweep: TimedSweep = TimedSweep(geometry="llama-3.1-8b", time_limit=20.0),
-    cold_mib: Annotated[int, typer.Option(min=0, help="MiB read before a layer is met again.")] = 256,
+    cold_mib: Annotated[int, typer.Option(min=0, help="MiB that are read before a layer is used again.")] = 256,
     selection: Annotated[
         str | None,
         typer.Option(help="Selection methods, separated by commas, instead of the default; lowbit:int8 with 8 bits."),
     ] = None,
 ) -> None:
-    """Time one layer's decode step: ours, torch's, transformers', and the floor that memory sets."""
+    """Time one layer's decode step with our attention, torch's and transformers', beside the floor that memory sets."""
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.attention import measure_attention
     from rocketkv.bench.tensors import sparse_config
@@ -129,7 +129,7 @@ def attention(
     names = (selection or DEFAULT_SELECTION).split(",")
     selections = list(dict.fromkeys(name.strip() for name in names))
     for name in selections:
-        sparse_config(min(todo[0].token_budgets), name)  # or refuse it by name
+        sparse_config(min(todo[0].token_budgets), name)  # this refuses an unknown name
     rows: list[Row] = []
     bandwidths: list[float] = []
     with _counted("attention", todo) as points:
@@ -149,9 +149,9 @@ def decode(
         str | None, typer.Option("--model", "-m", help="A real model instead: hub id, folder, GGUF file, smollm2.")
     ] = None,
     weight_dtype: WeightDtype = None,
-    paths: Annotated[str, typer.Option(help="Ways to run the model: eager, as transformers does; fast, compiled.")] = (
-        "eager,fast"
-    ),
+    paths: Annotated[
+        str, typer.Option(help="Ways to run the model: eager runs it as transformers does, fast compiles it.")
+    ] = ("eager,fast"),
 ) -> None:
     """Time whole decode steps of a transformers model, and say how much of Amdahl's limit is reached."""
     todo = sweep.points()
@@ -190,7 +190,7 @@ def decode(
 
 
 def prefill(sweep: TimedSweep = TimedSweep(seq_len="4096", time_limit=60.0)) -> None:
-    """Time one layer's prefill attention with compression and without."""
+    """Time one layer's prefill attention with and without compression."""
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.prefill import measure_prefill
 
@@ -204,11 +204,11 @@ def prefill(sweep: TimedSweep = TimedSweep(seq_len="4096", time_limit=60.0)) -> 
 def memory(
     sweep: Sweep = Sweep(),
     prefill_len: Annotated[
-        str, typer.Option(help="Tokens to prefill, separated by commas: these are computed.")
+        str, typer.Option(help="Numbers of tokens to prefill, separated by commas; these prompts are computed.")
     ] = "4096",
     phases: Annotated[str, typer.Option(help="prefill, decode or both, separated by a comma.")] = "prefill,decode",
 ) -> None:
-    """Measure peak memory and KV bytes, full and compressed, each in a process of its own."""
+    """Measure peak memory and KV bytes of the full and the compressed cache, each in its own process."""
     from rocketkv.bench.memory import PHASES, cases, measure_memory
 
     lengths, batches, budgets = sweep.axes()

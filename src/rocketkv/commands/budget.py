@@ -1,4 +1,4 @@
-"""`rocketkv budget`."""
+"""The command `rocketkv budget`: what a token budget buys."""
 
 import json
 from typing import Annotated
@@ -11,10 +11,12 @@ from rocketkv.commands.terminal import out
 
 
 def budget(
-    seq_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")],
+    seq_len: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")],
     token_budget: TokenBudget = 256,
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a key.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens expected to be generated; 0: unknown.")] = 0,
+    head_dim: Annotated[int, typer.Option(min=1, help="Number of channels of a key.")] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(help="Number of tokens expected to be generated; 0 if it is not known.")
+    ] = 0,
     window_size: WindowSize = 32,
     selection: Selection = None,
     kv_dtype: KvDtype = "auto",
@@ -46,7 +48,7 @@ def budget(
     scored_bytes = config.selection_method().scored_bytes(
         tensor([[kept]]), tensor([[split.page_size]]), tensor([[split.num_channels]]), head_dim, 2
     )
-    token_bytes = 2 * 2 * head_dim  # keys and values of 16 bits
+    token_bytes = 2 * 2 * head_dim  # for keys and values in 16 bits
     scoring = int(scored_bytes) / token_bytes
     attending = split.top_k * config.format.token_bytes(head_dim, 2) / token_bytes
     scored = f"{kept} tokens" if split.page_size == 1 else f"{pages} pages of {split.page_size} tokens"

@@ -1,4 +1,4 @@
-"""`rocketkv info`: what a bug report needs, what the kernels take, and which way a model's decode steps go."""
+"""The command `rocketkv info`: facts for a bug report, and which backend would run a model's decode steps."""
 
 import json
 from collections import Counter
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
     from rocketkv.hf.versions import Dependency
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
-GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
-Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="Of its cache.")]
-Backend = Annotated[str, typer.Option(help="What is to decode: auto, reference or a backend's name.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Say how this model would decode, without loading its weights.")
+]
+GeometryName = Annotated[
+    str | None, typer.Option("--geometry", "-g", help="Say how a model of these known sizes would decode.")
+]
+Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="The cache's kv_dtype, auto or int8.")]
+Backend = Annotated[str, typer.Option(help="The backend to decode with: auto, reference or a backend's name.")]
 
 
 def info(
@@ -32,7 +36,7 @@ def info(
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Print what a bug report needs: versions, kernels, threads, models; and how a given model would decode."""
+    """Print what a bug report needs, versions, kernels, threads and models, and how a given model would decode."""
     import platform
     from importlib.metadata import version
 
@@ -81,7 +85,7 @@ def _compared(found: "Dependency") -> str:
 
 
 def _taken() -> dict[str, str]:
-    """Ask the kernels what they take."""
+    """Return the dtypes, head_dim and selection methods that the CPU kernels accept."""
     import torch
 
     from rocketkv.backends import Spec, cpp, find_backend

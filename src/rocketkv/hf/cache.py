@@ -195,7 +195,7 @@ class RocketKVCache(DynamicCache):
         self.compressed_layers[0].activate_past_recording()
 
     def check_decoder(self, decoder: PreTrainedModel) -> None:
-        """Refuse a decoder that this cache was not made for, or that is not the one whose tokens the cache holds.
+        """Refuse a decoder that this cache was not made for, or that is not the one whose tokens the cache has seen.
 
         Raises:
             InputError: layers, windows, KV heads or head_dim differ, or another model has filled the cache.

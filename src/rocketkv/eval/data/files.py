@@ -1,6 +1,6 @@
-"""Objects from the files that data comes in: .jsonl, .jsonl.gz, .json and .parquet, alone, in a folder or in a .zip.
+"""Reads objects from data files: .jsonl, .jsonl.gz, .json and .parquet, alone, in a folder or in a .zip.
 
-Of the hub's parquet files, which all are called `test-...` or so, the folder says what they hold.
+All parquet files of the hub have names like `test-...`, so their folder names their content.
 """
 
 import gzip
@@ -16,18 +16,18 @@ from typing import Any
 from rocketkv.errors import InputError
 
 PARQUET = ".parquet"
-SPLITS = ("test-", "train-", "validation-")  # how the hub's parquet files are called
+SPLITS = ("test-", "train-", "validation-")  # the pattern of names of the hub's parquet files
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", PARQUET)
 
 
 @dataclass(frozen=True)
 class Item:
-    """Holds what stands in one line of a .jsonl file, or is one element of a .json file.
+    """The object of one line of a .jsonl file, or one element of a .json file.
 
     Attributes:
         source: the file, and the line or element of it.
-        value: the object; None where there is none.
-        reason: why there is none.
+        value: the object; None if the line has no valid object.
+        reason: the reason why there is no object.
     """
 
     source: str
@@ -44,7 +44,7 @@ class DataFile:
 
     @property
     def name(self) -> str:
-        """Give the name that messages show."""
+        """The name of the file in messages."""
         if self.path.name.startswith(SPLITS):
             return f"{self.path.parent.name}/{self.path.name}"
         return f"{self.path.name}:{self.member}" if self.member else self.path.name
@@ -151,7 +151,7 @@ def by_stem(files: Iterable[DataFile]) -> dict[str, DataFile]:
     """Return each file by its stem.
 
     Raises:
-        InputError: two have the same one.
+        InputError: two files have the same stem.
     """
     found: dict[str, DataFile] = {}
     for file in files:

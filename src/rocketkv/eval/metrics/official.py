@@ -1,4 +1,4 @@
-"""The official metrics of LongBench and SCBench, each from 0 to 1; tests hold them to written-out numbers.
+"""The official metrics of LongBench and SCBench, each from 0 to 1; tests compare them with written-out numbers.
 
 Sources: `metrics.py` of THUDM/LongBench and `compute_scores.py` of SCBench (microsoft/MInference), both MIT.
 """
@@ -24,7 +24,7 @@ CHINESE_PUNCTUATION = (
 
 
 def require(*packages: str) -> None:
-    """Make sure, before anything is generated, that what will score it is installed.
+    """Check, before anything is generated, that the packages of a metric are installed.
 
     Raises:
         InputError: a package is missing.
@@ -38,14 +38,14 @@ def library(package: str) -> Any:
     """Import a package of the extra `eval`, when a metric first needs the package.
 
     Raises:
-        InputError: it is missing.
+        InputError: the package is missing.
     """
     require(package.partition(".")[0])
     return importlib.import_module(package)
 
 
 def first_line(text: str) -> str:
-    """Give the first line that is not empty, which is what LongBench scores of few-shot tasks."""
+    """Return the first line that is not empty, which LongBench scores in few-shot tasks."""
     return text.lstrip("\n").split("\n")[0]
 
 
@@ -89,7 +89,7 @@ def rouge_l(prediction: str, gold: str) -> float:
     with _deep_recursion(len(prediction) + len(gold)):
         try:
             return float(scorer.get_scores(prediction, gold)[0]["rouge-l"]["f"])
-        except ValueError:  # one of the two has no sentence
+        except ValueError:  # one of the two texts has no sentence
             return 0.0
 
 
@@ -181,7 +181,7 @@ def choice(prediction: str, text: str, letter: str) -> float:
 def _cut(text: str) -> list[str]:
     """Return the words that jieba finds in a Chinese text."""
     jieba = library("jieba")
-    jieba.setLogLevel("WARNING")  # it reports on standard error how it loads its dictionary
+    jieba.setLogLevel("WARNING")  # jieba would report on standard error how it loads its dictionary
     return list(jieba.cut(text, cut_all=False))
 
 

@@ -1,4 +1,4 @@
-"""RepoQA's metric as in SCBench: of all functions asked for in a repository, is the answer most like the right one?
+"""RepoQA's metric as in SCBench: an answer is right if it is most similar to the right function of the repository.
 
 Source: `repo_qa_utils.py` of SCBench (microsoft/MInference, MIT), after evalplus/repoqa.
 """
@@ -32,7 +32,7 @@ def repoqa(prediction: str, right: Collection[str], functions: Sequence[str], la
     """Say whether the function most similar to the predicted one is a right one, by 0.8 at least.
 
     Args:
-        prediction: text with a function, in a fenced block where there is other text around it.
+        prediction: a text with a function, in a fenced block if there is other text around it.
         right: the functions that are right: of `functions`, those of the right name.
         functions: all that are asked for in the repository.
         language: a key of `GRAMMARS`.
@@ -41,7 +41,7 @@ def repoqa(prediction: str, right: Collection[str], functions: Sequence[str], la
         InputError: a package is missing.
     """
     code = extract_function(prediction, language)
-    best = max(functions, key=lambda function: similarity(code, function))  # the first one of equals
+    best = max(functions, key=lambda function: similarity(code, function))  # max takes the first of equal ones
     return float(best in right and similarity(code, best) >= THRESHOLD)
 
 

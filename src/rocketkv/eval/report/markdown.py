@@ -1,4 +1,4 @@
-"""Pieces of Markdown: tables and the figures in them."""
+"""The pieces of Markdown in a report: tables and the figures in them."""
 
 import math
 import re

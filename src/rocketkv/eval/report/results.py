@@ -16,14 +16,14 @@ from rocketkv.eval.run.records import Record
 
 
 class Cell(NamedTuple):
-    """A task at a length: what is averaged over counts each of them once."""
+    """A task at a length; an average counts each cell once."""
 
     suite: str
     task: str
     length: int | None
 
     def __str__(self) -> str:
-        """Give the name that tables show."""
+        """Return the name of the cell in tables."""
         return self.task if self.length is None else f"{self.task} at {self.length:,}"
 
 
@@ -35,7 +35,7 @@ class Results:
     """The answers of one model, one record per sample, method, budget and turn.
 
     Attributes:
-        records: as `rocketkv.eval.run.records` writes them, no answer twice.
+        records: the records that `rocketkv.eval.run.records` writes, with no answer twice.
     """
 
     records: Sequence[Record]
@@ -74,7 +74,7 @@ class Results:
 
     @cached_property
     def rows(self) -> Sequence[int | None]:
-        """List what tables and pictures have a row for: each budget, or None if there is but the full cache."""
+        """The budgets, for which tables and plots have a row each; None alone if there is only the full cache."""
         return self.budgets or [None]
 
     @cached_property
@@ -161,7 +161,7 @@ def layer_means(records: Sequence[Record], name: str) -> NDArray[np.float64]:
     """Return the mean over records of a list by layer [layers, ...], empty if no record has it.
 
     Raises:
-        InputError: the lists differ in length, as of models with other layers.
+        InputError: the lists differ in length, as with models of different depth.
     """
     lists = [record[name] for record in records if record.get(name) is not None]
     if len({np.shape(values) for values in lists}) > 1:

@@ -1,4 +1,4 @@
-"""The folders that runs fill, read for a report."""
+"""Reads the folders that runs have filled, for a report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from typing import Any
 from rocketkv.errors import InputError
 from rocketkv.eval.run.records import Record, find_records, parse, read_records
 
-SAME_MODEL = ("model", "dtype", "weight_dtype")  # what must not differ between runs that stand in one table
+SAME_MODEL = ("model", "dtype", "weight_dtype")  # the facts that must be equal in all runs of one table
 
 
 @dataclass(frozen=True)
 class Run:
-    """Holds what one folder holds.
+    """The content of one folder.
 
     Attributes:
         name: the folder's name.
-        facts: what was run and on what, `run.json`, nested names joined by dots.
-        records: one per sample, method, budget and turn.
-        faults: rows that could not be evaluated, with `source` and `reason`.
+        facts: the facts in `run.json` about the run and the machine, with nested names joined by dots.
+        records: the answers, one record per sample, method, budget and turn.
+        faults: the rows that could not be evaluated, with `source` and `reason`.
     """
 
     name: str

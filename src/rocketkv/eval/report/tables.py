@@ -1,4 +1,4 @@
-"""The report's tables, in Markdown: each function makes one from results."""
+"""The report's tables in Markdown; each function makes one table from results."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from rocketkv.eval.report.statistics import Interval, mean_interval, ratio_inter
 from rocketkv.eval.run.methods import Arm
 from rocketkv.eval.run.records import Record
 
-PER_QUERY_HEAD = "snapkv"  # whose authors let each query head keep tokens of its own
-BARS = {256: 90, 512: 95}  # the share of the full cache's average that is asked for at a budget, in %
+PER_QUERY_HEAD = "snapkv"  # the method whose authors let each query head keep its own tokens
+BARS = {256: 90, 512: 95}  # the percentage of the full cache's average to reach at a budget
 
 
 def suite_table(results: Results) -> str:
@@ -46,7 +46,7 @@ def task_table(results: Results, budget: int | None) -> str:
 
 
 def turn_table(results: Results) -> str:
-    """Score at each turn, over all samples of all tasks."""
+    """Table the score at each turn, over all samples of all tasks."""
     lines = {arm: turn_scores(results, arm) for arm in results.arms}
     turns = sorted({turn for scores in lines.values() for turn in scores})
     rows = [
@@ -58,7 +58,7 @@ def turn_table(results: Results) -> str:
 
 
 def kept_score_table(results: Results, cells: Sequence[Cell]) -> str:
-    """What each method keeps of the full cache's average over some tasks, and whether that is what is asked for."""
+    """Table what each method keeps of the full cache's average over some tasks, and whether that is enough."""
     rows = []
     for arm in results.arms:
         ours, full = results.paired(arm, FULL_CACHE, cells)
@@ -112,7 +112,7 @@ def fidelity_table(results: Results) -> str:
 
 
 def prefill_table(results: Results) -> str:
-    """Say what one prefill for all methods saved: each of the other rows would have prefilled for itself."""
+    """Table the time that one prefill for all methods saved, compared with a prefill for each row."""
     rows = []
     for suite in results.suites:
         part = results.of([cell for cell in results.cells if cell.suite == suite])

@@ -33,11 +33,11 @@ OnStep = Callable[[float, float], None]  # forward passes done, the prefill's co
 Advance = Callable[[float], None]  # by how many
 
 SUITE = "fidelity"
-BINS = 32  # of the prefix, in each of which the kept tokens are counted
+BINS = 32  # parts of the prefix, in each of which the kept tokens are counted
 
 
 class Step(NamedTuple):
-    """Holds what one layer of the full cache did with one token."""
+    """The inputs and the output of one layer of the full cache for one token."""
 
     query: Tensor  # [1, Hq, 1, D]
     key: Tensor  # [1, Hkv, 1, D]
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Holds how a method predicts the text."""
+    """How a method predicts the text."""
 
     agreement: float
     kl: float
@@ -62,10 +62,10 @@ def run(
     journal: Journal,
     on_progress: OnProgress,
 ) -> None:
-    """Run what the journal does not hold yet, passage by passage.
+    """Run what the journal does not have yet, passage by passage.
 
     Raises:
-        InputError: a passage is another than it was in an earlier run.
+        InputError: a passage differs from the one in an earlier run.
     """
     enable(loaded.model)
     journal.begin()
@@ -129,11 +129,11 @@ def predict(
     """Return how every arm predicts a text, without the figures by layer.
 
     Args:
-        loaded: its model is enabled.
+        loaded: the model, which must be enabled, and its tokenizer.
         token_ids: `length` to prefill, then those to decode, and one more to predict.
-        length: tokens to prefill, >= 2.
-        arms: which methods at which budgets.
-        on_step: called after each layer of the prefill and each decoded token, of the full cache first, then of `arms`.
+        length: the number of tokens to prefill, >= 2.
+        arms: the methods and their budgets.
+        on_step: a function that is called after each layer of the prefill and each decoded token of each arm.
 
     Returns:
         The predictions of each arm, in their order.
@@ -162,14 +162,14 @@ def _prefill(loaded: LoadedModel, token_ids: Sequence[int], arms: Sequence[Arm])
 
 
 class _Recorder(RocketKVLayer):
-    """A layer that notes what its attention is given and gives."""
+    """A layer that records the inputs and the output of its attention."""
 
     def __init__(self, layer: RocketKVLayer) -> None:
         super().__init__(layer.cache, layer.window)
         self.steps: list[Step] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, scale: float | None) -> Tensor:
-        """Attend as ever, and note the step."""
+        """Attend as the layer does, and record the step."""
         output: Tensor = super().attend(query, key, value, padding, scale)
         factor = query.shape[3] ** -0.5 if scale is None else scale
         self.steps.append(Step(query.clone(), key.clone(), value.clone(), factor, output.clone()))

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a method at a token budget, None for the full cache.
+    """A method at a token budget, which is None for the full cache.
 
     Raises:
         ConfigError: the budget does not fit the method.
@@ -38,7 +38,7 @@ class Arm:
     token_budget: int | None
 
     def __post_init__(self) -> None:
-        """Refuse early what could not be run."""
+        """Refuse a method or a budget that could not be run."""
         self.config()
 
     def config(self) -> RocketKVConfig:

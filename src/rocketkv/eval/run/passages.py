@@ -12,8 +12,8 @@ from rocketkv.eval.run.records import Case
 from rocketkv.eval.suites.base import Request
 from rocketkv.hf.text import PlainText
 
-STEPS = 256  # tokens decoded
-LENGTHS = (2048, 4096)  # of prefixes, where no other lengths are asked for
+STEPS = 256  # tokens decoded after each prefix
+LENGTHS = (2048, 4096)  # lengths of prefixes in tokens, if the user gives none
 
 
 @dataclass(frozen=True)

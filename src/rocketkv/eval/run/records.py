@@ -73,7 +73,7 @@ def parse(content: str | bytes) -> Any:
     """Return the value of a JSON text, if the value can be written as JSON again.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply, or has half a character.
+        ValueError: the text is no JSON, is nested too deeply, or has half a character.
     """
     try:
         value = json.loads(content)

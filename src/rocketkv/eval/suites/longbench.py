@@ -24,11 +24,11 @@ class Task:
     """Describes how a set is asked and scored.
 
     Attributes:
-        metric: of a prediction and an answer, and of the class names for classification; the best answer counts.
-        max_new_tokens: tokens to generate at most.
+        metric: a function of prediction, answer and class names; the best answer counts.
+        max_new_tokens: the largest number of tokens to generate.
         chat: whether the prompt goes through the chat template; few-shot prompts and code do not.
         first_line: whether only the prediction's first line counts.
-        packages: names of the packages that the metric needs.
+        packages: the names of the packages that the metric needs.
     """
 
     metric: Callable[..., float]

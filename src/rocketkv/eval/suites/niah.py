@@ -40,7 +40,7 @@ QUESTION = "What is the special magic number for {name} mentioned in the provide
 PREFIX = "The special magic number for {name} mentioned in the provided text is"
 TURNS = 4
 
-CODES = (  # sentences in several wordings; the prompt ends with what stands before the code
+CODES = (  # sentences in several wordings; the prompt ends right before the code
     "In the ledger of the {name} house the missing letter has the number {code}.",
     "She had been told that the key of the {name} cabinet was marked {code}, and she never forgot it.",
     "The traveller who took the {name} coach was given the ticket {code} and a seat by the window.",
@@ -122,7 +122,7 @@ def _passkey_turns(
 
     def make(size: int) -> Sample:
         content = take_words(words, start, size)
-        for quarter in reversed(range(TURNS)):  # the last first, so that places stay what they are
+        for quarter in reversed(range(TURNS)):  # the last needle goes in first, so that the other places stay right
             needle = NEEDLE.format(name=names[quarter], number=numbers[quarter])
             content.insert(int(size * (quarter + depth) / TURNS), f"{needle} ")
         context = f"{OPENING}{''.join(content).strip()}\n\n"
@@ -155,7 +155,7 @@ def _ask(name: str, number: str) -> Turn:
     return Turn(QUESTION.format(name=name), (number,), max_new_tokens=24, answer_prefix=PREFIX.format(name=name))
 
 
-MAKERS = {  # and the lengths where none are asked for
+MAKERS = {  # and its lengths if the user gives none
     "passkey": (_passkey, WORD_LENGTHS),
     "passkey_tokens": (_passkey_tokens, TOKEN_LENGTHS),
     "passkey_turns": (_passkey_turns, TOKEN_LENGTHS),

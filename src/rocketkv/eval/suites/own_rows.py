@@ -15,7 +15,7 @@ class Rows:
     """The suite; see `Suite`."""
 
     name = "rows"
-    tasks: Sequence[str] = ()  # those of the rows
+    tasks: Sequence[str] = ()  # the tasks are those that the rows name
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
         """Return the first `num_samples` rows of each asked task (or all tasks) and length in the data.

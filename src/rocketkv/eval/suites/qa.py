@@ -37,9 +37,9 @@ class RowTask(NamedTuple):
 
     Attributes:
         keys: the keys that an object must have to be a row of this task.
-        parse: makes a row of an object; raises `BrokenRowError`.
-        grow: makes a case of all rows, the number of one, and what is random about it.
-        lengths: where none are asked for; None: the row as it is.
+        parse: a function that makes a row of an object, or raises `BrokenRowError`.
+        grow: a function that makes a case from all rows, a row's number and a random generator.
+        lengths: the lengths if the user gives none; None takes the row as it is.
     """
 
     keys: Sequence[str]
@@ -54,11 +54,11 @@ ROW_TASKS = {
     "kv": RowTask(_PAIRS, tasks.parse_pairs, partial(tasks.grow_pairs, turns=1)),
     "kv_turns": RowTask(_PAIRS, tasks.parse_pairs, partial(tasks.grow_pairs, turns=TURNS)),
 }
-SQUAD_TASKS = {"squad": 1, "squad_turns": TURNS}  # and how many questions are asked
+SQUAD_TASKS = {"squad": 1, "squad_turns": TURNS}  # and the number of questions asked
 
 
 class Source(NamedTuple):
-    """The rows of a task, those of its rows that are broken, and what cases are made of them."""
+    """The rows of a task, its broken rows, and the function that makes cases of the rows."""
 
     rows: Sequence[Any]
     faults: Sequence[Fault]

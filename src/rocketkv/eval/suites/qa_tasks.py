@@ -1,4 +1,4 @@
-"""What the suite `qa` asks: a case grows, by passages, lines, pairs or paragraphs, until it fills the length.
+"""The tasks of the suite `qa`, whose cases grow by passages, lines, pairs or paragraphs until they fill the length.
 
 Prompts of Natural Questions and of key retrieval begin as those of "Lost in the Middle" (Liu et al.); those of line
 retrieval stand in its rows. Every answer's first words are given.
@@ -36,7 +36,7 @@ class Growing(NamedTuple):
     largest: int
 
 
-Grow = Callable[[Sequence[Any], int, random.Random], Growing]  # from rows, a row's number, and what is random about it
+Grow = Callable[[Sequence[Any], int, random.Random], Growing]  # makes a case from rows, a row's number and a generator
 
 
 class Passage(NamedTuple):
@@ -52,7 +52,7 @@ def parse_passage(row: Mapping[str, Any]) -> Passage:
     """Return a row of Natural Questions with its gold passage.
 
     Raises:
-        BrokenRowError: it is none.
+        BrokenRowError: the object is no such row.
     """
     answers = tuple(answer for answer in take_texts(row, "answers") if normalize_english(answer))
     golds = [passage for passage in take(row, "ctxs", list) if isinstance(passage, dict) and passage.get("isgold")]
@@ -103,7 +103,7 @@ def parse_lines(row: Mapping[str, Any]) -> Lines:
     """Return a row of LongEval's line retrieval.
 
     Raises:
-        BrokenRowError: it is none.
+        BrokenRowError: the object is no such row.
     """
     parts = take(row, "prompt", str).split("\n\n")
     name = next(iter(take(row, "random_idx", list)), None)
@@ -135,7 +135,7 @@ def parse_pairs(row: Mapping[str, Any]) -> Pairs:
     """Return a row of key retrieval.
 
     Raises:
-        BrokenRowError: it is none.
+        BrokenRowError: the object is no such row.
     """
     pairs = take(row, "ordered_kv_records", list)
     if not all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs):

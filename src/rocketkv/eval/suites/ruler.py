@@ -28,7 +28,7 @@ from rocketkv.eval.suites.ruler_tasks import (
     all_words,
 )
 
-TASKS: dict[str, tuple[Task, int]] = {  # and the tokens to generate
+TASKS: dict[str, tuple[Task, int]] = {  # and the number of tokens to generate
     "niah_single_1": (Needles("noise"), 128),
     "niah_single_2": (Needles("essay"), 128),
     "niah_single_3": (Needles("essay", values="uuids"), 128),
@@ -68,7 +68,7 @@ class Ruler:
         for task in names:
             if task in DOCUMENTS and not cases[task]:
                 raise InputError(f"ruler's {task} needs a {DOCUMENTS[task]} file (.json, .json.gz); give it as --data.")
-        all_words()  # its package is missed here, not after hours
+        all_words()  # this finds a missing package at once, not after hours
         return self._make(request, names, cases, split_words(" ".join(request.haystack.split())))
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:

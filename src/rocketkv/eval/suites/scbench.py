@@ -20,18 +20,18 @@ from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.scbench_prompts import write_prompt
 from rocketkv.eval.suites.scbench_synthetic import MAKERS, make_row
 
-LENGTHS = (4096, 8192, 16384)  # of generated contexts, where no other lengths are asked for
-NUM_SAMPLES = 100  # per task, as published
+LENGTHS = (4096, 8192, 16384)  # lengths of generated contexts in tokens, if the user gives none
+NUM_SAMPLES = 100  # samples per task, as published
 
 
 @dataclass(frozen=True)
 class Task:
-    """Describes how one kind of question is scored.
+    """How one kind of question is scored.
 
     Attributes:
         score: the function that scores a prediction, given its turn and its sample.
-        max_new_tokens: tokens to generate at most.
-        packages: names of the packages that the metric needs.
+        max_new_tokens: the largest number of tokens to generate.
+        packages: the names of the packages that the metric needs.
     """
 
     score: Callable[[str, Turn, Sample], Mapping[str, float]]
@@ -86,7 +86,7 @@ def _function(prediction: str, turn: Turn, sample: Sample) -> Mapping[str, float
 _REPOQA = Task(_function, 1024, repoqa.PACKAGES)
 _ROUGE = ("rouge_score",)
 
-# Task: its kinds of questions, by the name that a turn of the data gives; of those that have one kind, by none.
+# The kinds of questions of each task, by the name that a turn of the data gives; the only kind of a task has no name.
 TASKS: dict[str, dict[str, Task]] = {
     "scbench_kv": {"": Task(_gold_contained, 150)},
     "scbench_prefix_suffix": {"": Task(_gold_contained, 150)},
@@ -106,7 +106,7 @@ TASKS: dict[str, dict[str, Task]] = {
 }
 MODES = ("multi_turn", "multi_request")
 
-Functions = Mapping[str, Sequence[tuple[str, str]]]  # of each repository: names and texts of what is asked for
+Functions = Mapping[str, Sequence[tuple[str, str]]]  # the names and texts of each repository's functions
 
 
 class SCBench:

@@ -36,7 +36,7 @@ CHOICE_AGAIN = _OPTIONS + "The letter of the correct answer is"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Holds what stands before the first question, and the questions."""
+    """The text before the first question, and the questions."""
 
     context: str
     questions: Sequence[str]
