@@ -1,7 +1,6 @@
 """Every backend's fused step against the reference operations, on random, ragged, tied and poisoned storage."""
 
 import ast
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -13,43 +12,13 @@ from nanobind.stubgen import StubGen
 
 from layers import DTYPES, SCORINGS, check_8_bits_of_extremes, check_steps, make_layer
 from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, backends
-from rocketkv.backends import BACKENDS, Backend, Scoring, Spec, cpp, find_backend
+from rocketkv.backends import Backend, Scoring, Spec, cpp, find_backend
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import int8, lowbit, pages
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 from rocketkv.selection.hybrid import Hybrid
 
-
-@pytest.fixture(
-    params=[(backend, None) for backend in BACKENDS if backend is not cpp and "cpu" in backend.DEVICES]
-    + [(cpp, name) for name in cpp.library_names()],
-    ids=lambda param: param[1] or param[0].NAME,
-)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """Every backend of the CPU, the C++ one with every instruction set of this one."""
-    backend, library = request.param
-    if library is not None:
-        monkeypatch.setattr(cpp, "library_names", lambda: [library])
-        forget_library()
-    reason = backend.decline(Spec("cpu", torch.float32, 64))
-    if reason is not None:
-        pytest.skip(f"{backend.NAME}: {reason}")
-    yield backend
-    forget_library()
-
-
-def forget_library() -> None:
-    cpp._load.cache_clear()
-    cpp._native_dtypes.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Races and the sharing out of work show with more than one thread only; the suite itself runs on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
