@@ -93,7 +93,28 @@ struct Linear {
 // Append a token to every row, score, choose and attend. Return the bytes of keys, values and index that were read.
 int64_t decode_step(const Layer& layer, const Token& token, int num_threads);
 
-// The keys that an index is built from, [B, Hkv, S, D]: channels and tokens are dense, strides are in elements.
+// Rows of numbers, [B, H, S, D]: a row is dense, the strides are in numbers.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+};
+
+// A prompt, or the next turn of a conversation. A row's last column is its last token, the newest in its keys.
+struct Prompt {
+  Dtype dtype = Dtype::kFloat32;
+  int batch = 0, num_kv_heads = 0, num_heads = 0, head_dim = 0;
+  int64_t num_tokens = 0;  // columns of the query, T
+  float scale = 0;
+  Rows query, output;                    // [B, Hq, T, D]
+  Rows keys, values;                     // [B, Hkv, S, D]
+  const int64_t* lengths = nullptr;      // [B, Hkv] keys of each row, the new ones included
+  const int64_t* num_queries = nullptr;  // [B] how many columns are real, the last ones; null: all
+};
+
+// Let a prompt attend to its keys, each token to those up to its own. Outputs of other columns are left alone.
+void prefill(const Prompt& prompt, int num_threads);
+
+// The keys that an index is built from: [B, Hkv, S, D], rows dense, with strides in elements between rows and heads.
 struct Keys {
   Dtype dtype = Dtype::kFloat32;
   int batch = 0, num_kv_heads = 0, head_dim = 0;

@@ -74,6 +74,25 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       .field("batch_stride", &Keys::batch_stride)
       .field("head_stride", &Keys::head_stride)
       .field("lengths", &Keys::lengths);
+  Fields<Rows>(m, "Rows")
+      .field("data", &Rows::data)
+      .field("batch_stride", &Rows::batch_stride)
+      .field("head_stride", &Rows::head_stride)
+      .field("token_stride", &Rows::token_stride);
+  Fields<Prompt>(m, "Prompt")
+      .field("dtype", &Prompt::dtype)
+      .field("batch", &Prompt::batch)
+      .field("num_kv_heads", &Prompt::num_kv_heads)
+      .field("num_heads", &Prompt::num_heads)
+      .field("head_dim", &Prompt::head_dim)
+      .field("num_tokens", &Prompt::num_tokens)
+      .field("scale", &Prompt::scale)
+      .field("query", &Prompt::query)
+      .field("output", &Prompt::output)
+      .field("keys", &Prompt::keys)
+      .field("values", &Prompt::values)
+      .field("lengths", &Prompt::lengths)
+      .field("num_queries", &Prompt::num_queries);
   Fields<Layer>(m, "Layer")
       .field("dtype", &Layer::dtype)
       .field("batch", &Layer::batch)
@@ -113,6 +132,7 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
           },
           nb::kw_only(), "query"_a, "key"_a, "value"_a, "output"_a, "chosen"_a, "num_threads"_a,
           nb::call_guard<nb::gil_scoped_release>());
+  m.def("prefill", &prefill, "prompt"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("build_pages", &build_pages, "keys"_a, "pages"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "linear",

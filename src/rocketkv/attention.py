@@ -7,7 +7,7 @@ decode:  append -> stage 2 scores the kept tokens cheaply -> exact attention to 
 import torch
 from torch import Tensor
 
-from rocketkv import ops
+from rocketkv import backends
 from rocketkv.cache import WorkingSet
 from rocketkv.checks import (
     check_config,
@@ -92,7 +92,7 @@ class LayerCache(LayerState):
         seen = tokens.views()
         keys, values = seen["keys"], seen["values"]
         lengths = None if is_first and padding is None else tokens.lengths
-        output = ops.prefill_densely(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
+        output = backends.prefill_densely(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
         mask = self._evict(working, query, keys, tokens.lengths, num_queries, scale)
         working.keep(tokens, mask, self.config.new_tokens)
         observed = None

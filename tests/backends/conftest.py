@@ -1,4 +1,4 @@
-"""What the tests of the backends share: every backend of the CPU, and two threads."""
+"""What the tests of the CPU's backends share: every backend and instruction set, and a second thread."""
 
 from collections.abc import Iterator
 

@@ -34,6 +34,7 @@ __all__ = [
     "find_backend",
     "linear",
     "new_storage",
+    "prefill_densely",
     "score_window",
 ]
 
@@ -60,6 +61,20 @@ def find_backend(name: str, spec: Spec, scoring: Scoring | None) -> tuple[Backen
                 return backend, reasons
             reasons.append(f"{backend.NAME}: {reason}")
     return None, reasons
+
+
+def prefill_densely(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    num_queries: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """See `ops.prefill_densely`."""
+    attend = fastest("prefill_densely", keys)
+    return attend(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)  # type: ignore[no-any-return]
 
 
 def score_window(
@@ -105,11 +120,15 @@ def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None 
 
 
 def fastest(operation: str, tokens: Tensor) -> Callable[..., Any]:
-    """Return an operation of the first backend that has it and accepts `tokens` `[B, H, S, D]`, or else of `ops`."""
+    """The operation of this name of the first backend that has it and takes the tokens, `[B, H, S, D]`, or of `ops`.
+
+    A backend may have a `decline_` of its own for an operation.
+    """
     spec = Spec.of(tokens)
     for backend in BACKENDS:
         own: Callable[..., Any] | None = getattr(backend, operation, None)
-        if own is not None and spec.device in backend.DEVICES and backend.decline(spec) is None:
+        decline = getattr(backend, f"decline_{operation}", backend.decline)
+        if own is not None and spec.device in backend.DEVICES and decline(spec) is None:
             return own
     found: Callable[..., Any] = getattr(ops, operation)
     return found

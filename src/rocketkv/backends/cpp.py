@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rocketkv.backends.amx import prefer_torch
 from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, Spec, decline_numbers
 from rocketkv.ops import PageBounds
 
@@ -36,6 +37,11 @@ def instruction_set() -> str:
     return library if isinstance(library, str) else library.__name__.rpartition("_kernels_")[2]
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers as they are."""
+    return any(name.endswith("_bf16") for name in library_names())
+
+
 def thread_runtime() -> str:
     """Return the name of the OpenMP runtime whose threads the kernels use; empty if the kernels run on one thread."""
     return "" if isinstance(_load(), str) else native.thread_runtime()
@@ -49,6 +55,40 @@ def decline(spec: Spec) -> str | None:
     if spec.device != "cpu":
         return f"it runs on the CPU, not on {spec.device}"
     return decline_numbers(spec)
+
+
+def decline_prefill_densely(spec: Spec) -> str | None:
+    """Why prompts of this kind are not for this backend; None: they are."""
+    return decline(spec) or prefer_torch(prefill_densely, spec.dtype, spec.head_dim)
+
+
+def prefill_densely(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    num_queries: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """See `ops.prefill_densely`."""
+    query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
+    batch, num_heads, num_tokens, head_dim = query.shape
+    if lengths is None:
+        lengths = torch.full(keys.shape[:2], keys.shape[2])
+    lengths, num_queries = lengths.contiguous(), None if num_queries is None else num_queries.contiguous()
+    allocate = query.new_empty if num_queries is None else query.new_zeros
+    output = allocate(batch, num_tokens, num_heads, head_dim).transpose(1, 2)  # as models go on with it
+    prompt = native.Prompt()
+    prompt.dtype = _dtype(query.dtype)
+    prompt.batch, prompt.num_heads, prompt.num_tokens, prompt.head_dim = query.shape
+    prompt.num_kv_heads = keys.shape[1]
+    prompt.scale = scale
+    prompt.query, prompt.output, prompt.keys, prompt.values = (_rows(x) for x in (query, output, keys, values))
+    prompt.lengths = lengths.data_ptr()
+    prompt.num_queries = _address(num_queries)
+    native.prefill(prompt, torch.get_num_threads())
+    return output
 
 
 def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
@@ -176,6 +216,14 @@ def _pages(index: PageBounds) -> "native.Pages":
     out.page_size = index.page_size.data_ptr()
     out.num_blocks, out.num_rows = index.bounds.shape[2:4]
     out.spread = _address(index.spread)
+    return out
+
+
+def _rows(rows: Tensor) -> "native.Rows":
+    """Rows `[B, H, S, D]` as the library has them."""
+    out = native.Rows()
+    out.data = rows.data_ptr()
+    out.batch_stride, out.head_stride, out.token_stride = rows.stride()[:3]
     return out
 
 

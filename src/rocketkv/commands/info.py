@@ -16,14 +16,12 @@ if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
     from rocketkv.hf.versions import Dependency
 
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Say how this model would decode, without loading its weights.")
-]
-GeometryName = Annotated[
-    str | None, typer.Option("--geometry", "-g", help="Say how a model of these known sizes would decode.")
-]
-Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="The cache's kv_dtype, auto or int8.")]
-Backend = Annotated[str, typer.Option(help="The backend to decode with: auto, reference or a backend's name.")]
+_HEAD_DIM = 128  # channels of a key for which it is told who attends a prompt
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
+GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
+Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="Of its cache.")]
+Backend = Annotated[str, typer.Option(help="What is to decode: auto, reference or a backend's name.")]
 
 
 def info(
@@ -84,8 +82,8 @@ def _compared(found: "Dependency") -> str:
     return f"{found.installed} ({'tested' if found.is_tested else 'not tested; tested are'}: {found.tested})"
 
 
-def _taken() -> dict[str, str]:
-    """Return the dtypes, head_dim and selection methods that the CPU kernels accept."""
+def _taken() -> dict[str, Any]:
+    """Ask the kernels what they take."""
     import torch
 
     from rocketkv.backends import Spec, cpp, find_backend
@@ -98,11 +96,16 @@ def _taken() -> dict[str, str]:
 
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in floats if takes(dtype, "dense")]
+    prompts = {dtype: cpp.decline_prefill_densely(Spec("cpu", dtype, _HEAD_DIM)) for dtype in floats}
     methods = [name for name in SELECTION_METHODS if takes(torch.float32, name)]
     return {
         "kernel dtypes": ", ".join(dtypes) or "none",
         "kernel head_dim": f"up to {MAX_HEAD_DIM}" if dtypes else "none",
         "kernel selection": ", ".join(methods) or "none",
+        "attention of prompts": [
+            f"{str(dtype).removeprefix('torch.')}: {'native kernels' if reason is None else f'plain torch ({reason})'}"
+            for dtype, reason in prompts.items()
+        ],
     }
 
 

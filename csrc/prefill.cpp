@@ -1,0 +1,184 @@
+// Exact causal attention of a prompt, in tiles with an online softmax (FlashAttention-2, arXiv:2307.08691).
+//
+// A task is one KV head of one batch row and some of its last tokens, with all query heads of the KV head. A thread
+// draws one task after the other, those with the most keys first. It packs a tile of keys and values into memory of its
+// own, lets all rows of the task attend to it, and goes on to the next tile. So the memory taken does not grow with the
+// prompt, a tile is read once for all query heads, and what a row's output is does not depend on how the work is shared
+// out: the tiles of a row begin at its first token, and its sums are its own.
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "kernels.h"
+#include "prefill_pack.h"
+#include "prefill_product.h"
+#include "prefill_softmax.h"
+#include "threads.h"
+
+namespace rocketkv {
+namespace {
+
+constexpr int kTileKeys = 256;          // keys and values of a tile
+constexpr int kMostRows = 384;          // rows of a task at most: they and a tile fit in a core's second cache
+constexpr int kFewestRows = 48;         // at least, so that packing a tile takes little of the time
+constexpr int64_t kTasksPerThread = 8;  // at least, unless rows get too few
+
+// A buffer that begins at a cache line.
+class Buffer {
+ public:
+  float* resize(size_t count) {
+    if (numbers_.size() < count + kLine) numbers_.resize(count + kLine);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(numbers_.data());
+    return numbers_.data() + (kLine - begin / sizeof(float) % kLine) % kLine;
+  }
+
+ private:
+  static constexpr size_t kLine = 64 / sizeof(float);
+  std::vector<float> numbers_;
+};
+
+// Memory that a thread keeps from prompt to prompt.
+struct Memory {
+  Buffer keys, values, queries, outputs, scores, weights;
+  std::vector<Softmax> softmax;
+
+  static Memory& mine() {
+    static thread_local Memory memory;
+    return memory;
+  }
+};
+
+template <class T>
+class Prefill {
+ public:
+  Prefill(const Prompt& prompt, int num_threads)
+      : prompt_(prompt),
+        num_threads_(num_threads),
+        group_(prompt.num_heads / prompt.num_kv_heads),
+        padded_(round_up(prompt.head_dim, kPair)),
+        num_heads_(static_cast<int64_t>(prompt.batch) * prompt.num_kv_heads) {
+    const int64_t rows = prompt.num_tokens * group_, wanted = kTasksPerThread * num_threads;
+    const int64_t fitting = std::clamp<int64_t>(rows * num_heads_ / wanted, kFewestRows, kMostRows);
+    block_ = std::max<int64_t>(fitting / group_, 1);
+    num_blocks_ = (prompt.num_tokens + block_ - 1) / block_;
+  }
+
+  void run() {
+    run_on_threads(num_threads_, [](void* self) { static_cast<Prefill*>(self)->work(); }, this);
+  }
+
+ private:
+  using O = Operand<T>;
+  static constexpr int kWeightStride = kTileKeys / kDepth<T>;
+
+  void work() {
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < num_heads_ * num_blocks_;) {
+      const int64_t head = task / num_blocks_, row = head / prompt_.num_kv_heads;
+      const int64_t end = prompt_.num_tokens - task % num_blocks_ * block_;
+      const int64_t first = prompt_.num_tokens - (prompt_.num_queries ? prompt_.num_queries[row] : prompt_.num_tokens);
+      const int64_t begin = std::max({first, end - block_, prompt_.num_tokens - prompt_.lengths[head]});
+      if (begin >= end) continue;
+      if (is_finite(head, begin, end)) {
+        attend(head, begin, end);
+      } else {
+        for (int64_t token = begin; token < end; ++token) attend(head, token, token + 1);
+      }
+    }
+  }
+
+  // How many keys of its row a token sees, the first ones.
+  int64_t visible(int64_t head, int64_t token) const {
+    return prompt_.lengths[head] - (prompt_.num_tokens - 1 - token);
+  }
+
+  // The numbers of a head's token.
+  const T* at(const Rows& rows, int64_t row, int64_t head, int64_t token) const {
+    return static_cast<const T*>(rows.data) + row * rows.batch_stride + head * rows.head_stride +
+           token * rows.token_stride;
+  }
+  const T* stored(const Rows& rows, int64_t head, int64_t slot) const {
+    return at(rows, head / prompt_.num_kv_heads, head % prompt_.num_kv_heads, slot);
+  }
+
+  // Whether the values that only some of these tokens see are finite: a weight of zero removes no other.
+  bool is_finite(int64_t head, int64_t begin, int64_t end) const {
+    float product = 0;
+    for (int64_t slot = visible(head, begin); slot < visible(head, end - 1); ++slot) {
+      const T* value = stored(prompt_.values, head, slot);
+      for (int c = 0; c < prompt_.head_dim; ++c) product += to_float(value[c]) * 0.0f;
+    }
+    return product == 0;
+  }
+
+  // Let the tokens from `begin` to `end` attend, in all query heads of a KV head.
+  void attend(int64_t head, int64_t begin, int64_t end) {
+    const int rows = static_cast<int>(end - begin) * group_, num_groups = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    const int dim = prompt_.head_dim, steps = (dim + kDepth<T> - 1) / kDepth<T>, steps_stride = padded_ / kDepth<T>;
+    const int query_stride = steps_stride * kRowsAtOnce, output_stride = padded_ * kRowsAtOnce;
+    Memory& mine = Memory::mine();
+    float* queries = mine.queries.resize(static_cast<size_t>(num_groups) * query_stride);
+    float* outputs = mine.outputs.resize(static_cast<size_t>(num_groups) * output_stride);
+    float* keys = mine.keys.resize(static_cast<size_t>(kTileKeys) * steps_stride);
+    float* values = mine.values.resize(static_cast<size_t>(kWeightStride) * padded_);
+    float* scores = mine.scores.resize(kRowsAtOnce * kTileKeys);
+    float* weights = mine.weights.resize(kRowsAtOnce * kWeightStride);
+    std::fill_n(outputs, static_cast<size_t>(num_groups) * output_stride, 0.0f);
+    std::fill_n(queries + (num_groups - 1) * query_stride, query_stride, 0.0f);
+    mine.softmax.assign(rows, Softmax());
+    for (int r = 0; r < rows; ++r)
+      pack_query(query(head, begin, r), dim, queries + r / kRowsAtOnce * query_stride + r % kRowsAtOnce);
+
+    const float factor = prompt_.scale * 1.44269504f;  // log2(e): the softmax counts in powers of two
+    const int64_t num_keys = visible(head, end - 1);
+    for (int64_t slot = 0; slot < num_keys; slot += kTileKeys) {
+      const int count = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - slot));
+      pack_keys(stored(prompt_.keys, head, slot), prompt_.keys.token_stride, count, dim, padded_, keys);
+      pack_values(stored(prompt_.values, head, slot), prompt_.values.token_stride, count, dim, padded_, values);
+      for (int g = 0; g < num_groups; ++g) {
+        const int first = g * kRowsAtOnce, last = std::min(first + kRowsAtOnce, rows) - 1;
+        const int seen = static_cast<int>(std::min<int64_t>(visible(head, begin + last / group_) - slot, count));
+        if (seen <= 0) continue;
+        multiply_keys<O, kTileKeys>(queries + g * query_stride, keys, steps, steps_stride, seen, scores);
+        float shrink[kRowsAtOnce] = {};
+        for (int r = first; r <= last; ++r) {
+          const int own = static_cast<int>(std::min<int64_t>(visible(head, begin + r / group_) - slot, seen));
+          const int i = r - first;
+          shrink[i] = mine.softmax[r].weigh(scores + i * kTileKeys, own, seen, factor,
+                                            reinterpret_cast<O*>(weights + i * kWeightStride));
+        }
+        add_weighted_values<O, kWeightStride>(weights, values, (seen + kDepth<T> - 1) / kDepth<T>, dim, padded_, shrink,
+                                              outputs + g * output_stride);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      const float* sums = outputs + r * padded_;
+      T* output = const_cast<T*>(row_at(prompt_.output, head, begin, r));
+      const float weight = mine.softmax[r].normalizer();
+      for (int c = 0; c < dim; ++c) output[c] = from_float<T>(sums[c] * weight);
+    }
+  }
+
+  // A row of a task: the token after so many, in one of the query heads.
+  const T* row_at(const Rows& rows, int64_t head, int64_t begin, int r) const {
+    return at(rows, head / prompt_.num_kv_heads, head % prompt_.num_kv_heads * group_ + r % group_, begin + r / group_);
+  }
+  const T* query(int64_t head, int64_t begin, int r) const { return row_at(prompt_.query, head, begin, r); }
+
+  const Prompt& prompt_;
+  const int num_threads_, group_, padded_;
+  const int64_t num_heads_;      // KV heads of all rows
+  int64_t block_, num_blocks_;   // tokens of a task, and tasks of a head
+  std::atomic<int64_t> next_{0};
+};
+
+}  // namespace
+
+void prefill(const Prompt& prompt, int num_threads) {
+  switch (prompt.dtype) {
+    case Dtype::kFloat32: return Prefill<float>(prompt, num_threads).run();
+    case Dtype::kBfloat16: return Prefill<Bfloat16>(prompt, num_threads).run();
+    default: return Prefill<Float16>(prompt, num_threads).run();
+  }
+}
+
+}  // namespace rocketkv
