@@ -1,16 +1,12 @@
 """Every backend's fused step against the reference operations, on random, ragged, tied and poisoned storage."""
 
-import ast
-from importlib import import_module
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layers import DTYPES, SCORINGS, check_8_bits_of_extremes, check_steps, make_layer
-from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError, backends
+from rocketkv import Budget, LayerCache, RocketKVConfig, UnsupportedError
 from rocketkv.backends import Backend, Scoring, Spec, cpp, find_backend
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.selection import SELECTION_METHODS, SelectionMethod

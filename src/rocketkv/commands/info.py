@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
     from rocketkv.hf.versions import Dependency
 
-_HEAD_DIM = 128  # channels of a key for which it is told who attends a prompt
+_HEAD_DIM = 128  # channels of a key for which `info` says who attends a prompt
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
-GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
-Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="Of its cache.")]
-Backend = Annotated[str, typer.Option(help="What is to decode: auto, reference or a backend's name.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Say how this model would decode, without loading its weights.")
+]
+GeometryName = Annotated[
+    str | None, typer.Option("--geometry", "-g", help="Say how a model of these known sizes would decode.")
+]
+Mode = Annotated[
+    Literal["single_turn", "multi_turn"], typer.Option(help="The mode of the cache: single_turn or multi_turn.")
+]
+Backend = Annotated[str, typer.Option(help="The backend to decode with: auto, reference or a backend's name.")]
 
 
 def info(
