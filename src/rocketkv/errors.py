@@ -17,5 +17,9 @@ class InputError(RocketKVError, ValueError):
     """A tensor, a file or a text cannot be used as given."""
 
 
+class CacheFileError(InputError):
+    """A file of a saved cache that cannot be written or used: missing, damaged, of another model or version."""
+
+
 class UnsupportedError(RocketKVError, NotImplementedError):
     """A model, a mask or a way of generating does not fit; the package refuses it rather than answer wrongly."""

@@ -140,6 +140,16 @@ class Planner:
         plan.steps_left -= num_decoded
         return plan
 
+    def resumed(self, splits: list[Split], limits: list[int], kept: Tensor) -> SelectionPlan:
+        """The plan that had these splits and limits, of rows that have `kept` (`[B, Hkv]` int64) tokens.
+
+        Raises:
+            ConfigError: a split does not fit head_dim, or pins more tokens than are attended.
+        """
+        for split in splits:
+            self._check(split)
+        return self._plan(splits, limits, kept)
+
     def select_rows(self, plan: SelectionPlan, rows: Sequence[int], kept: Tensor) -> SelectionPlan:
         """Return the plan of a batch of the rows `rows` of `plan`, which have `kept` (`[B', Hkv]` int64) tokens."""
         return self._plan([plan.splits[row] for row in rows], [plan.limits[row] for row in rows], kept)
