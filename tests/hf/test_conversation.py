@@ -50,7 +50,7 @@ WRONG: list[tuple[str, Callable[[PreTrainedModel, RocketKVCache, Tensor], object
         lambda m, c, ids: generate(m, ids.repeat(2, 1), **pass_cache(c)),
         "the cache has 1 rows, but 2 came",
     ),
-    ("two rows in a forward pass", lambda m, c, ids: forward(m, c, MORE.repeat(2, 1)), "holds 1 rows, but 2 came"),
+    ("two rows in a forward pass", lambda m, c, ids: forward(m, c, MORE.repeat(2, 1)), "has 1 rows, but 2 came"),
     ("gradients", lambda m, c, ids: m(input_ids=MORE, **pass_cache(c)), "has no gradients"),
     ("no new tokens", lambda m, c, ids: forward(m, c, ids[:, :0]), "no new tokens came with this cache"),
     (
