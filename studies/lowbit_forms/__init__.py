@@ -13,9 +13,11 @@ The error is the distance from full attention's output relative to that output's
 layers.
 Keys and values are bfloat16 numbers; arithmetic is float32.
 
-    .venv/bin/python -m studies.lowbit_forms northanger_abbey.txt persuasion.txt --out forms-smollm2.json.gz
+    .venv/bin/python -m studies.lowbit_forms northanger_abbey.txt persuasion.txt \
+        --axes channels heads share pins bounds --out forms-smollm2.json.gz
     .venv/bin/python -m studies.lowbit_forms northanger_abbey.txt persuasion.txt --model gemma3-270m --layers 3 \
-        --lengths 2048 4096 8192 --budgets 128 256 512 --out forms-gemma.json.gz
+        --lengths 2048 4096 8192 --budgets 128 256 512 --axes channels heads share pins bounds --out forms-gemma.json.gz
 
 These commands made the files in `benchmarks/results`; `python -m studies.lowbit_forms.study FILE` shows their tables.
+The forms of one axis take a few minutes on one core, reading the texts about five; without `--axes` all of them run.
 """
