@@ -131,8 +131,8 @@ def transformers(
         from transformers import DynamicCache
         from transformers.generation.streamers import BaseStreamer
 
+        import rocketkv
         from rocketkv import RocketKVCache, RocketKVConfig, enable
-        from rocketkv.hf.compiled import accelerate
         from rocketkv.hf.models import load as load_model
         from rocketkv.hf.versions import pass_cache
 
@@ -171,7 +171,7 @@ def transformers(
                 )
 
         if fast:
-            accelerate(model)
+            rocketkv.compile(model)
             generate(prompt[:, :8], 4, lambda token: None)  # compiles: part of loading, as elsewhere
         return lambda on_token: generate(prompt, job.new_tokens, on_token)
 
