@@ -8,7 +8,6 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
@@ -29,12 +28,6 @@ def _count_graphs() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def uncompiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run operation by operation: the same graphs and guards, without half a minute of C++ compilation."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
 
 
 def num_graphs() -> int:
