@@ -72,6 +72,14 @@ def decoded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
+def uncompiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run graphs operation by operation: the same graphs and guards, without half a minute of C++ compilation."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+
+
+@pytest.fixture
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 

@@ -131,8 +131,8 @@ def transformers(
         from transformers import DynamicCache
         from transformers.generation.streamers import BaseStreamer
 
+        import rocketkv
         from rocketkv import RocketKVCache, RocketKVConfig, enable
-        from rocketkv.hf.compiled import compile as compile_step
         from rocketkv.hf.models import load as load_model
         from rocketkv.hf.versions import pass_cache
 
@@ -171,7 +171,7 @@ def transformers(
                 )
 
         if fast:
-            compile_step(model)
+            rocketkv.compile(model)
             generate(prompt[:, :8], 4, lambda token: None)  # this compiles, which counts as loading, as elsewhere
         return lambda on_token: generate(prompt, job.new_tokens, on_token)
 

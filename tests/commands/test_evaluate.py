@@ -24,10 +24,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(model_folder: Path, out: Path, samples: int = 2) -> list[str]:
+def arguments(model_folder: Path, out: Path) -> list[str]:
     return [
         "eval", "run", "--suite", "niah", "--model", str(model_folder), "--methods", "full,rocketkv,snapkv,quest",
-        "--budgets", "48,64", "--lengths", "700", "--samples", str(samples), "--out", str(out),
+        "--budgets", "48,64", "--lengths", "700", "--samples", "1", "--out", str(out),
     ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_a_run_that_is_killed_loses_and_repeats_nothing(model_folder: Path, tmp_
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -55,13 +55,13 @@ def test_a_run_that_is_killed_loses_and_repeats_nothing(model_folder: Path, tmp_
     assert resumed.exit_code == 0, resumed.output
     records = read_records(tmp_path / "killed")
     assert plain(records) == plain(expected)
-    assert len({key(record) for record in records}) == len(records) == 2 * 10 * 7
+    assert len({key(record) for record in records}) == len(records) == 10 * 7
 
 
 def test_the_command_ends_with_a_table_and_what_was_saved(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = [*arguments(model_folder, tmp_path, samples=1), "--shard", "2/4"]
+    given = [*arguments(model_folder, tmp_path), "--shard", "2/4"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/rocketkv", *given])
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
@@ -108,7 +108,7 @@ def test_options_that_make_no_sense_are_refused(
 
 def test_faults_make_the_command_fail(model_folder: Path, tmp_path: Path) -> None:
     lengths = ["--lengths", "700,1980"]  # the longer ones leave no room for the answer
-    result = CliRunner().invoke(app, [*arguments(model_folder, tmp_path, samples=1), *lengths, "--shard", "1/5"])
+    result = CliRunner().invoke(app, [*arguments(model_folder, tmp_path), *lengths, "--shard", "1/5"])
     faults = (tmp_path / "faults-1-of-5.jsonl").read_text().splitlines()
     assert result.exit_code == (1 if faults else 0), result.output
     if faults:

@@ -10,6 +10,7 @@ from rocketkv.hf.models import LoadedModel
 from tiny import save_tiny
 
 
+@pytest.mark.usefixtures("uncompiled_graph")
 def test_generate_fast_gives_the_same_answer(run: Any, tmp_path: Path, document: str) -> None:
     save_tiny(tmp_path / "model")
     Path(document).write_text(Path(document).read_text()[:1000])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 
@@ -29,12 +28,6 @@ def _count_graphs() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def uncompiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run graphs operation by operation, with the same graphs and guards, to save half a minute of compilation."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
 
 
 def num_graphs() -> int:

@@ -1,6 +1,7 @@
 """Tests of the main job on the real small model and real prose, in short; `make eval` measures it in full."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,41 +36,56 @@ def generate(loaded: LoadedModel, texts: list[str], **options: Any) -> list[list
     return output[:, batch.input_ids.shape[1] :].tolist()
 
 
-TEXTS = [PROSE[20000:24000], PROSE[50000:51500], PROSE[90000:90300]]  # about 1,000, 350 and 70 tokens
+TEXTS = [PROSE[20000:21800], PROSE[50000:50700], PROSE[90000:90150]]  # about 450, 160 and 35 tokens
 
 
-def test_a_budget_for_everything_gives_plain_generates_tokens(smollm2: LoadedModel) -> None:
-    plain = [generate(smollm2, [text]) for text in TEXTS], generate(smollm2, TEXTS)
-    enable(smollm2.model)
+@pytest.fixture(scope="module")
+def together(smollm2: LoadedModel) -> Callable[[RocketKVConfig], list[list[int]]]:
+    """What a padded batch of the texts is answered under a configuration, once for all tests."""
 
-    def cache() -> RocketKVCache:
-        return RocketKVCache(smollm2.model.config, RocketKVConfig(dense_below=0, token_budget=4096))
+    @cache
+    def answer(config: RocketKVConfig) -> list[list[int]]:
+        enable(smollm2.model)
+        return generate(smollm2, TEXTS, **pass_cache(RocketKVCache(smollm2.model.config, config)))
 
-    assert [generate(smollm2, [text], **pass_cache(cache())) for text in TEXTS] == plain[0]
-    assert generate(smollm2, TEXTS, **pass_cache(cache())) == plain[1]
+    return answer
+
+
+def config(token_budget: int, **options: Any) -> RocketKVConfig:
+    return RocketKVConfig(dense_below=0, token_budget=token_budget, **options)
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2: LoadedModel) -> list[list[int]]:
+    """What the model answers to each text alone without us."""
+    return [tokens for text in TEXTS for tokens in generate(smollm2, [text])]
 
 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
-@pytest.mark.parametrize("token_budget", [4096, 128])
-def test_padded_rows_give_the_tokens_they_give_alone(smollm2: LoadedModel, mode: str, token_budget: int) -> None:
+def test_a_budget_for_everything_gives_plain_generates_tokens(
+    smollm2: LoadedModel, plain: list[list[int]], together: Callable[[RocketKVConfig], list[list[int]]], mode: str
+) -> None:
+    everything = config(4096, mode=mode)
+    assert together(everything) == plain
+    alone = generate(smollm2, TEXTS[:1], **pass_cache(RocketKVCache(smollm2.model.config, everything)))
+    assert alone == plain[:1]
+
+
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_padded_rows_give_the_tokens_they_give_alone(
+    smollm2: LoadedModel, together: Callable[[RocketKVConfig], list[list[int]]], mode: str
+) -> None:
+    small = config(128, mode=mode)
     enable(smollm2.model)
-    config = RocketKVConfig(dense_below=0, token_budget=token_budget, mode=mode)
-    together = generate(smollm2, TEXTS, **pass_cache(RocketKVCache(smollm2.model.config, config)))
-    for text, tokens in zip(TEXTS, together, strict=True):
-        alone = generate(smollm2, [text], **pass_cache(RocketKVCache(smollm2.model.config, config)))
-        assert alone == [tokens]
+    alone = [generate(smollm2, [text], **pass_cache(RocketKVCache(smollm2.model.config, small))) for text in TEXTS]
+    assert [[tokens] for tokens in together(small)] == alone
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_the_kernels_answer_as_the_reference_does(smollm2: LoadedModel, kv_dtype: str) -> None:
-    enable(smollm2.model)
-    configs = [
-        RocketKVConfig(dense_below=0, token_budget=128, kv_dtype=kv_dtype, backend=backend)
-        for backend in ("reference", "auto")
-    ]
-    reference, kernels = (
-        generate(smollm2, TEXTS, **pass_cache(RocketKVCache(smollm2.model.config, config))) for config in configs
-    )
+def test_the_kernels_answer_as_the_reference_does(
+    together: Callable[[RocketKVConfig], list[list[int]]], kv_dtype: str
+) -> None:
+    kernels, reference = (together(config(128, kv_dtype=kv_dtype, backend=name)) for name in ("auto", "reference"))
     assert kernels == reference
 
 
@@ -109,7 +125,7 @@ def test_multi_turn_finds_the_needles_of_later_turns(smollm2: LoadedModel, repor
 def test_a_session_of_the_full_cache_is_plain_generate(smollm2: LoadedModel) -> None:
     dense = Session(smollm2, RocketKVConfig(dense_below=0, token_budget=8192), max_new_tokens=8)
     full = Session(smollm2, None, max_new_tokens=8)
-    for message in (PROSE[10000:12000] + "\n\nWhat is this about?", "And why?"):
+    for message in (PROSE[10000:10800] + "\n\nWhat is this about?", "And why?"):
         one, other = dense.send(message), full.send(message)
         assert one.text == other.text
         assert one.stats.total.num_seen == other.stats.total.num_seen

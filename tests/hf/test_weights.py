@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
@@ -121,8 +120,8 @@ def test_a_fast_model_computes_what_one_with_the_unpacked_weights_does() -> None
 
 
 @pytest.mark.parametrize(("name", "weights"), [("llama", "int8"), ("qwen2", "int4"), ("qwen2", "int8")])  # with a bias
-def test_its_graph_does_too_operation_by_operation(name: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+@pytest.mark.usefixtures("uncompiled_graph")
+def test_its_graph_does_too_operation_by_operation(name: str, weights: str) -> None:
     check_fast(name, weights)
 
 

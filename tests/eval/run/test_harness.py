@@ -31,7 +31,7 @@ TASKS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make tasks over a local file, as users write them."""
     path = tmp_path_factory.mktemp("tasks")
-    rows = [{"text": f"{PROSE[start : start + 1200]}\n\nThe capital of France is"} for start in (20_000, 60_000)]
+    rows = [{"text": f"{PROSE[start : start + 400]}\n\nThe capital of France is"} for start in (20_000, 60_000)]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, rest in TASKS.items():
         text = "''" if name == "rolling" else "'{{text}}'"
