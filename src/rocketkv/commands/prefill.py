@@ -44,5 +44,6 @@ def what_is_gone(cache: "RocketKVCache") -> str:
     total = cache.stats().total
     return (
         f"of {total.num_seen:.0f} tokens, {total.num_stored:.0f} are left in a layer, chosen by the document's last "
-        "words and not by a question; what stands in the others cannot be answered. Without --single-turn the file keeps all."
+        "words and not by a question; what stands in the others cannot be answered. Without --single-turn the file "
+        "keeps all."
     )
