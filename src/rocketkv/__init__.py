@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         UnknownOptionError,
         UnsupportedError,
     )
-    from rocketkv.hf import RocketKVCache, compile, disable, enable, uncompile
+    from rocketkv.hf import PrefixStore, RocketKVCache, compile, disable, enable, uncompile
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ _HOMES = {  # names are imported on first use, so that `import rocketkv` and the
     "ConfigError": "errors",
     "InputError": "errors",
     "LayerCache": "attention",
+    "PrefixStore": "hf",
     "RocketKVCache": "hf",
     "RocketKVConfig": "config",
     "RocketKVError": "errors",
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigError",
     "InputError",
     "LayerCache",
+    "PrefixStore",
     "RocketKVCache",
     "RocketKVConfig",
     "RocketKVError",

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from rocketkv.commands import bench, evaluate
+from rocketkv.commands import bench, evaluate, store
 from rocketkv.commands.budget import budget
 from rocketkv.commands.chat import chat
 from rocketkv.commands.generate import generate
 from rocketkv.commands.info import info
 from rocketkv.commands.options import expand_options
+from rocketkv.commands.prefill import prefill
 from rocketkv.commands.recommend import recommend
 from rocketkv.commands.terminal import explain, print_error, report_errors
 from rocketkv.errors import InputError
@@ -45,13 +46,17 @@ eval_app = typer.Typer(help="Measure accuracy.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+store_app = typer.Typer(help="Look at what --store has kept, and delete it.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
 for _group, _commands in (
-    (app, (generate, chat, budget, recommend, info)),
+    (app, (generate, chat, prefill, budget, recommend, info)),
     (eval_app, (evaluate.run, evaluate.report)),
-    (bench_app, (bench.attention, bench.decode, bench.prefill, bench.memory)),
+    (bench_app, (bench.attention, bench.decode, bench.prefill, bench.reuse, bench.memory)),
+    (store_app, (store.size, store.clear)),
 ):
     for _command in _commands:
         _group.command()(report_errors(expand_options(_command)))
+store_app.command("list")(report_errors(expand_options(store.show)))
 
 
 def main() -> None:

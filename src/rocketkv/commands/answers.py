@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -30,6 +31,13 @@ TopK = Annotated[int | None, typer.Option(help="Draw from this many of the likel
 Penalty = Annotated[float | None, typer.Option(help="A value above 1 makes tokens that occurred less likely.")]
 Seed = Annotated[
     int | None, typer.Option(help="Seed of the draws: the same seed gives the same answers. Default: a new one.")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", help="A file of `rocketkv prefill` to begin with, instead of a text."),
+]
+Store = Annotated[
+    bool, typer.Option("--store", help="Keep what was read for the next time; `rocketkv store` shows where it lies.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The largest number of tokens to generate.")]
 Fast = Annotated[
@@ -65,6 +73,61 @@ class Setup:
             kv_dtype=self.kv_dtype,
             mode=mode,
         )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Options that say where a document's cache comes from, beside its text.
+
+    Attributes:
+        cache: the file of a saved cache, which takes the place of the text.
+        store: whether the text is looked for in the store, and put there.
+    """
+
+    cache: Cache = None
+    store: Store = False
+
+    def check(self, file: Path | None, option: str, setup: Setup) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            InputError: there is no document, or there are two; or an option of `setup` is one of the saved cache.
+        """
+        if (file is None) == (self.cache is None):
+            wanted = "give one of them" if file is None else "leave one of them out"
+            raise InputError(f"{option} is the text and --cache what was read of one before; {wanted}.")
+        if self.cache is not None and self.store:
+            raise InputError("--cache and --store both say where what was read lies; leave one of them out.")
+        if self.cache is not None and setup.system is not None:
+            raise InputError("the system prompt is part of a saved cache; give --system to `rocketkv prefill`.")
+
+    def begin(self, session: "Session", setup: Setup, text: str) -> bool:
+        """Let a new session begin with the document, if it comes from a file or from the store; return whether.
+
+        Raises:
+            CacheFileError: the file cannot be used.
+            InputError: an option of `setup` contradicts the file.
+        """
+        if self.cache is not None:
+            from rocketkv.hf import RocketKVCache
+
+            cache = RocketKVCache.load(self.cache, session.loaded.model)
+            for name in ("token_budget", "window_size", "kv_dtype"):
+                given, saved = getattr(setup, name), getattr(cache.config, name)
+                if given not in (saved, getattr(Setup, name)):
+                    option = "--" + name.replace("_", "-")
+                    raise InputError(f"{option} {given} is not what {self.cache} was made with, {saved}; leave it out.")
+            session.resume(cache)
+            return True
+        if self.store:
+            from rocketkv.hf.shelf import default_folder
+            from rocketkv.hf.store import PrefixStore
+
+            store = PrefixStore(session.loaded.model, setup.config("multi_turn"), folder=default_folder())
+            with prefill_bar(None) as on_layer:
+                session.read(text, store=store, on_layer=on_layer)
+            return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -114,7 +177,7 @@ def ask(
 
     if title and not quiet:
         out.print(title, style="bold")
-    with _prefill_bar(stopped) as on_layer:
+    with prefill_bar(stopped) as on_layer:
         answer = session.send(message, on_layer=on_layer, on_text=None if quiet else on_text, stopped=stopped)
     if not quiet:
         out.print()
@@ -122,7 +185,7 @@ def ask(
 
 
 @contextmanager
-def _prefill_bar(stopped: Callable[[], bool] | None) -> Iterator[Callable[[int, int], None]]:
+def prefill_bar(stopped: Callable[[], bool] | None) -> Iterator[Callable[[int, int], None]]:
     """Show a bar over the layers, and give the function that moves the bar.
 
     That function raises KeyboardInterrupt between two layers once `stopped` says so.

@@ -15,8 +15,9 @@ from rocketkv.bench.geometries import find_geometry
 from rocketkv.bench.output import print_json, print_result
 from rocketkv.bench.plot import check_plot, save_plot
 from rocketkv.bench.timing import OnRound, Pace, Point, Row, floor_rows
-from rocketkv.commands.options import AsJson, WeightDtype, numbers
-from rocketkv.commands.terminal import err, load_model, passing_bar
+from rocketkv.commands.options import AsJson, TokenBudget, WeightDtype, numbers
+from rocketkv.commands.options import Model as ModelName
+from rocketkv.commands.terminal import err, load_model, out, passing_bar
 from rocketkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -199,6 +200,43 @@ def prefill(sweep: TimedSweep = TimedSweep(seq_len="4096", time_limit=60.0)) -> 
         for point, on_round in points:
             rows += measure_prefill(geometry, dtype, point, on_round, device=sweep.device)
     sweep.report("prefill", [row.record() for row in rows], device=sweep.device)
+
+
+def reuse(
+    model: ModelName = "smollm2",
+    seq_len: Annotated[int, typer.Option(min=64, help="Tokens of the document.")] = 7500,
+    token_budget: TokenBudget = 256,
+    dtype: Dtype = "auto",
+    forks: Annotated[int, typer.Option(min=1, help="Forks whose memory is measured.")] = 16,
+    repeats: Repeats = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Time the first token of a second question on a saved document, and measure the memory of many forks."""
+    from rocketkv.bench.reuse import measure_first_token, measure_forks
+    from rocketkv.config import RocketKVConfig
+    from rocketkv.machine import describe_machine, describe_versions
+
+    config = RocketKVConfig(token_budget=token_budget, mode="multi_turn")
+    loaded = load_model(model, dtype)
+    with _counted("reuse", [f"S={seq_len}"]) as items:
+        for _, on_round in items:
+            held = measure_forks(loaded.model, config, seq_len, forks)
+            rows = measure_first_token(loaded.model, config, seq_len, Pace(repeats), on_round)
+    result: dict[str, Any] = {
+        "benchmark": "reuse",
+        "model": model,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "rows": [row.record() for row in rows],
+        "forks": held,
+    }
+    if as_json:
+        print_json(result)
+        return
+    print_result(result)
+    memory, bound = held["memory_bytes"] / 2**20, held["bound_bytes"] / 2**20
+    out.print(f"{forks} forks hold {memory:.0f} MiB; one archive, their working sets and 5%: {bound:.0f} MiB.")
 
 
 def memory(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rocketkv.commands.answers import Sampling, Setup, answer_table, ask
+from rocketkv.commands.answers import Sampling, Setup, Source, answer_table, ask
 from rocketkv.commands.terminal import (
     STANDARD_INPUT,
     deferring_interrupts,
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def chat(
-    file: Annotated[Path, typer.Option("--file", "-f", help="The document to talk about, UTF-8.")],
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="The document to talk about, UTF-8.")] = None,
+    source: Source = Source(),
     setup: Setup = Setup(),
     sampling: Sampling = Sampling(),
 ) -> None:
@@ -33,14 +34,17 @@ def chat(
     """
     if file == STANDARD_INPUT:
         raise InputError("chat reads your questions from standard input, so --file cannot be -; give a file instead.")
+    source.check(file, "--file", setup)
     config, options = setup.config("multi_turn"), {"system": setup.system, **sampling.options()}
-    text = read_text(file)
+    text = "" if file is None else read_text(file)
     loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, fast=setup.fast)
     from rocketkv.hf.session import Session
 
     session = Session(loaded, config, setup.max_new_tokens, **options)
+    has_begun = source.begin(session, setup, text)
     answer: Answer | None = None
-    out.print(f"Ask about {file.name}. Commands: /stats, /reset, /quit.", style="dim")
+    name = (file or source.cache or Path()).name
+    out.print(f"Ask about {name}. Commands: /stats, /reset, /quit.", style="dim")
     while True:
         message = read_line("[bold]> [/]")
         if message in (None, "/quit"):
@@ -56,7 +60,9 @@ def chat(
         elif message.startswith("/"):
             out.print(f"There is no command {message}; /stats, /reset and /quit exist.", style="red", markup=False)
         elif message:
-            asked = message if session.messages else f"{text}\n\n{message}"
+            if has_begun and session.cache.get_seq_length() == 0:  # the conversation was forgotten
+                source.begin(session, setup, text)
+            asked = message if has_begun or session.messages else f"{text}\n\n{message}"
             try:
                 with deferring_interrupts() as stopped:
                     answer = ask(session, asked, title=None, quiet=False, stopped=stopped)

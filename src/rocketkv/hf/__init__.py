@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rocketkv.hf.layout import head_dims
     from rocketkv.hf.models import LoadedModel, load, load_meta
     from rocketkv.hf.session import Answer, Session
+    from rocketkv.hf.store import PrefixStore
     from rocketkv.hf.switch import disable, enable
     from rocketkv.hf.versions import dependency, pass_cache
     from rocketkv.hf.weights import quantize
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {  # resolved on first use: `versions` and `embedded` are wanted where transformers is not loaded
     "Answer": "session",
     "LoadedModel": "models",
+    "PrefixStore": "store",
     "RocketKVCache": "cache",
     "RocketKVLayer": "layer",
     "Session": "session",
@@ -44,6 +46,7 @@ _HOMES = {  # resolved on first use: `versions` and `embedded` are wanted where 
 __all__ = [
     "Answer",
     "LoadedModel",
+    "PrefixStore",
     "RocketKVCache",
     "RocketKVLayer",
     "Session",

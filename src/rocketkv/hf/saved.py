@@ -110,7 +110,7 @@ class SavedCache:
             layers.append(facts)
         record = {
             "model": identify(decoder)._asdict(),
-            "config": _options_of(self.config),
+            "config": options_of(self.config),
             "keep_queries": self.keep_queries,
             "layers": layers,
         }
@@ -118,12 +118,17 @@ class SavedCache:
 
     @classmethod
     def from_parts(
-        cls, path: Path, model: PreTrainedModel, record: dict[str, Any], tensors: Mapping[str, Tensor]
+        cls,
+        path: Path,
+        model: PreTrainedModel,
+        record: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        own: Identity | None = None,
     ) -> Self:
-        """Return the cache that consists of these parts of a file; see `load`."""
+        """Return the cache that consists of these parts of a file; see `load`. `own` is the model's, if it is known."""
         decoder = check_model(model)
         try:
-            check_identity(path, Identity(**record["model"]), identify(decoder))
+            check_identity(path, Identity(**record["model"]), own or identify(decoder))
             cache = cls(model.config, _config_of(record["config"]), keep_queries=record["keep_queries"])  # type: ignore[call-arg]  # a RocketKVCache
             mask = tensors.get("mask")
             cache.history.append(tensors["ids"], mask)
@@ -210,7 +215,7 @@ def _put_together(
         layer.cumulative_length = facts
 
 
-def _options_of(config: RocketKVConfig) -> dict[str, Any]:
+def options_of(config: RocketKVConfig) -> dict[str, Any]:
     """Return the options as JSON holds them."""
     for name in ("eviction", "selection"):
         if not isinstance(given := getattr(config, name), str):

@@ -1,26 +1,26 @@
 """A conversation with a model over one cache: turns, streaming and timing."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError
 from rocketkv.hf.cache import RocketKVCache, cache_stats
+from rocketkv.hf.history import UNKNOWN
 from rocketkv.hf.models import LoadedModel
+from rocketkv.hf.progress import OnLayer, prefill_progress
+from rocketkv.hf.store import PrefixStore
 from rocketkv.hf.switch import enable
 from rocketkv.hf.text import PlainText
 from rocketkv.hf.versions import pass_cache
 from rocketkv.stats import CacheStats
 
 OnText = Callable[[str], None]
-OnLayer = Callable[[int, int], None]
 Stopped = Callable[[], bool]
 
 
@@ -116,51 +116,110 @@ class Session:
         Raises:
             InputError: the conversation does not fit in the model's context or chat template; it stays as it was.
         """
+        if not self.messages and self._token_ids:
+            text = f"\n\n{text}"  # after the document
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered, new_ids = self._encode(messages)
-        num_tokens, context = len(self._token_ids) + len(new_ids), self.loaded.context_length
-        if num_tokens >= context:
-            raise InputError(
-                f"the conversation has {num_tokens} tokens and leaves no room for an answer in the {context} that "
-                "the model was made for; give a shorter text or another model."
-            )
+        self._check_room(len(self._token_ids) + len(new_ids))
         try:
             return self._generate(messages, rendered, new_ids, on_text, on_layer, stopped)
         except BaseException:  # the cache may have seen tokens that are not in the conversation
             self.reset()
             raise
 
+    def read(self, document: str, *, store: PrefixStore | None = None, on_layer: OnLayer | None = None) -> int:
+        """Begin the conversation with a document, which the cache takes in before a question comes.
+
+        The message of the next `send` follows the document, after an empty line. What was said before is forgotten.
+
+        Args:
+            document: the text; special tokens that are written out in it are text.
+            store: where the document is looked for, and put if it was not there; the session's cache is then one of the
+                store, which compresses as the store says.
+            on_layer: called with the layers prefilled so far and their number.
+
+        Returns:
+            The tokens that the model took in: all of the document's, or those that the store did not have.
+
+        Raises:
+            InputError: the document leaves no room in the model's context, or does not fit its chat template.
+        """
+        self.reset()
+        head, rendered = self._before_document()
+        ids = self._plain.encode(head + self._plain.hide(document), add_special_tokens=not self._has_template)
+        self._check_room(len(ids))
+        if store is not None:
+            self.cache, self.config = store.get(torch.tensor([[*ids, UNKNOWN]])), store.config
+        num_new: int = len(ids) - self.cache.get_seq_length()
+        if num_new > 0:
+            model = self.loaded.model
+            input_ids = torch.tensor([ids[-num_new:]], device=model.device)
+            with torch.inference_mode(), prefill_progress(model, on_layer):
+                model.get_decoder()(input_ids=input_ids, **pass_cache(self.cache))
+            if isinstance(self.cache, RocketKVCache):
+                self.cache.end_turn()
+                if store is not None:
+                    store.put(self.cache)
+        self._token_ids, self._rendered = ids, rendered
+        return num_new
+
+    def resume(self, cache: RocketKVCache) -> None:
+        """Begin the conversation with a cache that has seen a document, as `read` leaves it; see there.
+
+        Raises:
+            InputError: the cache has several rows, or padding.
+        """
+        if cache.history.num_rows != 1 or cache.history.mask is not None:
+            raise InputError("a conversation has one row without padding; give a cache that has one.")
+        self.reset()
+        self.cache, self.config = cache, cache.config
+        self._token_ids, self._rendered = cache.history.ids[0].tolist(), self._before_document()[1]
+
+    def _before_document(self) -> tuple[str, str]:
+        """Return what the template puts before the first message, alone and with the document's stand-in after it."""
+        head, found, _ = self._render([{"role": "user", "content": ""}], self._plain.document).partition(
+            self._plain.document
+        )
+        if not found:
+            raise InputError("the model's chat template rewrites a document; put it into the question instead.")
+        return head, head + found
+
+    @property
+    def _has_template(self) -> bool:
+        return self.loaded.tokenizer.chat_template is not None
+
+    def _render(self, messages: list[dict[str, str]], document: str) -> str:
+        """Return the hidden text of a conversation whose first message begins with the document's stand-in, or not."""
+        hidden = [{**message, "content": self._plain.hide(message["content"])} for message in messages]
+        hidden[0]["content"] = document + hidden[0]["content"]
+        return self._plain.render(hidden, self.system)
+
     def _encode(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         """Render the conversation and encode the part that the cache has not seen."""
-        tokenizer, hide = self.loaded.tokenizer, self._plain.hide
-        has_template = tokenizer.chat_template is not None
-        messages = [{**message, "content": hide(message["content"])} for message in messages]
-        if has_template:
-            if self.system is not None:
-                messages.insert(0, {"role": "system", "content": hide(self.system)})
-            try:
-                rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            except TemplateError as error:
-                raise InputError(f"the model's chat template refuses this conversation ({error}).") from None
-            if self.system is not None and hide(self.system.strip()) not in rendered:
-                raise InputError(
-                    "the model's chat template leaves the system prompt out; put it into the text instead."
-                )
-        else:  # a base model continues a text
-            rendered = "".join(
-                f"{m['content']}\n\nAnswer:" if m["role"] == "user" else f" {m['content']}\n\n" for m in messages
-            )
-        if not self.messages:
-            return rendered, self._plain.encode(rendered, add_special_tokens=not has_template)
-        answer = hide(self.messages[-1]["content"])
-        start = rendered.find(answer, len(self._rendered))
-        if not rendered.startswith(self._rendered) or start < 0:
+        has_document = self._plain.document in self._rendered
+        rendered = self._render(messages, self._plain.document if has_document else "")
+        start = len(self._rendered)
+        if self.messages:
+            answer = self._plain.hide(self.messages[-1]["content"])
+            found = rendered.find(answer, start)
+            start = -1 if found < 0 else found + len(answer)
+        if start < 0 or not rendered.startswith(self._rendered):
             raise InputError(
                 "this model's chat template rewrites earlier turns, so its cache cannot be continued; "
                 "reset the conversation before each question."
             )
-        rest = rendered[start + len(answer) :].removeprefix(self._end_of_turn)
-        return rendered, self._plain.encode(rest)
+        rest = rendered[start:].removeprefix(self._end_of_turn)
+        is_beginning = not self._token_ids
+        return rendered, self._plain.encode(rest, add_special_tokens=is_beginning and not self._has_template)
+
+    def _check_room(self, num_tokens: int) -> None:
+        """Refuse a conversation that leaves no room for an answer."""
+        context = self.loaded.context_length
+        if num_tokens >= context:
+            raise InputError(
+                f"the conversation has {num_tokens} tokens and leaves no room for an answer in the {context} that "
+                "the model was made for; give a shorter text or another model."
+            )
 
     def _generate(
         self,
@@ -233,26 +292,3 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.stopped(), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def prefill_progress(model: PreTrainedModel, on_layer: OnLayer | None) -> Iterator[None]:
-    """Report each decoder layer of the first forward pass, where the decoder keeps its layers in `layers`."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if on_layer is None or layers is None:
-        yield
-        return
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def report(index: int) -> None:
-        on_layer(index + 1, len(layers))
-        handles[index].remove()
-
-    handles += [
-        layer.register_forward_hook(lambda *_, index=index: report(index)) for index, layer in enumerate(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,9 +1,13 @@
 """Encoding of text as text: no part of a document or a question is read as one of the tokens that rule a chat."""
 
 import re
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from rocketkv.errors import InputError
 
 ESCAPE = "\U000f0000"  # from a private plane, where no script has letters; in a text it is escaped by itself
 
@@ -17,6 +21,10 @@ class PlainText:
 
     Args:
         tokenizer: the model's tokenizer.
+
+    Attributes:
+        tokenizer: as given.
+        document: two private characters that stand for a text whose tokens are known already.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -26,6 +34,7 @@ class PlainText:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # without any: matches nothing
         self._hidden = {text: ESCAPE + chr(ord(ESCAPE) + 1 + i) for i, text in enumerate([ESCAPE, *self._special])}
+        self.document = ESCAPE + chr(ord(ESCAPE) + 1 + len(self._hidden))
         self._shown = {hidden: text for text, hidden in self._hidden.items()}
 
     @property
@@ -59,3 +68,27 @@ class PlainText:
                 split_special_tokens=is_hidden,
             ).input_ids
         return token_ids
+
+    def render(self, messages: Sequence[Mapping[str, str]], system: str | None) -> str:
+        """Return a conversation in the model's chat template, or as a text to continue if the model has none.
+
+        Args:
+            messages: hidden texts by role, `user` and `assistant` in turn.
+            system: the system prompt, not hidden yet; None leaves the template's own.
+
+        Raises:
+            InputError: the template refuses the conversation, or leaves the system prompt out.
+        """
+        if self.tokenizer.chat_template is None:  # a base model continues a text
+            return "".join(
+                f"{m['content']}\n\nAnswer:" if m["role"] == "user" else f" {m['content']}\n\n" for m in messages
+            )
+        if system is not None:
+            messages = [{"role": "system", "content": self.hide(system)}, *messages]
+        try:
+            rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise InputError(f"the model's chat template refuses this conversation ({error}).") from None
+        if system is not None and self.hide(system.strip()) not in rendered:
+            raise InputError("the model's chat template leaves the system prompt out; put it into the text instead.")
+        return rendered

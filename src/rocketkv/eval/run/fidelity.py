@@ -25,7 +25,7 @@ from rocketkv.hf import RocketKVCache, RocketKVLayer
 from rocketkv.hf.batch import batch_caches, row_stats
 from rocketkv.hf.models import LoadedModel
 from rocketkv.hf.padding import Padding
-from rocketkv.hf.session import prefill_progress
+from rocketkv.hf.progress import prefill_progress
 from rocketkv.hf.switch import enable
 from rocketkv.stats import LayerStats
 

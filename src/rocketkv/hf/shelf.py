@@ -1,0 +1,156 @@
+"""Where saved caches are kept, the least recently used of them given up first: a folder, or the process's memory."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import time
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from rocketkv import tensor_file
+from rocketkv.errors import InputError
+from rocketkv.hf.embedded import cache_folder
+from rocketkv.tensor_file import Rows
+
+SUFFIX = ".kv"
+ABANDONED = 3600  # seconds after which a file that was begun and not finished is nobody's
+
+
+def default_folder() -> Path:
+    """Return the folder of `--store`: `store` in the cache folder."""
+    return cache_folder() / "store"
+
+
+class Shelf(ABC):
+    """Files of saved caches by name.
+
+    Args:
+        max_bytes: what the files may take together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+
+    @abstractmethod
+    def paths(self) -> dict[str, Path]:
+        """Return the path of each file by its name, the most recently used first."""
+
+    @abstractmethod
+    def touch(self, name: str) -> bool:
+        """Count a file as used now; return whether it is there."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Give a file up, if it is there; caches that were made of it stay whole."""
+
+    @abstractmethod
+    def write(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
+        """Write a file, whole or not at all."""
+
+    def add(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
+        """Write a file and give up the least recently used ones until all fit, if need be the new one."""
+        self.write(name, tensors, record)
+        sizes = self.sizes()
+        while sum(sizes.values()) > self.max_bytes:
+            last, _ = sizes.popitem()
+            self.remove(last)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file by its name, the most recently used first."""
+        sizes = {}
+        for name, path in self.paths().items():
+            with suppress(OSError):  # another process has given it up
+                sizes[name] = path.stat().st_size
+        return sizes
+
+    def clear(self) -> None:
+        """Give up all files."""
+        for name in self.paths():
+            self.remove(name)
+
+
+class Folder(Shelf):
+    """Files in a folder, which several processes may share: each file is there whole or not at all.
+
+    Args:
+        path: the folder, made with mode 0700 if it is not there.
+        max_bytes: what the files may take together.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the folder {path} cannot be made ({error.strerror}); give another one.") from None
+
+    def paths(self) -> dict[str, Path]:
+        """See `Shelf`; a file was used when it was last modified."""
+        used = {}
+        for path in self.path.glob(f"[!.]*{SUFFIX}"):
+            with suppress(OSError):
+                used[path] = path.stat().st_mtime_ns
+        return {path.name: path for path in sorted(used, key=lambda path: used[path], reverse=True)}
+
+    def touch(self, name: str) -> bool:
+        """See `Shelf`."""
+        with suppress(OSError):
+            os.utime(self.path / name)
+            return True
+        return False
+
+    def remove(self, name: str) -> None:
+        """See `Shelf`."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
+        """See `Shelf`; what processes that were killed have left half written goes."""
+        for path in self.path.glob(f".*{SUFFIX}.*"):
+            with suppress(OSError):
+                if path.stat().st_mtime < time() - ABANDONED:
+                    path.unlink()
+        tensor_file.save(self.path / name, tensors, record)
+
+
+class Memory(Shelf):
+    """Files in the memory of this process; where the system has no such files, unnamed ones on disk.
+
+    Args:
+        max_bytes: what the files may take together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes)
+        self._files: dict[str, BinaryIO] = {}  # the least recently used first
+
+    def paths(self) -> dict[str, Path]:
+        """See `Shelf`."""
+        return {name: Path(f"/dev/fd/{file.fileno()}") for name, file in reversed(self._files.items())}
+
+    def touch(self, name: str) -> bool:
+        """See `Shelf`."""
+        if name not in self._files:
+            return False
+        self._files[name] = self._files.pop(name)
+        return True
+
+    def remove(self, name: str) -> None:
+        """See `Shelf`."""
+        if name in self._files:
+            self._files.pop(name).close()
+
+    def write(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
+        """See `Shelf`."""
+        file: BinaryIO = os.fdopen(os.memfd_create(name), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115  # it lives as long as the entry
+        tensor_file.write(file, tensors, record)
+        file.flush()
+        self.remove(name)
+        self._files[name] = file
