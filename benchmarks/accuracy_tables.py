@@ -1,8 +1,8 @@
-"""The tables of docs/accuracy.md and of the README, in Markdown, from the records committed in benchmarks/accuracy.
+"""Prints the tables of docs/accuracy.md and of the README, in Markdown, from the records in benchmarks/accuracy.
 
     .venv/bin/python benchmarks/accuracy_tables.py
 
-Scores and shares are in hundredths, means over samples; intervals as in `rocketkv eval report`.
+Scores and shares are in hundredths, as means over samples; intervals are those of `rocketkv eval report`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ from rocketkv.eval.report.tables import difference
 from rocketkv.eval.run.methods import Arm
 
 HERE = Path(__file__).parent / "accuracy"
-FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # one question each
+FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # runs with one question per sample
 TURNS = ("niah-turns", "squad-turns")
-BEYOND = ("lines", "kv")  # what this model cannot do
-SPREAD = ("gemma-niah", "gemma-niah-long", "smollm2-niah", "smollm2-ruler", "smollm2-peak")  # the present defaults
-SPREAD_TEXTS = ("gemma-fidelity", "smollm2-fidelity")  # the same
+BEYOND = ("lines", "kv")  # tasks that this model cannot do
+SPREAD = ("gemma-niah", "gemma-niah-long", "smollm2-niah", "smollm2-ruler", "smollm2-peak")  # the default settings
+SPREAD_TEXTS = ("gemma-fidelity", "smollm2-fidelity")  # the same setting
 ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
 BUDGETS = (128, 256, 512)
-MIN_SAMPLES = 30  # of a cell that counts for the average
+MIN_SAMPLES = 30  # the least score of a cell that counts for the average
 
 
 def main() -> None:
-    """Print them all."""
+    """Print all tables."""
     single, turns, fidelity = read(*FOLDERS), read(*TURNS), read("fidelity")
     can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
     print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
@@ -78,12 +78,12 @@ def main() -> None:
 
 
 def read(*names: str) -> Results:
-    """The records of some folders."""
+    """Return the records of some folders."""
     return Results([record for run in read_runs([HERE / name for name in names]) for record in run.records])
 
 
 def by_budget(results: Results, budgets: Sequence[int], cell: Callable[[Arm], str]) -> None:
-    """A row per method, a column per budget."""
+    """Return a table with a row per method and a column per budget."""
     rows = [[name, *(cell(Arm(name, budget)) for budget in budgets)] for name in results.methods if name != "full"]
     full = cell(FULL_CACHE)
     header = ["method", *(f"t = {budget}" for budget in budgets)]
@@ -91,18 +91,18 @@ def by_budget(results: Results, budgets: Sequence[int], cell: Callable[[Arm], st
 
 
 def score(results: Results, arm: Arm, cell: Cell) -> str:
-    """A cell's mean."""
+    """Return a cell's mean."""
     values = results.values(arm, cell)
     return f"{100 * values.mean():.1f}" if len(values) else "-"
 
 
 def by_task(results: Results, cell: Cell, arms: Sequence[Arm]) -> list[str]:
-    """A row: the cell's name, its samples, each method's mean."""
+    """Return a row: the cell's name, its number of samples, and each method's mean."""
     return [str(cell), f"{len(results.values(FULL_CACHE, cell))}", *(score(results, arm, cell) for arm in arms)]
 
 
 def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
-    """Mean over the cells, and what that is of the full cache's; a dash where a cell is missing."""
+    """Return the mean over the cells, and its fraction of the full cache's; a dash where a cell is missing."""
     ours, full = results.paired(arm, FULL_CACHE, cells)
     if len(ours) < len(cells) or min(map(len, ours)) < MIN_SAMPLES:
         return "-"
@@ -112,14 +112,14 @@ def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
 
 
 def less(results: Results, method: str, arm: Arm, cells: Sequence[Cell]) -> str:
-    """Say what a method scores above another at the same budget, paired by sample; bold where it is more than noise."""
+    """Return a method's score less another's at the same budget, paired by sample; bold if it is more than noise."""
     if arm == FULL_CACHE:
         return ""
     return difference(results, Arm(method, arm.token_budget), arm, cells)
 
 
 def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
-    """Give what the oracle scores above a method, with its interval."""
+    """Return the oracle's score less a method's, with its interval."""
     if arm == FULL_CACHE:
         return ""
     oracle, ours = results.paired(Arm("exact_topk", arm.token_budget), arm, [cell])
@@ -128,7 +128,7 @@ def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
 
 
 def faithful(results: Results, arm: Arm) -> str:
-    """Give how close a method stays, and its bytes."""
+    """Return how close a method stays to the full cache, and its bytes."""
     records = results.at(arm)
     if not records:
         return "-"
@@ -139,7 +139,7 @@ def faithful(results: Results, arm: Arm) -> str:
 
 
 def beside_published(results: Results, arm: Arm) -> str:
-    """A method's error above the oracle's and its bytes, as parts of the published method's, over the passages."""
+    """Return a method's error above the oracle's and its bytes, over the published method's, as means."""
     if arm == FULL_CACHE:
         return ""
     errors, held, published_held = [], [], []
@@ -161,7 +161,7 @@ def beside_published(results: Results, arm: Arm) -> str:
 
 
 def ablated(results: Results, arm: Arm) -> str:
-    """Needles and fidelity of one setting."""
+    """Return the needle and fidelity figures of one setting."""
     needles, passages = (
         results.at(arm, [c for c in results.cells if (c.suite == "fidelity") == told]) for told in (False, True)
     )

@@ -31,14 +31,14 @@ class Rows:
         return sorted({row[axis] for row in self.rows if row[axis] is not None})
 
     def find(self, name: str, **at: object) -> dict[str, Any] | None:
-        """The row of a name at these values; a row without a token budget is there for all of them."""
+        """Return the row of a name at these values; a row without a token budget is found at every budget."""
         for row in self.rows:
             if row["name"] == name and all(row.get(axis) in (value, None) for axis, value in at.items()):
                 return row
         return None
 
     def cell(self, name: str, **at: object) -> str:
-        """Its median and its distance from the floor."""
+        """Return a row's median and its distance from the floor."""
         row = self.find(name, **at)
         if row is None:
             return "-"
@@ -46,18 +46,18 @@ class Rows:
         return digits(row["median_ms"]) + (f" ({digits(row['median_ms'] / floor['median_ms'], 2)})" if floor else "")
 
     def times_faster(self, name: str, than: str, **at: object) -> str:
-        """By what factor."""
+        """Return how many times faster the row `name` is than the row `than`."""
         row, other = self.find(name, **at), self.find(than, **at)
         return "-" if row is None or other is None else digits(other["median_ms"] / row["median_ms"], 2)
 
 
 def digits(number: float, count: int = 3) -> str:
-    """A number with so many digits, all of those before the point."""
+    """Return a number with so many digits, or with all of those before the point."""
     return f"{float(f'{number:.{count}g}'):,.10g}" if number < 10**count else f"{number:,.0f}"
 
 
 def by(rows: Rows, axis: str, budgets: Sequence[int | None]) -> None:
-    """A table with a column per value of an axis: our rows, theirs, how much faster than dense ours are, the memory."""
+    """Print a table with a column per value of an axis: our rows, theirs, ours against dense, the memory."""
     columns = rows.values(axis)
 
     def line(title: str, name: str, budget: int | None) -> list[str]:
@@ -83,7 +83,7 @@ def by(rows: Rows, axis: str, budgets: Sequence[int | None]) -> None:
 
 
 def whole_model(names: Sequence[str]) -> None:
-    """Steps of a model beside the rest of it, our dense cache and transformers' own."""
+    """Print a table of a model's steps beside the rest of a step, our dense cache and transformers' own."""
     lines = []
     for rows in map(Rows, names):
         for line in rows.result["comparisons"]:
@@ -107,7 +107,7 @@ def whole_model(names: Sequence[str]) -> None:
 
 
 def weights() -> None:
-    """Steps with weights of fewer bits."""
+    """Print a table of steps with weights of fewer bits."""
     lines = []
     for name in ("bfloat16", "int8", "int4"):
         rows = Rows(f"model-{name}")

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "dot.h"
+#include "restore.h"
 #include "view.h"
 
 namespace rocketkv {
@@ -14,7 +15,7 @@ constexpr int kTokensAhead = 16;  // tokens stored in 8 bits between a prefetch 
 
 template <class T>
 struct Attention {
-  // Attend to one piece of a task's tokens and write what `merge` makes the output of. Returns the bytes that it reads.
+  // Attend to one piece of a task's tokens and write the state that `merge` needs. Return the bytes that were read.
   static int64_t attend(const View<T>& view, HeadTask& task, int64_t piece) {
     int64_t begin = task.num_chosen * piece / view.num_pieces, end = task.num_chosen * (piece + 1) / view.num_pieces;
     float* states = task.pieces + piece * view.group * (2 + view.padded);
@@ -113,7 +114,7 @@ struct Attention {
     for (int i = n; i < kTile; ++i) rows[i] = rows[n - 1];
   }
 
-  // A value's weight is the sum of so many operands: the error of a single one in bfloat16 would show beside the
+  // A value's weight is the sum of kTerms operands, because the error of one bfloat16 operand would show beside the
   // rounding of the output.
   static constexpr int kTerms = std::is_same_v<Operand<T>, float> ? 1 : 2;
 

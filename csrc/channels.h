@@ -10,7 +10,7 @@
 
 namespace rocketkv {
 
-// What a scoring reads of its index, and what each number read adds to the logits of the query heads.
+// The rows of the index that a scoring reads, and their weights in the logits of the query heads.
 template <class T>
 struct QueryChannels {
   std::vector<int> rows;            // [count] the rows of the index that are read, as its scoring numbers them

@@ -1,4 +1,4 @@
-// Choosing the tokens that a task attends to from the logits of its units.
+// The choice of the tokens that a task attends to, by the logits of its units.
 #pragma once
 
 #include "cut.h"

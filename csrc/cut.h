@@ -1,4 +1,4 @@
-// The k largest of many numbers. Bisection finds the number from which on they lie, so that the cost hardly depends on
+// The k largest of many numbers. Bisection finds the cut above which they lie, so that the cost hardly depends on
 // the numbers.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Dot products of stored rows with a few others: attention logits, exact scores and matrix-vector products alike.
+// Dot products of stored rows with a few operands: attention logits, exact scores and matrix-vector products.
 #pragma once
 
 #include <type_traits>

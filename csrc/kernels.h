@@ -1,4 +1,4 @@
-// The kernels and what they are given. The library is compiled once for each instruction set; see CMakeLists.txt.
+// The kernels and their arguments. The library is compiled once for each instruction set; see CMakeLists.txt.
 #pragma once
 
 #include <cstdint>
@@ -9,20 +9,20 @@ enum class Dtype { kFloat32, kBfloat16, kFloat16 };
 
 // How the tokens of a row are scored before the best are chosen. Each scoring but kDense is a class in score_*.h.
 enum class Scoring {
-  kDense,   // attend to everything
+  kDense,   // no scores: all tokens are attended to
   kPages,   // bounds of pages along the query's largest channels (RocketKV, SparQ)
   kBounds,  // upper bounds of pages along all channels (Quest)
   kExact,   // the true logits
   kLowBit,  // low-bit keys along the query's largest channels
 };
 
-// The constants below are shared with Python, see ops/pages.py, ops/lowbit.py and ops/int8.py. module.cpp exports them,
+// Python has the constants below, too, in ops/pages.py, ops/lowbit.py and ops/int8.py. module.cpp exports them,
 // and a test holds them equal.
 
 constexpr int kPagesPerBlock = 32;  // pages side by side in the index: one cache line of a channel in 16 bits
 
-// The page bounds, [B, Hkv, blocks, C, kPagesPerBlock]: channel-major within a block of pages, so that an unread
-// channel is a cache line not read. C is 2 D, minima then maxima, or D where all pages hold one token.
+// The page bounds, [B, Hkv, blocks, C, kPagesPerBlock], are channel-major within a block of pages, so that an unread
+// channel is a cache line not read. C is 2 D, minima then maxima, or D if every page has one token.
 struct Pages {
   void* bounds = nullptr;
   const int64_t* page_size = nullptr;  // [B] tokens
@@ -47,7 +47,7 @@ struct LowBitKeys {
 constexpr int kStepChannels = 32;  // channels that share a step where keys and values are stored in 8 bits
 constexpr int kNotFinite = -128;   // the exponent of a step whose channels are not all finite
 
-// One layer's storage and plan: everything about a decode step that stays the same while no buffer grows.
+// One layer's buffers and parameters, which stay fixed from token to token until a buffer is reallocated.
 struct Layer {
   Dtype dtype = Dtype::kFloat32;
   int batch = 0, num_kv_heads = 0, num_heads = 0, head_dim = 0;
@@ -90,7 +90,7 @@ struct Linear {
   int64_t num_rows = 0, num_in = 0, num_out = 0;
 };
 
-// Append a token to every row, score, choose, attend. Returns the bytes of keys, values and index that it read.
+// Append a token to every row, score, choose and attend. Return the bytes of keys, values and index that were read.
 int64_t decode_step(const Layer& layer, const Token& token, int num_threads);
 
 // Rows of numbers, [B, H, S, D]: a row is dense, the strides are in numbers.
@@ -123,10 +123,10 @@ struct Keys {
   const int64_t* lengths = nullptr;  // [B, Hkv]
 };
 
-// Let empty pages take in all keys.
+// Build the bounds of empty pages from all keys.
 void build_pages(const Keys& keys, const Pages& pages, int num_threads);
 
-// output = input @ weight^T, for few rows.
+// Compute output = input @ weight^T for few rows.
 void multiply(const Linear& linear, int num_threads);
 
 }  // namespace rocketkv

@@ -1,4 +1,4 @@
-// Products of few rows with a weight matrix: a decode step's linear layers, whose time is the time to read the weights.
+// Products of few rows with a weight matrix, as in a decode step, where reading the weights takes most of the time.
 #include <atomic>
 #include <vector>
 

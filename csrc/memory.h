@@ -1,4 +1,4 @@
-// Advice to the operating system about a buffer.
+// Advice to the operating system about the memory of a buffer.
 #pragma once
 
 #include <cstddef>

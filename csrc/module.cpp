@@ -1,6 +1,6 @@
-// The kernels for Python. Tensors come as addresses: the caller has checked them and keeps them alive.
+// The Python module of the kernels. Tensors come as addresses; the caller has checked the tensors and keeps them alive.
 //
-// Structs are filled field by field, by name, so that no two addresses can be taken for each other.
+// Python sets each struct field by name, so that no address can be taken for another.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -19,7 +19,7 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A class whose fields Python reads and writes; an address is an int there.
+// A class whose fields Python reads and writes; Python sees a pointer as an int.
 template <class Struct>
 struct Fields : nb::class_<Struct> {
   Fields(nb::module_& m, const char* name) : nb::class_<Struct>(m, name) { this->def(nb::init<>()); }
@@ -40,7 +40,7 @@ struct Fields : nb::class_<Struct> {
 
 }  // namespace
 
-#define ROCKETKV_MODULE(name, module) NB_MODULE(name, module)  // expands the name first
+#define ROCKETKV_MODULE(name, module) NB_MODULE(name, module)  // this extra macro lets ROCKETKV_NAME expand first
 
 ROCKETKV_MODULE(ROCKETKV_NAME, m) {
   nb::enum_<Dtype>(m, "Dtype")

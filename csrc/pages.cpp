@@ -1,4 +1,4 @@
-// Building the index from the kept keys.
+// This file builds the page bounds from the kept keys.
 #include "pages.h"
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// Fetching what a thread reads next into its cache, little by little, while it still computes something else.
+// A prefetcher, which loads a thread's next data into its cache, little by little, while the thread still computes.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace rocketkv {
 
-// What a thread's next task reads first: 32 numbers of T, a cache line in 16 bits, at each of some addresses. The
+// The data that a thread's next task reads first: 32 numbers of T, a cache line in 16 bits, at each address. The
 // memory is idle while the present task chooses and attends.
 template <class T>
 class Prefetcher {

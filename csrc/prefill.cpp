@@ -166,8 +166,8 @@ class Prefill {
 
   const Prompt& prompt_;
   const int num_threads_, group_, padded_;
-  const int64_t num_heads_;      // KV heads of all rows
-  int64_t block_, num_blocks_;   // tokens of a task, and tasks of a head
+  const int64_t num_heads_;     // KV heads of all rows
+  int64_t block_, num_blocks_;  // tokens of a task, and tasks of a head
   std::atomic<int64_t> next_{0};
 };
 

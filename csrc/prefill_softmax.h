@@ -10,8 +10,8 @@
 namespace rocketkv {
 namespace {
 
-// 2^x for x <= 0; below -126 the result is 2^-126; of a NaN it is a NaN. To 1e-7 where weights are floats, to 3e-6 where
-// they are rounded to bfloat16.
+// 2^x for x <= 0; below -126 the result is 2^-126; of a NaN it is a NaN. To 1e-7 where weights are floats, to 3e-6
+// where they are rounded to bfloat16.
 template <class O>
 inline Vec exp2_of_negative(Vec x) {
   x = max(broadcast(-126.0f), x);

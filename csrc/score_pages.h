@@ -10,7 +10,7 @@ namespace {  // see view.h
 
 constexpr int kBlocksAhead = 2;  // blocks of pages between a prefetch and its use
 
-// What both have in common. The rows of QueryChannels are offsets within a block of pages.
+// The base of both scorings. The rows of QueryChannels are offsets within a block of pages.
 template <class T>
 struct BlockScoring {
   static constexpr int kUnitsPerBlock = kPagesPerBlock;

@@ -13,6 +13,7 @@
 
 #include "attend.h"
 #include "choose.h"
+#include "restore.h"
 #include "score_exact.h"
 #include "score_lowbit.h"
 #include "score_pages.h"

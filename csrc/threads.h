@@ -1,4 +1,4 @@
-// Running a function on the threads that torch already has, never on a second pool beside them.
+// This runs a function on the threads that torch already has, never on a second pool beside them.
 #pragma once
 
 #include <string>

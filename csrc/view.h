@@ -1,7 +1,7 @@
-// What the parts of one decode step share: the work on one head, a thread's own memory, and where everything lies.
+// What the parts of one decode step share: the task of one head, a thread's own memory, and the places of tensors.
 //
 // view.h, score_*.h, choose.h and attend.h are parts of step.cpp, and no other file includes them. Their names are
-// local to that file: only then does GCC inline what is called once.
+// local to that file, because GCC then inlines functions that are called once.
 #pragma once
 
 #include <atomic>
@@ -36,7 +36,7 @@ struct HeadTask {
   std::atomic<bool> is_ready;  // `chosen` is written
 };
 
-// Memory that a thread keeps from step to step.
+// The memory that a thread reuses from step to step.
 template <class T>
 struct Scratch {
   std::vector<float> floats, sums, weights;
@@ -52,7 +52,7 @@ struct Scratch {
   }
 };
 
-// The sizes of a step, and where its tensors lie.
+// The sizes of a step, and the places of its tensors.
 template <class T>
 struct View {
   const Layer& layer;
@@ -71,7 +71,7 @@ struct View {
         group(layer.num_heads / layer.num_kv_heads),
         padded(round_up(layer.head_dim, kPair)) {}
 
-  // Bytes of one token's key and value.
+  // The bytes of one token's stored key and value.
   int64_t token_bytes() const {
     return 2 * (layer.exponents ? layer.head_dim + num_steps(layer.head_dim) : layer.head_dim * sizeof(T));
   }

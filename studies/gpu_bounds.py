@@ -1,10 +1,10 @@
-"""What the GPU kernels must move and compute, by counting: the tables of docs/gpu.md, in Markdown. No GPU is asked.
+"""Counts what the GPU kernels must move and compute, and prints the tables of docs/gpu.md. The count needs no GPU.
 
     .venv/bin/python studies/gpu_bounds.py
 
-Llama-3.1-8B in bfloat16. "Memory" is what has to come from or go to the GPU's memory whatever the kernels are like:
-index, chosen tokens, queries and outputs. "Scratch" is what our three kernels hand to each other and read again; it is
-small enough to stay in the second-level cache. Operations are of one program, since a program cannot be shared out.
+The model is Llama-3.1-8B in bfloat16. "Memory" is what any kernels must read from or write to the GPU's memory:
+index, chosen tokens, queries and outputs. "Scratch" is what our three kernels pass to each other; the scratch is
+small enough to stay in the second-level cache. Operations are counted per program, as a program runs on one core.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ SELECTIONS = ("lowbit", "hybrid")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: bytes per second, cores (multiprocessors, compute units), Hz, integer lanes of each."""
+    """A GPU's data sheet: bytes per second, cores (multiprocessors, compute units), Hz, integer lanes per core."""
 
     name: str
     bandwidth: float
@@ -35,11 +35,11 @@ class Gpu:
     lanes: int = 64
 
     def read_us(self, num_bytes: float) -> float:
-        """Microseconds that moving so many bytes takes at best."""
+        """Return the least microseconds that moving so many bytes takes."""
         return 1e6 * num_bytes / self.bandwidth
 
     def compute_us(self, operations: float, programs: int) -> float:
-        """Microseconds that so many integer operations in each of some programs take, one program to a core."""
+        """Return the microseconds that so many integer operations per program take, one program to a core."""
         return 1e6 * operations * -(-programs // self.cores) / (self.lanes * self.clock)
 
 
@@ -52,15 +52,15 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel's work for one KV head of one row.
+    """The work of a kernel for one KV head of one row.
 
     Attributes:
         name: the kernel's name.
-        memory: bytes from and to the GPU's memory.
-        scratch: bytes from and to what the kernels hand to each other.
-        programs: that share the head.
-        operations: simple integer and floating-point ones of a program, outside matrix products.
-        products: floating-point operations of its matrix products, padded to 16 rows, two per multiplication.
+        memory: the bytes from and to the GPU's memory.
+        scratch: the bytes that the kernels write for and read from each other.
+        programs: the number of programs that share the head.
+        operations: the simple integer and floating-point operations of a program, outside matrix products.
+        products: the floating-point operations of its matrix products, padded to 16 rows, two per multiplication.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Work:
 
 
 def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: int = 132) -> Iterator[Work]:
-    """The three kernels of a decode step after a prompt of so many tokens."""
+    """Return the three kernels of a decode step after a prompt of so many tokens."""
     group, dim = MODEL.num_heads // MODEL.num_kv_heads, MODEL.head_dim
     config = RocketKVConfig(token_budget=token_budget, selection=selection)
     budget = config.budget_for(seq_len, dim)
@@ -84,8 +84,9 @@ def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: 
     index = int(config.selection_method().scored_bytes(*sizes, dim, ELEMENT))
     query = group * dim * ELEMENT
     logits, partials = 4 * group * units, 8 * group * parts
-    appended = (2 + 2 + (selection == "lowbit")) * dim * ELEMENT  # key and value read and written, and the open group
-    choice = dim * dim + 4 * group * dim  # of channels: each compared with each
+    # A step reads and writes the new key and value, and writes the key to the open group.
+    appended = (2 + 2 + (selection == "lowbit")) * dim * ELEMENT
+    choice = dim * dim + 4 * group * dim  # channels, each of which is compared with each other
     unpacked = 3 * part * num_channels if selection == "lowbit" else 0
     yield Work(
         "append_and_score",
@@ -118,7 +119,7 @@ def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: 
 
 
 def prefill_kernels(seq_len: int, token_budget: int) -> Iterator[Work]:
-    """The kernels that run once after a prompt: stage 1's scores in two launches, and the low-bit keys."""
+    """Return the kernels that run once after a prompt: two for stage 1's scores, and those of the low-bit keys."""
     group, dim, window = MODEL.num_heads // MODEL.num_kv_heads, MODEL.head_dim, 32
     rows, parts = group * window, -(-seq_len // LEAST_WINDOW_PART)
     keys, partials = seq_len * dim * ELEMENT, 8 * rows * parts

@@ -1,7 +1,7 @@
-r"""How many tokens should stage 1 leave to low-bit keys? The `rocketkv` command with low-bit methods that differ in it.
+r"""Runs the `rocketkv` command with low-bit methods that differ in how many tokens stage 1 keeps.
 
-`lowbit_1` leaves what the paper's formula says, `lowbit_1.4` and the others so many times that (docs/lowbit.md); in
-`lowbit_2_0.33` a third of the budget scores, not a quarter:
+`lowbit_1` keeps as many tokens as the paper's formula, `lowbit_1.4` 1.4 times as many, and so on (docs/lowbit.md); in
+`lowbit_2_0.33` scoring takes a third of the budget, not a quarter:
 
     .venv/bin/python studies/held.py eval run --dtype bfloat16 --suite niah --budgets 64,128 --lengths 1024,2048 \
         --methods full,rocketkv:selection=lowbit_1,rocketkv:selection=lowbit_1.4 --samples 3 --out build/held
@@ -18,7 +18,7 @@ SHARES = (0.25, 0.33, 0.5)
 
 
 def lowbit_keeping(factor: float, share: float) -> type[LowBit]:
-    """Low-bit keys of `factor` times as many tokens as the paper's formula says; `share` of the budget scores."""
+    """Return low-bit selection that keeps `factor` times the paper's tokens and spends `share` on scoring."""
 
     class Keeping(LowBit):
         @classmethod

@@ -1,4 +1,4 @@
-"""Caches of one layer, and what several of their test files do with one."""
+"""Configurations and caches of one layer, which several test files use."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ IN_8_BITS = [("snapkv", "lowbit"), ("snapkv", "hybrid"), ("streaming_llm", "dens
 WITH_8_BITS = [(*method, "auto") for method in ALL_METHODS] + [(*method, "int8") for method in IN_8_BITS]
 SMALL: dict[str, Any] = {"token_budget": 32, "window_size": 8, "kernel_size": 7, "dense_below": 0}
 Call = Callable[[LayerCache, Inputs], Any]
-strict = partial(RocketKVConfig, dense_below=0)  # selects as soon as a row holds more than top_k
+strict = partial(RocketKVConfig, dense_below=0)  # selects as soon as a row has more than top_k tokens
 
 
 def decode_all(cache: LayerCache, x: Inputs, start: int, stop: int) -> Tensor:
@@ -37,7 +37,7 @@ def token(x: Inputs) -> Inputs:
 
 
 def assert_same(cache: LayerCache, expected: LayerCache, x: Inputs) -> None:
-    """Both hold the same and go on alike, through a prompt too."""
+    """Check that both caches store the same and go on alike, also through a prompt."""
     assert cache.num_seen == expected.num_seen
     assert cache.row_seen == expected.row_seen
     assert cache.just_prefilled == expected.just_prefilled

@@ -1,4 +1,4 @@
-"""What the Makefile asks about versions: the lowest that pyproject.toml claims, and whether a failure is one of ours.
+"""Answers the Makefile about versions: the lowest that pyproject.toml claims, and whether a failure counts.
 
 python tests/claimed.py lowest transformers   # prints the lowest version that is claimed
 python tests/claimed.py failed                # after failed tests: exits with 1 if the versions at hand are claimed
@@ -12,14 +12,14 @@ from packaging.requirements import Requirement
 
 
 def lowest(name: str) -> str:
-    """The lower bound of a dependency in pyproject.toml."""
+    """Return the lower bound of a dependency in pyproject.toml."""
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
     specifier = next(r.specifier for r in map(Requirement, project["dependencies"]) if r.name == name)
     return next(part.version for part in specifier if part.operator == ">=")
 
 
 def failed() -> int:
-    """Say loudly which version failed; 0 if no claim of ours covers it."""
+    """Print which version failed; return 1 if pyproject.toml claims that version, else 0."""
     from rocketkv.hf.versions import dependency
 
     found = [dependency(name) for name in ("transformers", "torch")]

@@ -1,4 +1,4 @@
-"""What the tests share: random attention inputs, the real small model, and data outside the repository."""
+"""Fixtures for all tests: random attention inputs, the real small models, and data outside the repository."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ SHARED = Path(os.environ.get("ROCKETKV_SHARED", Path(__file__).parents[2] / "sha
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with golden vectors and real texts, which is not part of the repository."""
+    """Return the folder with golden vectors and real texts, which is not part of the repository."""
     if not SHARED.is_dir():
         pytest.skip(f"no golden vectors and texts at {SHARED}; set ROCKETKV_SHARED")
     return SHARED
@@ -42,13 +42,13 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
-    """SmolLM2-135M-Instruct in float32; tests that enable it disable it again."""
+    """Load SmolLM2-135M-Instruct in float32; tests that enable the model disable it again."""
     return _load_embedded("smollm2")
 
 
 @pytest.fixture(scope="session")
 def gemma() -> LoadedModel:
-    """Gemma 3 270M, a base model with sliding windows, in float32; tests that enable it disable it again."""
+    """Load Gemma 3 270M, a base model with sliding windows, in float32; tests that enable it disable it again."""
     return _load_embedded("gemma3-270m")
 
 
@@ -65,7 +65,7 @@ def _load_embedded(name: str) -> LoadedModel:
 
 @pytest.fixture(params=["reference", "auto"])
 def decoded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test twice: all decode steps left to the reference, and left to the best backend."""
+    """Run a test twice, with all decode steps by the reference and with all by the best backend."""
     if request.param == "reference":
         monkeypatch.setattr(backends, "BACKENDS", ())
     return str(request.param)
@@ -78,7 +78,7 @@ def seeded() -> torch.Generator:
 
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Say something that the summary at the end of the run repeats."""
+    """Return a function for lines that the summary at the end of the run repeats."""
     return lambda text: record_property("report", text)
 
 

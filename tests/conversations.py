@@ -1,4 +1,4 @@
-"""What the tests of a cache inside transformers' `generate` share."""
+"""Helpers for the tests of a cache inside transformers' `generate`."""
 
 import gc
 from typing import Any
@@ -21,7 +21,7 @@ MORE = prompts(20, seed=7)[0]
 def answered(
     model: PreTrainedModel, config: RocketKVConfig, ids: Tensor, **options: Any
 ) -> tuple[RocketKVCache, Tensor]:
-    """A cache after one answer, and the text with it."""
+    """Return a cache after one answer, and the text of the conversation."""
     cache = RocketKVCache(model.config, config)
     return cache, generate(model, ids, **pass_cache(cache), **options)
 
@@ -33,7 +33,7 @@ def forward(model: PreTrainedModel, cache: RocketKVCache, ids: Tensor, **options
 
 
 def live_token_bytes() -> int:
-    """Bytes of all live storages of four-dimensional tensors with this model's two KV heads: keys, values, indices."""
+    """Return the bytes of all live four-dimensional tensors with this model's two KV heads."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) is Tensor and thing.dim() in (4, 5) and thing.shape[:2] == (1, 2):  # no traced ones

@@ -1,4 +1,4 @@
-"""What the tests of the suites share: a request, and files of rows to point it at."""
+"""Helpers for the tests of the suites: a request, and files of rows for it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message[
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes: as many tokens as bytes."""
+    """Return a tokenizer of single bytes, with as many tokens as bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -25,12 +25,12 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def make_request(**changes: Any) -> Request:
-    """A request for everything, with some of its attributes changed."""
+    """Return a request for everything, with some of its attributes changed."""
     plain = Request(byte_tokenizer(), (), (), None, seed=0, data=None, haystack="", parity=False)
     return replace(plain, **changes)
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any] | str]) -> Path:
-    """A .jsonl file; strings are written as they are."""
+    """Write a .jsonl file; strings are written as they are."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path

@@ -1,4 +1,4 @@
-"""Records of an evaluation written out by hand, for the tests of its report."""
+"""Records of an evaluation, written by hand, for the tests of its report."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def write_run(
 
 
 def rows_of(table: str) -> list[dict[str, str]]:
-    """A Markdown table's rows by the names in its head; of equal names the first."""
+    """Return a Markdown table's rows by the names in its head; of equal names the first counts."""
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
     return [dict(zip(reversed(header), reversed(row), strict=True)) for row in rows]
 

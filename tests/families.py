@@ -1,4 +1,4 @@
-"""A configuration as small as can be of every model type that transformers generates text with."""
+"""Configurations, as small as possible, of every model type that transformers generates text with."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ SPECIAL["gpt_neo"] = {"num_layers": 2, "attention_types": [[["global", "local"],
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
-    """A configuration of this type with sizes as small as it lets us make them."""
+    """Return a configuration of this type with the smallest sizes that it allows."""
     config_class = CONFIG_MAPPING[kind]
     plain = config_class()
 

@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+SIZES = [(1, 1, 64), (63, 3, 80), (100, 4, 96), (257, 8, 128), (130, 2, 256)]  # S, G, D
 
 
 class Inputs(NamedTuple):
@@ -38,3 +41,14 @@ def make_inputs(
     echo = key[:, :, source].repeat_interleave(num_heads // num_kv_heads, dim=1)
     query = normal(num_heads) * scale * 0.5 + 0.6 * echo
     return Inputs(query.to(dtype), key.to(dtype), value.to(dtype))
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [x.double().numpy() for x in tensors]
+
+
+def poisoned(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """A copy of `tokens` [B, Hkv, S, D] with NaN beyond the lengths and spare room at the end."""
+    spare = torch.cat([tokens, torch.zeros_like(tokens[:, :, :5])], dim=2)
+    beyond = torch.arange(spare.shape[2]) >= lengths[..., None]
+    return spare.masked_fill(beyond[..., None], torch.nan)

@@ -1,4 +1,4 @@
-"""A layer's storage as a backend is given it, random, ragged and poisoned, and what holds a step to the reference."""
+"""Storage of a layer as a backend gets it, random, ragged and poisoned, and the comparison with the reference."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def make_layer(
     int8: bool = False,
     weighted: bool = True,
 ) -> LayerTensors:
-    """A layer's storage with NaN wherever nothing was stored; `tied`: keys of few distinct values.
+    """Return a layer's storage with NaN in all unwritten memory; `tied` draws keys of few distinct values.
 
     With `weighted`, channels of page bounds are chosen by the spread of their keys, too.
     """
@@ -94,32 +94,32 @@ def make_layer(
 
 
 def keys_and_values(layer: LayerTensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values as the reference has them."""
+    """Return keys and values in the form that the reference takes."""
     if layer.exponents is None:
         return layer.keys, layer.values
     return ops.dequantize_tokens(layer.keys, layer.values, layer.exponents, layer.dtype)
 
 
 def clone(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy of a tensor that need not be there."""
+    """Return a copy of a tensor, or None for None."""
     return None if x is None else x.clone()
 
 
 def slots_of(layer: LayerTensors) -> torch.Tensor:
-    """Where the tokens to choose from lie, `[B, Hkv, position_capacity]`; 0 beyond the lengths."""
+    """Return the slots of the kept tokens, `[B, Hkv, position_capacity]`; 0 beyond the lengths."""
     places = torch.arange(layer.positions.shape[2])
     slots = layer.positions.long() if layer.archive_lengths is not None else places.expand_as(layer.positions)
     return slots.where(places < layer.lengths[..., None], 0)
 
 
 def spread_of(layer: LayerTensors) -> torch.Tensor | None:
-    """The spread by which channels are chosen; None if there is none."""
+    """Return the spread by which channels are chosen; None if there is none."""
     index = layer.lowbit or layer.pages
     return None if index is None else index.spread
 
 
 def reference_scores(layer: LayerTensors, query: torch.Tensor, spread: torch.Tensor | None) -> torch.Tensor:
-    """The score of every token by the reference operations, channels chosen by this spread."""
+    """Return the score of every token by the reference, with channels chosen by this spread."""
     grouped = query.reshape(*layer.keys.shape[:2], -1, layer.keys.shape[3])
     num_tokens = int(layer.lengths.max())
     if layer.scoring == Scoring.PAGES:
@@ -152,7 +152,7 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor, spread: torch.Ten
 
 
 def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generator, steps: int = 3) -> None:
-    """Take some steps; hold storage, choice, output and traffic to the reference."""
+    """Take some steps, and compare storage, choice, output and traffic with the reference."""
     batch, num_kv_heads, _, head_dim = layer.keys.shape
     size = layer.dtype.itemsize
     step = backend.bind(layer)
@@ -168,7 +168,8 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
             pages=None if layer.pages is None else ops.PageBounds(*map(clone, layer.pages)),
             lowbit=None if layer.lowbit is None else ops.LowBitKeys(*map(clone, layer.lowbit)),
         )
-        spread = None if spread_of(before) is None else spread_of(before).clone()  # from before the new token
+        # Channels are chosen by the spread from before the new token.
+        spread = None if spread_of(before) is None else spread_of(before).clone()
         chosen = torch.full_like(layer.positions, -2)
         output, num_bytes = step(query, key, value, chosen)
 
@@ -240,7 +241,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
 
 
 def check_8_bits_of_extremes(backend: Backend, dtype: torch.dtype, generator: torch.Generator, steps: int) -> None:
-    """Append numbers at the ends of the range, zeros and what is no number; hold what is stored to the reference."""
+    """Append zeros, numbers at the ends of the range and NaN, and compare what is stored with the reference."""
     layer = make_layer(generator, Scoring.DENSE, [[4, 4]], dtype=dtype, int8=True)
     assert layer.exponents is not None
     ends = [0.0, 1.0, -1.0, 127.6, -127.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 3e-7, torch.nan, torch.inf]

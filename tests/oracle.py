@@ -11,7 +11,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def dense(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Causal attention of the last T of S tokens: query [Hq, T, D], keys and values [Hkv, S, D] -> [Hq, T, D]."""
+    """Return causal attention of the last T of S tokens: query [Hq, T, D], keys, values [Hkv, S, D] -> [Hq, T, D]."""
     num_heads, num_tokens, head_dim = query.shape
     group, past = num_heads // keys.shape[0], keys.shape[1] - num_tokens
     out = np.zeros_like(query)
@@ -24,7 +24,7 @@ def dense(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
 
 
 def window_scores(query: np.ndarray, keys: np.ndarray, window: int, by_peak: bool = False) -> np.ndarray:
-    """Attention from the last `window` queries, all or most: query [Hq, T, D], keys [Hkv, S, D] -> [Hkv, S]."""
+    """Return the window's attention, summed or the largest: query [Hq, T, D], keys [Hkv, S, D] -> [Hkv, S]."""
     num_heads, num_tokens, head_dim = query.shape
     group, total = num_heads // keys.shape[0], keys.shape[1]
     scores = np.zeros(keys.shape[:2])
@@ -38,14 +38,14 @@ def window_scores(query: np.ndarray, keys: np.ndarray, window: int, by_peak: boo
 
 
 def pooled(scores: np.ndarray, window: int, kernel: int) -> np.ndarray:
-    """Max-pool what lies before the window: [Hkv, S] -> [Hkv, S - window]."""
+    """Max-pool the scores before the window: [Hkv, S] -> [Hkv, S - window]."""
     before = scores[:, : scores.shape[1] - window]
     half = kernel // 2
     return np.array([[row[max(0, i - half) : i + half + 1].max() for i in range(len(row))] for row in before])
 
 
 def spread(keys: np.ndarray, run: int) -> np.ndarray:
-    """Ranges of the whole runs of `run` tokens, added up; of all tokens if there is none: keys [N, D] -> [D]."""
+    """Add up the ranges of whole runs of `run` tokens, or take the range of all if there is none: [N, D] -> [D]."""
     total = np.zeros(keys.shape[1])
     ends = range(run, len(keys) + 1, run) if len(keys) >= run else [len(keys)]
     for end in ends:
@@ -58,7 +58,7 @@ def spread(keys: np.ndarray, run: int) -> np.ndarray:
 def hybrid_token_scores(
     query: np.ndarray, keys: np.ndarray, page_size: int, num_channels: int, spread: np.ndarray | float = 1.0
 ) -> np.ndarray:
-    """Approximate attention of each token for one KV head: query [G, D], keys [N, D], spread [D] -> [N]."""
+    """Return one KV head's approximate attention: query [G, D], keys [N, D], spread [D] -> [N]."""
     head_dim = query.shape[1]
     channels = np.argsort(-np.abs(query).mean(0) * spread, kind="stable")[:num_channels]
     positive = query.sum(0) > 0
@@ -75,7 +75,7 @@ def hybrid_token_scores(
 
 
 def quest_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int) -> np.ndarray:
-    """Quest's upper bounds as attention of each token for one KV head: query [G, D], keys [N, D] -> [N]."""
+    """Return Quest's upper bounds as attention for one KV head: query [G, D], keys [N, D] -> [N]."""
     scores = np.zeros(len(keys))
     for q in query:
         logits = np.zeros(len(keys))
@@ -87,7 +87,7 @@ def quest_token_scores(query: np.ndarray, keys: np.ndarray, page_size: int) -> n
 
 
 def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group: int, spread: np.ndarray) -> np.ndarray:
-    """Products with keys in 4 bits, per channel of `group` tokens but for the last few: query [G, D], keys [N, D]."""
+    """Return logits by 4-bit keys, per channel of `group` tokens, the last few exact: query [G, D], keys [N, D]."""
     channels = np.argsort(-np.abs(query).sum(0) * spread, kind="stable")[:num_channels]
     near = keys.copy()
     for start in range(0, len(keys) // group * group, group):
@@ -99,7 +99,7 @@ def lowbit_logits(query: np.ndarray, keys: np.ndarray, num_channels: int, group:
 
 
 def lowbit_token_scores(query: np.ndarray, keys: np.ndarray, num_channels: int) -> np.ndarray:
-    """Approximate attention of each token for one KV head by its key in 4 bits: query [G, D], keys [N, D] -> [N].
+    """Return one KV head's approximate attention by keys in 4 bits: query [G, D], keys [N, D] -> [N].
 
     Channels are chosen by what stood before the last token.
     """
@@ -108,7 +108,7 @@ def lowbit_token_scores(query: np.ndarray, keys: np.ndarray, num_channels: int) 
 
 
 def choose(scores: np.ndarray, top_k: int, sinks: int = 0, recents: int = 0) -> list[int]:
-    """Pinned tokens first, then the best; of equal scores the earlier token."""
+    """Return the pinned tokens, then the best; of equal scores the earlier token wins."""
     count = len(scores)
     pinned = [i for i in range(count) if i < sinks or i >= count - recents]
     rest = sorted((i for i in range(count) if i not in pinned), key=lambda i: (-scores[i], i))
@@ -116,5 +116,5 @@ def choose(scores: np.ndarray, top_k: int, sinks: int = 0, recents: int = 0) -> 
 
 
 def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, chosen: list[int]) -> np.ndarray:
-    """Exact attention to the chosen tokens for one KV head: query [G, D], keys and values [N, D] -> [G, D]."""
+    """Return exact attention to the chosen tokens for one KV head: query [G, D], keys, values [N, D] -> [G, D]."""
     return np.stack([softmax(keys[chosen] @ q / math.sqrt(query.shape[1])) @ values[chosen] for q in query])

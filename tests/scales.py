@@ -19,7 +19,7 @@ class Conversation(NamedTuple):
 
 
 def scaled(x: Inputs, generator: torch.Generator, block: int = 1) -> Inputs:
-    """The same keys and queries, pairs of channels scaled by random powers of two; `block` pairs at a time alike."""
+    """Scale pairs of channels of the same keys and queries by random powers of two, `block` pairs at a time alike."""
     half = x.key.shape[3] // 2
     exponents = torch.randint(-4, 5, (half // block,), generator=generator).repeat_interleave(block).repeat(2)
     factors = (2.0**exponents).to(x.key.dtype)
@@ -27,7 +27,7 @@ def scaled(x: Inputs, generator: torch.Generator, block: int = 1) -> Inputs:
 
 
 def converse(x: Inputs, turns: list[tuple[int, int]] = TURNS, **options: Any) -> Conversation:
-    """Some turns over a long and a short, left-padded row."""
+    """Run some turns over a long row and a short, left-padded row."""
     cache = LayerCache(RocketKVConfig(**{"token_budget": 40, "window_size": 16, "dense_below": 0, **options}))
     cache.trace = True
     outputs, kept, attended, start = [], [], [], 0
@@ -44,7 +44,7 @@ def converse(x: Inputs, turns: list[tuple[int, int]] = TURNS, **options: Any) ->
 
 
 def exact_inputs(generator: torch.Generator, head_dim: int, dtype: torch.dtype, batch: int = 2) -> Inputs:
-    """Inputs of so few bits that no dtype rounds them, scaled or not."""
+    """Return inputs of so few bits that no dtype rounds them, scaled or not."""
     num_tokens = sum(prompt + new for prompt, new in TURNS)
     x = make_inputs(generator, batch, 4, 2, num_tokens, head_dim)
     few_bits = (*((a * 16).round().clamp(-127, 127) / 16 for a in (x.query, x.key)), x.value)

@@ -61,7 +61,7 @@ def test_a_larger_budget_keeps_and_attends_no_less(seq_len: int, one: int, other
 
 @given(lengths, budgets, head_dims)
 def test_more_is_held_of_a_longer_prompt_while_the_paper_says_so(seq_len: int, budget: int, head_dim: int) -> None:
-    # The paper's exponent grows with the compression factor, so what is held shrinks again past c = 2**(0.8 / 0.12).
+    # The paper's exponent grows with the compression factor, so fewer tokens are kept again past c = 2**(0.8 / 0.12).
     if seq_len + 1 <= 100 * budget:
         shorter, longer = (split_budget(n, budget, head_dim) for n in (seq_len, seq_len + 1))
         assert shorter.kept_tokens <= longer.kept_tokens

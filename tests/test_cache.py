@@ -52,7 +52,7 @@ def test_append_rarely_allocates() -> None:
     for _ in range(1000):
         store.append({"keys": torch.zeros(1, 1, 1, 8)})
         capacities.add(store.fields["keys"].shape[2])
-    assert len(capacities) - 1 < 20  # so often were tokens moved; the first allocation moves none
+    assert len(capacities) - 1 < 20  # the number of times that tokens moved; the first allocation moves none
 
 
 def test_keep_takes_each_heads_tokens_in_order(seeded: torch.Generator) -> None:

@@ -28,7 +28,7 @@ from rocketkv.selection import Exact, LowBit
         ({"token_budget": 256, "mode": "multi"}, "mode='multi' does not exist; did you mean multi_turn?"),
         (
             {"token_budget": 256, "archive_on_host": True},
-            "archive_on_host=True needs an archive; set mode='multi_turn' or leave it out.",
+            "archive_on_host=True needs an archive; set mode='multi_turn' or archive_on_host=False.",
         ),
         ({"token_budget": 256, "eviction": "snap"}, "eviction='snap' does not exist; did you mean snapkv?"),
         (
@@ -37,7 +37,7 @@ from rocketkv.selection import Exact, LowBit
         ),
         (
             {"token_budget": 256, "kernel_size": 64},
-            "kernel_size=64 is even; a pooling window has a centre, so give an odd one.",
+            "kernel_size=64 is even; give an odd number, so that the pooling window has a centre.",
         ),
         (
             {"token_budget": 256, "sink_tokens": 200, "recent_tokens": 57},
@@ -48,7 +48,7 @@ from rocketkv.selection import Exact, LowBit
         ({"token_budget": 256, "new_tokens": -1}, "new_tokens=-1 is too small; give 0 or more."),
         (
             {"token_budget": 256, "budget": (9, 1, 1, 9)},
-            "budget=(9, 1, 1, 9) is no rocketkv.Budget; make one, or leave it to the formulas.",
+            "budget=(9, 1, 1, 9) is no rocketkv.Budget; give one, or None to use the formulas.",
         ),
         ({"token_budget": 256, "budget": Budget(9, 0, 1, 9)}, "budget.page_size=0 is too small; give 1 or more."),
         (
@@ -112,9 +112,12 @@ def test_plain_mistakes_in_a_configuration_are_told_in_a_sentence() -> None:
         (lambda: LayerCache(None), "None is no RocketKVConfig"),
         (lambda: LayerCache(RocketKVConfig(**SMALL), keep_queries=-1), "keep_queries=-1 is too small; give 0 or more"),
         (lambda: LayerCache(RocketKVConfig(**SMALL), keep_queries=1.5), "keep_queries=1.5 is not a whole number"),
-        (lambda: RocketKVConfig(256), r"RocketKVConfig\(256\) does not say which options these are; write token_bu"),
+        (
+            lambda: RocketKVConfig(256),
+            r"RocketKVConfig\(256\) does not name its options; write RocketKVConfig\(token_bu",
+        ),
         (lambda: RocketKVConfig(budget=128), "token_budget is missing beside budget; give token_budget="),
-        (lambda: RocketKVConfig(token_budget=256, budget=128), "budget=128 is no rocketkv.Budget; make one"),
+        (lambda: RocketKVConfig(token_budget=256, budget=128), "budget=128 is no rocketkv.Budget; give one"),
         (lambda: RocketKVConfig(token_budget=256, eviction=SnapKV), "eviction=SnapKV is a class; give a name, or an"),
         (lambda: RocketKVConfig(token_budget=256, selection=LowBit), "selection=LowBit is a class; give a name, or an"),
         (lambda: RocketKVConfig(token_budget=256, archive_on_host="no"), "archive_on_host='no' is not a truth value"),

@@ -1,4 +1,4 @@
-"""An index that grew token by token is the one that would be built anew, whatever the lengths."""
+"""Tests that an index which grew token by token equals one that is built anew, at all lengths."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_an_index_that_grew_chooses_as_one_that_was_built(
     rebuilt = cache.copy()
     token, following = torch.randn(2, 3, 2, 2, 1, 16, generator=seeded)
     rebuilt.decode(*token)
-    rebuilt.rewind(cache.num_seen, cache.row_seen)  # drops the index
+    rebuilt.rewind(cache.num_seen, cache.row_seen)  # this drops the index
     cache.select_rows(torch.tensor([0, 1]))
     for x in (following, token):
         torch.testing.assert_close(cache.decode(*x), rebuilt.decode(*x), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""How a row spends its budget, through what a `LayerCache` keeps and reads; the formulas are in test_budget.py."""
+"""Tests of how a row spends its budget, seen through what a `LayerCache` keeps and reads."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from rocketkv import LayerCache, RocketKVConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:a row has grown so long")  # of the smallest budgets it is true
+pytestmark = pytest.mark.filterwarnings("ignore:a row has grown so long")  # the smallest budgets cause the warning
 few = settings(deadline=None, max_examples=25, derandomize=True)
 lengths, budgets = st.integers(1, 400), st.integers(8, 120)
 methods = st.sampled_from(["lowbit", "hybrid", "dense"])
 
 
 def prefilled(lengths: list[int], num_new: int = 0, **options: Any) -> LayerCache:
-    """A cache of rows of these lengths, one KV head, that has decoded `num_new` tokens."""
+    """Return a cache of rows of these lengths, with one KV head, that has decoded `num_new` tokens."""
     options = {"window_size": 4, "kernel_size": 3, "dense_below": 0, **options}
     cache = LayerCache(RocketKVConfig(**options))
     width = max(lengths)

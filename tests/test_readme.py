@@ -1,4 +1,4 @@
-"""What the README and the method page show must run."""
+"""Tests that the examples of the README and the method page run."""
 
 import re
 from itertools import takewhile

@@ -1,4 +1,4 @@
-"""The recipe of AGENTS.md: a selection method and an index from outside decode as they are, in plain torch."""
+"""Tests the recipe of AGENTS.md: a selection method and an index from outside decode in plain torch."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ CHANNELS = 8
 
 
 class FirstChannels(Index):
-    """The first channels of every key."""
+    """An index with the first channels of every key."""
 
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys[..., :CHANNELS].clone()
@@ -37,7 +37,7 @@ class FirstChannels(Index):
 
 
 class ByFirstChannels(SelectionMethod):
-    """Score tokens by the first channels of their keys."""
+    """A selection that scores tokens by the first channels of their keys."""
 
     def kept_tokens(self, seq_len: int, token_budget: int) -> int:
         return seq_len

@@ -24,7 +24,7 @@ def test_one_layer_alone_is_its_own_total(layer: LayerStats) -> None:
 
 @given(numbers, st.integers(1, 1000), st.integers(1, 1000))
 def test_the_two_ratios_point_in_opposite_directions(least: int, kept: int, read: int) -> None:
-    """Bytes held shrink as a fraction of the full cache's; bytes read as how many times fewer they are."""
+    """Stored bytes fall as a fraction of the full cache's; read bytes count how many times fewer they are."""
     full = LayerStats(1.0, 1.0, least + 1, least + 1, (least + 1) * kept, (least + 1) * read)
     assert abs(full.retained_fraction * kept - 1) < 1e-9
     assert abs(full.compression_factor / read - 1) < 1e-9

@@ -1,4 +1,4 @@
-"""The walk through the code names files and things that exist."""
+"""Tests that the walk through the code names files and things that exist."""
 
 import ast
 import re

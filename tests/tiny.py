@@ -62,14 +62,14 @@ COMPRESSED_MT = RocketKVConfig(dense_below=0, token_budget=26, mode="multi_turn"
 
 
 def tiny_model(name: str, **changes: int) -> PreTrainedModel:
-    """A random model, the same at every call."""
+    """Return a random model, the same at every call."""
     torch.manual_seed(0)
     config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 def prompts(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random left-padded prompts of these lengths and their attention mask."""
+    """Return random left-padded prompts of these lengths and their attention mask."""
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
     ids, mask = torch.zeros(len(lengths), width, dtype=torch.int64), torch.zeros(len(lengths), width, dtype=torch.int64)
@@ -80,7 +80,7 @@ def prompts(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def save_tiny(folder: Path, **changes: int) -> None:
-    """A tiny Llama and a tokenizer of single bytes in a folder, as a user's own model would lie there."""
+    """Save a tiny Llama and a tokenizer of single bytes into a folder, as a user's own model would lie there."""
     tiny_model("llama", vocab_size=256, **changes).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
@@ -90,7 +90,7 @@ def save_tiny(folder: Path, **changes: int) -> None:
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, new: int = 12, **options: Any) -> Tensor:
-    """A model's own `generate`, greedy and to the end: `[B, T + new]` token ids."""
+    """Run a model's own `generate`, greedy and to the end; return `[B, T + new]` token ids."""
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
     tokens: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)

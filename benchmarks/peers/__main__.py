@@ -1,4 +1,4 @@
-"""The command line; README.md says how to set the engines up."""
+"""The command line of the comparison; README.md explains how to set the engines up."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ from benchmarks.peers.prompt import QUESTION, make_prompt, save_checkpoint
 from benchmarks.peers.run import child, run_in_child
 from benchmarks.peers.table import Outcome, show
 
-FILES = ("gguf", "openvino_model")  # fields of a job that are paths
+FILES = ("gguf", "openvino_model")  # the fields of a job that are paths
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Times decoding in rocketkv and its peers, side by side.",
         epilog=f"Engines: {', '.join(ENGINES)}. How to set them up: see benchmarks/peers/README.md.",

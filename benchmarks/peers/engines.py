@@ -1,4 +1,4 @@
-"""The engines, and what each of them is asked to do.
+"""The engines, and the job that each of them does.
 
 This file is imported by interpreters without rocketkv, rich or torch: what an engine needs, its `load` imports.
 """
@@ -6,8 +6,8 @@ This file is imported by interpreters without rocketkv, rich or torch: what an e
 from collections.abc import Callable
 from dataclasses import dataclass
 
-OnToken = Callable[[int], None]  # takes each token as soon as it is known
-Decode = Callable[[OnToken], None]  # reads the prompt and decodes `Job.new_tokens` tokens
+OnToken = Callable[[int], None]  # a function that takes each token as soon as it is known
+Decode = Callable[[OnToken], None]  # a function that reads the prompt and decodes `Job.new_tokens` tokens
 
 
 class SkippedError(Exception):
@@ -16,16 +16,16 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """Says what every engine is asked to do.
+    """The job of every engine.
 
     Attributes:
         prompt: the prompt's token ids.
-        new_tokens: tokens to decode, past the end of the answer too, >= 3.
-        threads: CPU threads.
-        token_budget: what the compressing engines may attend to, in tokens, a multiple of 32.
-        gguf: the model's file.
-        openvino_model: the folder that optimum-cli wrote; None: there is none.
-        patience_s: how long to wait at most, between prefill and decoding, for other processes to leave the machine.
+        new_tokens: the number of tokens to decode, also past the end of the answer, >= 3.
+        threads: the number of CPU threads.
+        token_budget: the tokens that the compressing engines may attend to, a multiple of 32.
+        gguf: the path of the model's GGUF file.
+        openvino_model: the folder that optimum-cli wrote; None if there is none.
+        patience_s: the most seconds to wait, between prefill and decoding, for other processes to become quiet.
     """
 
     prompt: list[int]
@@ -44,8 +44,8 @@ class Engine:
     Attributes:
         family: the family whose interpreter runs the engine (`--python FAMILY=PATH`).
         package: the package whose version is reported.
-        formats: weights / cache, for the reader; `{openvino}` becomes the name of OpenVINO's folder.
-        load: loads the model, untimed, and returns what is timed.
+        formats: the formats of weights and cache, as text; `{openvino}` becomes the name of OpenVINO's folder.
+        load: a function that loads the model, untimed, and returns the function that is timed.
     """
 
     family: str
@@ -55,7 +55,7 @@ class Engine:
 
 
 def llama_cpp(cache_type: str) -> Callable[[Job], Decode]:
-    """llama.cpp with flash attention; `cache_type`: f16, its default, or q8_0."""
+    """Return a loader of llama.cpp with flash attention; `cache_type` is f16, its default, or q8_0."""
 
     def load(job: Job) -> Decode:
         import llama_cpp as lib
@@ -83,7 +83,7 @@ def llama_cpp(cache_type: str) -> Callable[[Job], Decode]:
 
 
 def openvino(evict: bool) -> Callable[[Job], Decode]:
-    """OpenVINO GenAI's continuous batching, with or without cache eviction; the cache has its default format."""
+    """Return a loader of OpenVINO GenAI's continuous batching, with cache eviction or without."""
 
     def load(job: Job) -> Decode:
         import numpy
@@ -94,7 +94,7 @@ def openvino(evict: bool) -> Callable[[Job], Decode]:
             raise SkippedError("give the folder of the exported model with --openvino-model")
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = 1  # GiB, more than the prompt needs
-        scheduler.max_num_batched_tokens = len(job.prompt)  # the prompt in one piece
+        scheduler.max_num_batched_tokens = len(job.prompt)  # this takes the prompt in one piece
         if evict:
             scheduler.use_cache_eviction = True
             scheduler.cache_eviction_config = genai.CacheEvictionConfig(
@@ -124,7 +124,7 @@ def openvino(evict: bool) -> Callable[[Job], Decode]:
 def transformers(
     dtype: str, compressed: bool, *, fast: bool = False, weight_dtype: str | None = None
 ) -> Callable[[Job], Decode]:
-    """`generate` of transformers, with its own DynamicCache or with rocketkv's, the decode step compiled if `fast`."""
+    """Return a loader of `generate` with a DynamicCache or rocketkv's; `fast` compiles the decode step."""
 
     def load(job: Job) -> Decode:
         import torch
@@ -132,7 +132,7 @@ def transformers(
         from transformers.generation.streamers import BaseStreamer
 
         from rocketkv import RocketKVCache, RocketKVConfig, enable
-        from rocketkv.hf.compiled import accelerate
+        from rocketkv.hf.compiled import compile as compile_step
         from rocketkv.hf.models import load as load_model
         from rocketkv.hf.versions import pass_cache
 
@@ -152,7 +152,7 @@ def transformers(
         torch.set_num_threads(job.threads)
         model = load_model(job.gguf, dtype, weight_dtype).model
         pad = model.generation_config.eos_token_id
-        model.generation_config.eos_token_id = None  # go on past the end of the answer
+        model.generation_config.eos_token_id = None  # this decodes past the end of the answer
         prompt = torch.tensor([job.prompt])
 
         def generate(prompt: torch.Tensor, new_tokens: int, on_token: OnToken) -> None:
@@ -171,8 +171,8 @@ def transformers(
                 )
 
         if fast:
-            accelerate(model)
-            generate(prompt[:, :8], 4, lambda token: None)  # compiles: part of loading, as elsewhere
+            compile_step(model)
+            generate(prompt[:, :8], 4, lambda token: None)  # this compiles, which counts as loading, as elsewhere
         return lambda on_token: generate(prompt, job.new_tokens, on_token)
 
     return load

@@ -8,7 +8,7 @@ QUESTION = "Who is the heroine of this story, and what is she like?"
 
 
 def make_prompt(tokenizer: Any, text: str, question: str, num_tokens: int) -> list[int]:
-    """The start of a text and a question about it, in the model's chat form, with exactly `num_tokens` tokens."""
+    """Return a text's start and a question about it in the model's chat form, of exactly `num_tokens` tokens."""
     mark = "\0"
     messages = [{"role": "user", "content": f"{mark}\n\n{question}"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -25,7 +25,7 @@ def save_checkpoint(gguf: Path, folder: Path) -> None:
     from rocketkv.hf.models import load as load_model
 
     model, tokenizer = load_model(str(gguf), "float32")
-    model.hf_quantizer = None  # the weights are plain by now, but transformers thinks that GGUF ones cannot be saved
+    model.hf_quantizer = None  # transformers would refuse to save a GGUF model, although its weights are plain here
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""One run of an engine, in a process of its own, and what is measured there."""
+"""Runs an engine in a process of its own, and measures there."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.peers.engines import ENGINES, Engine, Job, SkippedError
 
-QUIET = 0.03  # share of the machine's CPU time below which other processes count as quiet
+QUIET = 0.03  # the share of CPU time below which other processes count as quiet
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -23,10 +23,10 @@ class Run:
     """One run of an engine.
 
     Attributes:
-        prefill_s: seconds until the first token.
-        token_ms: milliseconds of each token after it.
+        prefill_s: the seconds until the first token.
+        token_ms: the milliseconds of each token after the first.
         tokens: the token ids.
-        others: part of the machine's CPU time that other processes took during decoding, 0 to 1; None: unknown.
+        others: the share of CPU time that other processes took during decoding, 0 to 1; None if it is not known.
         peak_mib: the most memory that the process held, loading included; None: unknown.
         version: the version of the engine's package.
     """
@@ -40,7 +40,7 @@ class Run:
 
 
 def cpu_seconds() -> tuple[float, float] | None:
-    """CPU time used so far by all processes and by this one; None where the system does not tell."""
+    """Return the CPU seconds used so far by all processes and by this one; None where the system does not tell."""
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     except OSError:
@@ -51,11 +51,11 @@ def cpu_seconds() -> tuple[float, float] | None:
 
 
 def others_since(start_s: float, start: tuple[float, float] | None) -> float | None:
-    """The part of the machine's CPU time that other processes have used since a moment.
+    """Return the part of the machine's CPU time that other processes have used since a moment.
 
     Args:
         start_s: the moment, of `time.perf_counter`.
-        start: what `cpu_seconds` said then.
+        start: the result of `cpu_seconds` at that moment.
 
     Returns:
         0 to 1; None: unknown.
@@ -78,7 +78,7 @@ def wait_for_quiet(patience_s: float) -> None:
 
 
 def peak_mib() -> float | None:
-    """The most memory that this process has held; None where the system does not tell."""
+    """Return the most MiB that this process has used at a time; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -90,12 +90,12 @@ def run_engine(engine: Engine, job: Job) -> Run:
     """Run an engine in this process.
 
     Raises:
-        SkippedError: it is not installed, or its files are missing.
+        SkippedError: the engine is not installed, or its files are missing.
     """
     try:
         decode = engine.load(job)
         name = version(engine.package)
-    except ImportError as error:  # of which PackageNotFoundError is one
+    except ImportError as error:  # PackageNotFoundError is an ImportError, too
         reason = f"no package {error}" if isinstance(error, PackageNotFoundError) else str(error)
         raise SkippedError(f"{reason}; in {sys.prefix}, see benchmarks/peers/README.md") from error
     tokens: list[int] = []
@@ -133,7 +133,7 @@ def child(name: str, job_file: Path) -> None:
         result: dict[str, Any] = asdict(run_engine(ENGINES[name], Job(**json.loads(job_file.read_text()))))
     except SkippedError as error:
         result = {"problem": f"skipped: {error}"}
-    except Exception as error:  # an engine's errors are its own; the others still run
+    except Exception as error:  # an engine may raise any error, and the other engines must still run
         result = {"problem": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     job_file.with_suffix(".result").write_text(json.dumps(result))
 
@@ -145,7 +145,7 @@ def run_in_child(name: str, job: Job, python: str, timeout_s: float) -> Run | st
         name: a key of `ENGINES`.
         job: the job to do.
         python: the interpreter.
-        timeout_s: seconds after which it is stopped.
+        timeout_s: the seconds after which the engine is stopped.
 
     Returns:
         The run, or what kept it from running.
@@ -157,7 +157,7 @@ def run_in_child(name: str, job: Job, python: str, timeout_s: float) -> Run | st
             **os.environ,
             "OMP_NUM_THREADS": str(job.threads),
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(REPOSITORY),  # where another interpreter finds this package
+            "PYTHONPATH": str(REPOSITORY),  # the folder where another interpreter finds this package
         }
         try:
             done = subprocess.run(
@@ -173,6 +173,6 @@ def run_in_child(name: str, job: Job, python: str, timeout_s: float) -> Run | st
             return f"failed: took longer than {timeout_s:.0f} s"
         try:
             result = json.loads(job_file.with_suffix(".result").read_text())
-        except FileNotFoundError:  # it crashed
+        except FileNotFoundError:  # the engine crashed
             return f"failed with exit status {done.returncode}: {' '.join(done.stderr.split())[-300:]}"
     return result["problem"] if "problem" in result else Run(**result)

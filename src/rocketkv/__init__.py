@@ -7,13 +7,21 @@ if TYPE_CHECKING:
     from rocketkv.attention import LayerCache
     from rocketkv.budget import Budget
     from rocketkv.config import RocketKVConfig
-    from rocketkv.errors import ConfigError, InputError, RocketKVError, UnknownOptionError, UnsupportedError
+    from rocketkv.errors import (
+        CacheFileError,
+        ConfigError,
+        InputError,
+        RocketKVError,
+        UnknownOptionError,
+        UnsupportedError,
+    )
     from rocketkv.hf import RocketKVCache, compile, disable, enable, uncompile
 
 __version__ = "0.1.0"
 
-_HOMES = {  # resolved on first use, so that `import rocketkv` and the command line's help stay quick
+_HOMES = {  # names are imported on first use, so that `import rocketkv` and the command line's help stay quick
     "Budget": "budget",
+    "CacheFileError": "errors",
     "ConfigError": "errors",
     "InputError": "errors",
     "LayerCache": "attention",
@@ -30,6 +38,7 @@ _HOMES = {  # resolved on first use, so that `import rocketkv` and the command l
 
 __all__ = [
     "Budget",
+    "CacheFileError",
     "ConfigError",
     "InputError",
     "LayerCache",

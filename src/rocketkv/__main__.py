@@ -1,4 +1,4 @@
-"""`python -m rocketkv`."""
+"""The entry point of `python -m rocketkv`."""
 
 from rocketkv.cli import main
 

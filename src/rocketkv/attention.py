@@ -28,31 +28,31 @@ from rocketkv.state import LayerState, Observed
 class LayerCache(LayerState):
     """The KV cache of one attention layer and the attention over it, compressed in two stages.
 
-    RocketKV (arXiv:2502.14051), sections "SnapKV with GQA support", "Hybrid Sparse Attention" and "RocketKV-MT". Rows
-    of a batch may differ in length; each is treated as it would be alone (with `kv_dtype="int8"`: if the model gives
-    it the same keys and values, as it does not where it rounds otherwise in a batch). A call that raises or is
-    interrupted leaves the cache as it was. One thread at a time may use a cache; a second is refused.
+    Source: RocketKV (arXiv:2502.14051), "SnapKV with GQA support", "Hybrid Sparse Attention" and "RocketKV-MT". Rows of
+    a batch may differ in length, and the cache treats each row as if the row were alone. (With `kv_dtype="int8"` that
+    needs a model that gives the row the same keys and values alone and in the batch, without rounding differently.)
+    A call that raises or is interrupted leaves the cache as it was. A second thread that calls meanwhile is refused.
 
     Args:
-        config: how it compresses.
-        keep_queries: last queries of each prefill to keep for `fork`, in `multi_turn` only; 0: none.
+        config: the options of the compression.
+        keep_queries: the number of last queries of each prefill to keep for `fork`, in `multi_turn` only; 0 keeps none.
 
     Attributes:
-        config, keep_queries: as given.
-        eviction: stage 1.
-        selection: stage 2.
-        working: what decode chooses from, with its index and archive; None before the first prefill.
-        plan: how stage 2 spends the budget in each row; None before the first prefill.
-        num_seen: columns seen so far, left padding included.
-        just_prefilled: whether nothing was decoded since the last prefill.
-        num_decoded: tokens decoded since the last prefill.
-        trace: whether each decode step notes what it attends to, for diagnosis; False at first.
-        last_attended: of a traced step, `[B, Hkv, N]` bool, True at the positions of the tokens that were attended to,
-            N the tokens that the longest row has seen; None if the last step was not traced.
-        user: empty, or the thread that uses this cache now.
+        config, keep_queries: the arguments.
+        eviction: the eviction policy, stage 1.
+        selection: the selection method, stage 2.
+        working: the working set with its index and archive; None before the first prefill.
+        plan: the plan that says how stage 2 spends the budget in each row; None before the first prefill.
+        num_seen: the number of columns seen so far, left padding included.
+        just_prefilled: True if nothing was decoded since the last prefill.
+        num_decoded: the number of tokens decoded since the last prefill.
+        trace: True lets each decode step record what it attends to, for diagnosis; the default is False.
+        last_attended: `[B, Hkv, N]` bool, True at the positions that the last step attended to, where N is the number
+            of tokens that the longest row has seen; None if the last step was not traced.
+        user: the thread that is using this cache, or an empty dict.
 
     Raises:
-        ConfigError: config is no `RocketKVConfig`, or keep_queries no whole number from 0 on.
+        ConfigError: config is not a `RocketKVConfig`, or keep_queries is not a whole number >= 0.
     """
 
     @exclusive
@@ -61,23 +61,24 @@ class LayerCache(LayerState):
     ) -> Tensor:
         """Attend a prompt, or the next turn of a conversation, exactly; then compress what decode will read.
 
-        In `multi_turn` a later turn attends to the archive of all tokens and the working set is chosen anew from it; in
-        `single_turn` it attends to what is left and evicts again.
+        In `multi_turn` a later turn attends to the archive, and stage 1 chooses the working set anew from the archive;
+        in `single_turn` a later turn attends to the kept tokens, and stage 1 evicts again.
 
         Args:
             query: `[B, Hq, T, D]` float, after RoPE.
             key: `[B, Hkv, T, D]` in the dtype of `query`, after RoPE; Hkv divides Hq.
             value: like `key`.
-            padding: `[B]` integers, padded columns at the left of each row, 0 to T - 1; None: no padding.
-            scale: factor on the dot products, > 0; None: 1 / sqrt(D).
+            padding: `[B]` integers, 0 to T - 1, the padded columns at the left of each row; None means no padding.
+            scale: the factor on the dot products, > 0; None means 1 / sqrt(D).
 
         Returns:
-            `[B, Hq, T, D]`, zero in padded columns.
+            `[B, Hq, T, D]` in the dtype of `query`, zero in padded columns.
 
         Raises:
-            InputError: shapes, dtypes, devices, padding or scale do not fit, or a policy of your own answers amiss.
-            UnsupportedError: gradients are asked for.
-            ConfigError: more tokens are pinned than attended.
+            InputError: shapes, dtypes, devices, padding or scale do not fit, or an eviction policy of your own returns
+                a mask that does not fit.
+            UnsupportedError: an argument requires gradients.
+            ConfigError: more tokens are pinned than a step attends to, or the budget does not fit the head_dim.
         """
         check_tokens(query, key, value, self.working)
         padding = check_padding(padding, key)
@@ -103,21 +104,21 @@ class LayerCache(LayerState):
 
     @exclusive
     def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attend one new token per row to the best of what is kept, or to all of it where that takes no longer.
+        """Attend one new token per row to the best kept tokens, or to all of them where that takes no longer.
 
         Args:
             query: `[B, Hq, 1, D]` float, after RoPE.
             key: `[B, Hkv, 1, D]` in the dtype of `query`, after RoPE.
             value: like `key`.
-            scale: factor on the dot products, > 0; None: 1 / sqrt(D).
+            scale: the factor on the dot products, > 0; None means 1 / sqrt(D).
 
         Returns:
-            `[B, Hq, 1, D]`.
+            `[B, Hq, 1, D]` in the dtype of `query`.
 
         Raises:
             InputError: shapes, dtypes, devices or scale do not fit, or nothing was prefilled.
-            UnsupportedError: gradients are asked for, or the backend asked for by name does not take this cache.
-            ConfigError: a row outgrew its plan, and more tokens are pinned than attended by the next.
+            UnsupportedError: an argument requires gradients, or the backend named in `config` declines this cache.
+            ConfigError: a row outgrew its plan, and the next plan pins more tokens than a step attends to.
         """
         working, plan = self._prefilled()
         kind = kind_of(query, key, value, scale)
@@ -138,23 +139,23 @@ class LayerCache(LayerState):
 
     @exclusive
     def load_tokens(self, keys: Tensor, values: Tensor, *, num_seen: int, positions: Tensor | None = None) -> None:
-        """Begin with tokens that were computed, and chosen, elsewhere: all of them stay, as after a prefill.
+        """Begin with tokens that were computed, and chosen, elsewhere; the cache keeps all of them, as after a prefill.
 
         Args:
-            keys: `[B, Hkv, N, D]` float, after RoPE; what stage 1 would have kept.
+            keys: `[B, Hkv, N, D]` float, after RoPE; the keys that stage 1 would have kept.
             values: like `keys`.
-            num_seen: tokens that each row has seen, those left out by stage 1 included, N to 2**30.
-            positions: `[N]` or `[B, Hkv, N]` int64 or int32, ascending, less than num_seen, where the tokens stood in
-                their text; None: 0 to N - 1.
+            num_seen: the number of tokens that each row has seen, N to 2**30, evicted tokens included.
+            positions: `[N]` or `[B, Hkv, N]` int64 or int32, ascending, 0 to num_seen - 1, the tokens' positions in
+                their row; None means 0 to N - 1.
 
         Raises:
-            InputError: this cache is not empty, tensors do not fit, num_seen is smaller than N, or larger in a
-                `multi_turn` cache, whose archive has all tokens.
-            UnsupportedError: gradients are asked for.
-            ConfigError: more tokens are pinned than attended.
+            InputError: this cache is not empty, tensors do not fit, num_seen is smaller than N, or num_seen is larger
+                than N in a `multi_turn` cache, whose archive has all tokens.
+            UnsupportedError: an argument requires gradients.
+            ConfigError: more tokens are pinned than a step attends to, or the budget does not fit the head_dim.
         """
         if self.working is not None:
-            raise InputError("this cache holds tokens already; load them into an empty one, or call reset() first.")
+            raise InputError("this cache has tokens already; load the new ones into an empty cache or call reset().")
         is_complete = self.config.mode == "multi_turn"
         seen, positions = check_loaded(keys, values, num_seen, positions, is_complete=is_complete)
         working = self._empty(keys)
@@ -166,22 +167,21 @@ class LayerCache(LayerState):
 
     @exclusive
     def fork(self, config: RocketKVConfig) -> "LayerCache":
-        """A cache with the same past that compresses as `config` says; this one stays as it is.
+        """Return a cache with the same past that compresses as `config` says; this cache stays as it is.
 
-        Right after a prefill whose last queries were kept (`keep_queries`), the fork has run stage 1 with them and is
-        ready to decode: it is, to the bit, a cache that took in all of the past itself, the last prefill as one of its
-        own. Without them it starts from its next prefill on, as the next turn of what it has seen. If this cache stores
-        8 bits, the past is what it has stored.
+        Right after a prefill whose last queries were kept (`keep_queries`), the fork runs stage 1 with them and is
+        ready to decode; the fork then equals, to the bit, a cache that has seen the whole past itself. Without kept
+        queries the fork needs a prefill first, the next turn of what it has seen. If this cache stores 8 bits, the
+        fork begins with the stored, rounded keys and values.
 
         Raises:
-            ConfigError: config is no `RocketKVConfig`, or pins more tokens than it attends to.
-            InputError: this cache is not `multi_turn`, so that there is no archive; too few queries were kept for
-                `config`; a `single_turn` fork has none, or would have evicted at an earlier prefill; or this cache
-                stores 8 bits and `config` does not.
+            ConfigError: config is not a `RocketKVConfig`, or pins more tokens than a step attends to.
+            InputError: this cache is not `multi_turn`; it kept fewer queries than `config` needs; a `single_turn` fork
+                would have evicted at an earlier prefill; or this cache stores 8 bits and `config` does not.
         """
         check_config(config)
         if self.config.mode != "multi_turn":
-            raise InputError("a single_turn cache has evicted what a fork would need; set mode='multi_turn' in it.")
+            raise InputError("a single_turn cache cannot be forked: tokens were evicted; set mode='multi_turn' in it.")
         forked = LayerCache(config, self.keep_queries)
         if self.working is None:
             return forked
@@ -189,31 +189,31 @@ class LayerCache(LayerState):
         stored = self.config.format
         if not stored.is_exact and config.format != stored:
             raise InputError(
-                f"a cache with kv_dtype={stored.name!r} has rounded what a fork without would need; "
-                "set kv_dtype='auto' in it."
+                f"a cache with kv_dtype={stored.name!r} has rounded its keys and values, so a fork with "
+                f"kv_dtype={config.kv_dtype!r} would differ; set kv_dtype='auto' in this cache."
             )
-        past = self.working.draft()  # an archive on the host first takes what was decoded
+        past = self.working.draft()  # a draft, because an archive on the host first takes in the decoded tokens
         working = past.fork(config.format, archived=config.mode == "multi_turn", on_host=config.archive_on_host)
         if observed is None and working.archive is None:
             raise InputError(
-                "a single_turn fork needs the last queries of a prefill; make the cache with keep_queries and fork it "
-                "before anything is decoded."
+                "a single_turn fork needs the last queries of a prefill; make this cache with keep_queries and fork "
+                "the cache before anything is decoded."
             )
         if observed is None:
             forked.working, forked.num_seen = working, self.num_seen
             return forked
         if config.window_size > self.keep_queries:
             raise InputError(
-                f"window_size={config.window_size} is more than the keep_queries={self.keep_queries} of the cache; "
-                "make it with as many."
+                f"window_size={config.window_size} is more than the keep_queries={self.keep_queries} of this cache; "
+                f"make the cache with keep_queries={config.window_size}, or lower window_size."
             )
         query, num_queries, scale, is_first = observed
-        sees_stored = working.archive is not None and not is_first  # as a later turn of its own would
+        sees_stored = working.archive is not None and not is_first  # a later turn sees what the fork has stored
         tokens = (working if sees_stored else past).every_token()
         mask = forked._evict(working, query, tokens.fields["keys"], tokens.lengths, num_queries, scale)
         if mask is not None and working.archive is None and not is_first:
             raise InputError(
-                "a single_turn fork would have evicted at an earlier prefill already; fork it after the first one."
+                "a single_turn fork would have evicted at an earlier prefill already; fork after the first prefill."
             )
         working.keep(tokens, mask, config.new_tokens)
         observed = None if working.archive is None else observed
@@ -221,7 +221,7 @@ class LayerCache(LayerState):
         return forked
 
     def _empty(self, key: Tensor) -> WorkingSet:
-        """A working set without tokens yet, for keys like `key`."""
+        """Return a working set without tokens, for keys like `key`."""
         is_archived = self.config.mode == "multi_turn"
         return WorkingSet(key, self.config.format, archived=is_archived, on_host=self.config.archive_on_host)
 
@@ -234,7 +234,7 @@ class LayerCache(LayerState):
         num_queries: Tensor,
         scale: float,
     ) -> Tensor | None:
-        """Stage 1: mark what stays, `[B, Hkv, S]` bool; None if every row may keep all it has."""
+        """Run stage 1: return `[B, Hkv, S]` bool, True for the kept tokens; None if every row may keep all of its."""
         kept = self._planner(working).keep(working.row_seen)
         num_tokens = torch.tensor(kept, device=keys.device)
         if not bool((lengths > num_tokens[:, None]).any()):
@@ -245,5 +245,5 @@ class LayerCache(LayerState):
         return None if mask is None else check_kept(mask, self.eviction, keys, lengths)
 
     def _plan(self, working: WorkingSet) -> SelectionPlan:
-        """Plan how decode spends the budget on what stage 1 has left, and make ready for it."""
+        """Plan how decode spends the budget on the kept tokens, and prepare the room and index that decode needs."""
         return self._decoder.prepare(working, self._planner(working).prefilled(working.row_seen, working.lengths))

@@ -1,4 +1,4 @@
-"""One knob, the token budget, and what it is spent on. Pure integers, no torch; `paper.py` has the published split."""
+"""The token budget and what it buys, in whole numbers without torch; `paper.py` has the published formulas."""
 
 from numbers import Integral
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from rocketkv.errors import ConfigError
 
 
 class Split(NamedTuple):
-    """What a decode step reads: `num_channels` of head_dim for each page of `page_size` tokens, then `top_k` tokens."""
+    """What a decode step reads: `num_channels` channels of each page of `page_size` tokens, then `top_k` tokens."""
 
     page_size: int
     num_channels: int
@@ -18,10 +18,10 @@ class Budget(NamedTuple):
     """How one row spends its token budget.
 
     Attributes:
-        kept_tokens: prompt tokens that stage 1 keeps, the observation window included.
-        page_size: consecutive kept tokens that share one entry of the stage-2 index.
-        num_channels: channels of head_dim read from each page's entry.
-        top_k: tokens attended exactly in a decode step; a row that holds no more is attended densely.
+        kept_tokens: the number of prompt tokens that stage 1 keeps, the observation window included.
+        page_size: the number of consecutive kept tokens that share one entry of the index.
+        num_channels: the number of channels, 1 to head_dim, that a step reads of each page's entry.
+        top_k: the number of tokens that a step attends to exactly; a row with no more kept tokens is attended densely.
     """
 
     kept_tokens: int
@@ -31,10 +31,10 @@ class Budget(NamedTuple):
 
 
 def check_count(name: str, value: object, least: int) -> int:
-    """The whole number `value`, of whatever type, `least` or more.
+    """Return `value`, an integer of any type, as an int.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: `value` is no integer, or is below `least`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ConfigError(f"{name}={value!r} is not a whole number; give {least} or more.")
@@ -44,13 +44,13 @@ def check_count(name: str, value: object, least: int) -> int:
 
 
 def prompt_share(kept: int, seq_len: int, new_tokens: int) -> int:
-    """Prompt tokens among `kept` tokens, if `new_tokens` tokens that are still to come count as kept.
+    """Return how many of `kept` tokens are prompt tokens, if the `new_tokens` tokens to come count as kept.
 
-    As many prompt tokens as new ones are kept at least, or all `seq_len` of them.
+    The result is at least `new_tokens`, or all `seq_len` prompt tokens if they are fewer.
     """
     return max(kept, min(2 * new_tokens, seq_len + new_tokens)) - new_tokens
 
 
 def dense_split(token_budget: int, head_dim: int) -> Split:
-    """The split of a row that fits in the budget: all of it is attended, nothing is scored."""
+    """Return the split of a row that fits in the budget: a step attends to all tokens and scores none."""
     return Split(1, head_dim, token_budget)

@@ -1,4 +1,4 @@
-"""The working set: what decode chooses from, and the archive behind it. Storage only; the file knows no model."""
+"""The working set, from which decode chooses, and the archive behind it. The file only stores; it knows no model."""
 
 from copy import copy
 
@@ -12,29 +12,29 @@ from rocketkv.ragged import RaggedTokens, align_left
 
 
 class WorkingSet:
-    """What decode chooses from: the prompt tokens kept by stage 1 and the tokens since.
+    """The tokens that decode chooses from: the prompt tokens kept by stage 1 and the tokens decoded since.
 
-    Single-turn: a compact copy of keys, values and positions. Multi-turn: positions only, pointing into the archive;
-    or, with the archive on the host, a copy again, from which the archive takes what was decoded when the next turn
-    begins.
+    In `single_turn` the working set is a compact copy of keys, values and positions. In `multi_turn` the working set
+    stores positions only, which point into the archive. With the archive on the host, the working set is a copy again,
+    and the archive takes in the decoded tokens when the next turn begins.
 
     Attributes:
-        format: how keys and values are stored.
-        tokens: the fields of the format and `positions` (`[B, Hkv, N]` int32); pointing into the archive, `positions`
-            alone.
-        like: no tokens, `[B, Hkv, 0, D]`, with the shape, dtype and device of the keys that come.
-        is_whole: whether nothing was left out by the last `keep`.
-        archive: every token seen, the fields of the format, on the host if so asked; None in single-turn.
-        num_pending: tokens decoded that an archive on the host does not have yet, the last ones of every row.
-        index: what the selection method keeps beside the keys; None where nothing is to be selected.
-        seen: `[B]` int64, tokens seen by each row, padding left out.
-        head_dim: channels of a key, D.
-        key_bytes: bytes of one key in one KV head, as it comes.
-        token_bytes: bytes of one token's key and value in one KV head, as stored.
+        format: the format in which keys and values are stored.
+        tokens: the fields of the format and `positions` (`[B, Hkv, N]` int32), or `positions` alone where they point
+            into the archive.
+        like: an empty tensor `[B, Hkv, 0, D]` with the shape, dtype and device of incoming keys.
+        is_whole: True if the last `keep` left nothing out.
+        archive: the fields of every token seen, on the host if so configured; None in `single_turn`.
+        num_pending: the number of last tokens of every row that an archive on the host does not have yet.
+        index: the selection method's index of the keys; None while nothing is to be selected.
+        seen: `[B]` int64, the number of tokens seen by each row, padding left out.
+        head_dim: the number of channels of a key, D.
+        key_bytes: the bytes of one incoming key in one KV head.
+        token_bytes: the bytes of one token's stored key and value in one KV head.
     """
 
     def __init__(self, key: Tensor, format: Format, *, archived: bool, on_host: bool = False) -> None:
-        """Start empty, in the batch, heads, head_dim and dtype of `key` (`[B, Hkv, T, D]`)."""
+        """Start without tokens, with the batch, heads, head_dim and dtype of `key` (`[B, Hkv, T, D]`)."""
         self.format = format
         self.like = key[:, :, :0].clone()
         stored = format.store(self.like, self.like)
@@ -53,7 +53,7 @@ class WorkingSet:
 
     @property
     def lengths(self) -> Tensor:
-        """`[B, Hkv]` int64, tokens in each row's working set."""
+        """The number of tokens in each row's working set, `[B, Hkv]` int64."""
         return self.tokens.lengths
 
     @property
@@ -63,17 +63,17 @@ class WorkingSet:
 
     @property
     def row_seen(self) -> list[int]:
-        """Tokens seen by each row, padding left out, on the host."""
+        """The number of tokens seen by each row, padding left out, as numbers on the host."""
         return [int(n) for n in self.seen.tolist()]
 
     @property
     def source(self) -> RaggedTokens | None:
-        """The archive, if the tokens to choose from lie there; None if they are stored side by side in `tokens`."""
+        """The archive if `tokens` has positions only, which point into it; None if `tokens` has keys and values."""
         return self.archive if "keys" not in self.tokens.fields else None
 
     @property
     def room(self) -> int:
-        """Tokens that every row can still take in without any buffer growing."""
+        """The number of tokens that every row can still take in before a buffer must grow."""
         rooms = [part.room for part in (self.tokens, self.source) if part is not None]
         if self.index is not None:
             rooms.append(self.index.capacity - self.max_length)
@@ -81,19 +81,19 @@ class WorkingSet:
 
     @property
     def positions(self) -> Tensor:
-        """`[B, Hkv, max_length]` int64, each token's position in its row; undefined beyond the lengths."""
+        """The position of each token in its row, `[B, Hkv, max_length]` int64; undefined beyond the lengths."""
         return self.tokens.views()["positions"].long()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated for keys, values, positions, archive and index, spare capacity included."""
+        """The bytes allocated for keys, values, positions, archive and index, spare capacity included."""
         return sum(part.num_bytes for part in (self.tokens, self.archive, self.index) if part is not None)
 
     def draft(self) -> "WorkingSet":
-        """The same state, to go on from without a change to this one, which stays good as long as nothing comes of it.
+        """Return a working set in the same state that can be changed without a change to this one.
 
-        Both share their buffers, to which a draft writes beyond this one's lengths; but an index takes in tokens where
-        it has others, so this one's is to be dropped once the draft has appended to it.
+        Both share their buffers, and the draft writes beyond the lengths of this working set. An index, however, takes
+        in tokens in place, so the caller must drop this working set's index once the draft has appended to the index.
         """
         draft = copy(self)
         draft.tokens, draft.index = self.tokens.draft(), copy(self.index)
@@ -101,7 +101,7 @@ class WorkingSet:
         return draft
 
     def become(self, draft: "WorkingSet") -> None:
-        """Take over the state of a draft of this one."""
+        """Take over the state of a draft of this working set."""
         vars(self).update(vars(draft))
 
     def append_prompt(self, key: Tensor, value: Tensor, padding: Tensor | None) -> RaggedTokens:
@@ -110,11 +110,12 @@ class WorkingSet:
         Args:
             key: `[B, Hkv, T, D]` float.
             value: like `key`.
-            padding: `[B]` int64, padded columns at the left of each row.
+            padding: `[B]` int64, the padded columns at the left of each row; None means no padding.
 
         Returns:
-            All that the turn may see, fields `keys, values, positions`: the archive, or what is left and what is new. A
-            first prompt sees itself as it comes, later turns see what is stored.
+            The tokens that the turn attends to, as the fields `keys, values, positions`: the archive in `multi_turn`,
+            the kept and the new tokens in `single_turn`. A first prompt attends to its keys and values as they come;
+            later turns attend to what is stored.
         """
         num_new = key.shape[2]
         counts = None if padding is None else num_new - padding
@@ -132,13 +133,13 @@ class WorkingSet:
             self.tokens.append(self.format.store(keys, values) | positions, counts)
             return self._loaded(self.tokens)
         new = {"keys": keys, "values": values} | positions
-        tokens = RaggedTokens(new, self.lengths + num_new, num_new, False)  # no copy: most of it is about to go
+        tokens = RaggedTokens(new, self.lengths + num_new, num_new, False)  # not copied: stage 1 is about to evict most
         if padding is not None:
             tokens.set_lengths(tokens.lengths - padding[:, None])
         return tokens
 
     def keep(self, tokens: RaggedTokens, mask: Tensor | None, new_tokens: int) -> None:
-        """Let the working set be the `tokens` seen by a turn where `mask` (`[B, Hkv, S]` bool; None: all) is True."""
+        """Make the working set those `tokens` of a turn where `mask` (`[B, Hkv, S]` bool; None keeps all) is True."""
         if self.source is not None:
             positions = {"positions": tokens.fields["positions"]}
             tokens = RaggedTokens(positions, tokens.lengths, tokens.max_length, tokens.is_ragged)
@@ -150,7 +151,7 @@ class WorkingSet:
         self.index = None
 
     def every_token(self) -> RaggedTokens:
-        """All that was ever seen, fields `keys, values, positions`; there must be an archive."""
+        """Return every token seen, as the fields `keys, values, positions`; there must be an archive."""
         assert self.archive is not None
         self._archive_decoded()
         every = torch.arange(self.archive.max_length, dtype=torch.int32, device=self.seen.device)
@@ -160,9 +161,9 @@ class WorkingSet:
         return self._loaded(RaggedTokens(fields, lengths, self.archive.max_length, self.archive.is_ragged))
 
     def fork(self, format: Format, *, archived: bool, on_host: bool = False) -> "WorkingSet":
-        """The same past, with a copy of the archive if `archived`, and nothing to choose from until `keep`.
+        """Return a working set with the same past, a copy of the archive if `archived`, and no tokens until `keep`.
 
-        Tokens in this format or another exact one can be stored in any format.
+        `format` must be this working set's format, unless this one's is exact.
         """
         assert self.archive is not None
         assert self.format.is_exact or format == self.format
@@ -177,10 +178,10 @@ class WorkingSet:
         return forked
 
     def mark(self, ranks: Tensor) -> Tensor:
-        """Where the tokens of these ranks stand: `[B, Hkv, N]` bool, N the tokens that the longest row has seen.
+        """Return a mask over positions, `[B, Hkv, N]` bool; N is the number of tokens that the longest row has seen.
 
         Args:
-            ranks: `[B, Hkv, K]` integers, the first one within the lengths; -1: none.
+            ranks: `[B, Hkv, K]` integers, the ranks to mark; -1 marks nothing; the first must be within the lengths.
         """
         ranks = ranks.long()
         ranks = ranks.where(ranks >= 0, ranks[..., :1])
@@ -188,7 +189,7 @@ class WorkingSet:
         return mask.scatter_(2, take_tokens(self.positions, ranks), True)
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Add one token per row to working set, index and archive: `key`, `value` `[B, Hkv, 1, D]`."""
+        """Add one token per row, `key` and `value` `[B, Hkv, 1, D]`, to the working set, its index and its archive."""
         positions = self._next_positions(1, key)
         self.seen = self.seen + 1
         stored = self.format.store(key, value)
@@ -202,7 +203,7 @@ class WorkingSet:
         self.num_pending += 1
 
     def reserve(self) -> None:
-        """Make room for one more token in every row, and some after it."""
+        """Make room for at least one more token in every row."""
         for part in (self.tokens, self.source):
             if part is not None:
                 part.reserve(1)
@@ -210,15 +211,15 @@ class WorkingSet:
             self.index.reserve(self.max_length + 1)
 
     def count_appended(self) -> None:
-        """Note on the host that one token per row was added to the buffers and their lengths by someone else."""
+        """Advance the host-side lengths by one after a backend has appended a token to the buffers itself."""
         for part in (self.tokens, self.source):
             if part is not None:
                 part.max_length += 1
         self.num_pending += 1
 
     def take_back(self, num_held: int, num_pending: int) -> None:
-        """Forget a token that someone else's step, which broke off, has added or not: `max_length` was `num_held`."""
-        excess = int(self.lengths.max()) - num_held  # the buffers tell, whatever was noted on the host
+        """Go back to `max_length` = `num_held`, whether or not a backend's step appended a token before it failed."""
+        excess = int(self.lengths.max()) - num_held  # the lengths on the device are right, whatever the host counted
         for part in (self.tokens, self.source):
             if part is not None:
                 part.lengths = part.lengths - excess
@@ -228,7 +229,7 @@ class WorkingSet:
         self.index = None
 
     def truncate(self, counts: Tensor) -> None:
-        """Forget all but the first `counts` (`[B]` int64) tokens of every row; nothing to choose from until `keep`.
+        """Forget all but the first `counts` (`[B]` int64) tokens seen by every row; no token is kept until `keep`.
 
         There must be an archive.
         """
@@ -241,43 +242,43 @@ class WorkingSet:
         self.index = None
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the working set, each `[B, Hkv, max_length, D]`; a copy if chosen or stored in 8 bits."""
+        """Return keys and values of the working set, each `[B, Hkv, max_length, D]` in the dtype of incoming keys."""
         if self.source is None:
             return self.format.load(self.tokens.views(), self.like.dtype)
         stored = self.source.views()
         if not self.is_whole:
-            slots = self.positions.clamp(0, self.source.max_length - 1)  # beyond the lengths anything may stand
+            slots = self.positions.clamp(0, self.source.max_length - 1)  # positions beyond the lengths are undefined
             stored = {name: take_tokens(x, slots) for name, x in stored.items()}
         return self.format.load(stored, self.like.dtype)
 
     def locate(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the chosen tokens lie.
+        """Find the keys and values of the chosen tokens.
 
         Args:
-            chosen: `[B, Hkv, K]` int64, ranks in the working set, within the lengths.
+            chosen: `[B, Hkv, K]` int64, ranks of tokens in the working set, within the lengths.
 
         Returns:
-            Keys and values, each `[B, Hkv, S, D]`, all that are stored or those chosen; and the slots `[B, Hkv, K]` of
-            the chosen tokens in them.
+            Keys and values, each `[B, Hkv, S, D]`, of all stored tokens or of the chosen ones only; and the slots
+            `[B, Hkv, K]` int64 of the chosen tokens in them.
         """
         slots = chosen if self.source is None else take_tokens(self.tokens.views()["positions"], chosen).long()
         part = self.tokens if self.source is None else self.source
         stored = part.views()
-        if not self.format.is_exact:  # what is not chosen need not be loaded
+        if not self.format.is_exact:  # only the chosen tokens are worth dequantizing
             slots = slots.clamp(0, part.max_length - 1)
             stored = {name: take_tokens(x, slots) for name, x in stored.items()}
             slots = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
         return *self.format.load(stored, self.like.dtype), slots
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
+        """Replace the batch by its rows `rows` (`[B']` int64); a row may be repeated or left out."""
         self.seen, self.like = (x.index_select(0, rows) for x in (self.seen, self.like))
         for part in (self.tokens, self.archive, self.index):
             if part is not None:
                 part.select_rows(rows)
 
     def _archive_decoded(self) -> None:
-        """Let the archive have what was decoded since the last turn, if it does not yet."""
+        """Append the pending decoded tokens to an archive on the host."""
         if self.archive is not None and self.source is None and self.num_pending > 0:
             last = torch.arange(-self.num_pending, 0, device=self.lengths.device)
             slots = self.lengths[..., None] + last
@@ -286,13 +287,13 @@ class WorkingSet:
         self.num_pending = 0
 
     def _loaded(self, tokens: RaggedTokens) -> RaggedTokens:
-        """Stored tokens with their positions, as the fields `keys, values, positions`."""
+        """Return stored tokens and their positions as the fields `keys, values, positions`."""
         views = tokens.views()
         keys, values = self.format.load(views, self.like.dtype)
         fields = {"keys": keys, "values": values, "positions": views["positions"]}
         return RaggedTokens(fields, tokens.lengths, tokens.max_length, tokens.is_ragged)
 
     def _next_positions(self, num_new: int, key: Tensor) -> Fields:
-        """The field `positions`, `[B, Hkv, num_new]` int32, of the tokens that come next."""
+        """Return the field `positions`, `[B, Hkv, num_new]` int32, of the tokens that come next."""
         positions = self.seen[:, None].int() + torch.arange(num_new, dtype=torch.int32, device=key.device)
         return {"positions": positions[:, None].expand(-1, key.shape[1], -1)}

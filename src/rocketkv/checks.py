@@ -1,4 +1,4 @@
-"""What `LayerCache` refuses: tensors and numbers that do not fit, before anything changes, and a second thread."""
+"""The checks of `LayerCache`, which run before anything changes: tensors, numbers, and one thread at a time."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -14,16 +14,16 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError, InputError, UnsupportedError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_SEEN = 1 << 30  # tokens: positions are stored in 32 bits, and a row goes on
+MOST_SEEN = 1 << 30  # tokens; positions are stored in 32 bits, which leaves as many for the tokens to come
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FLOAT32 = torch.finfo(torch.float32)
 
 
 class OneAtATime(Protocol):
-    """An object whose `exclusive` methods one thread runs at a time.
+    """An object whose `exclusive` methods only one thread may run at a time.
 
     Attributes:
-        user: empty, or the thread that runs such a method.
+        user: the thread that is running such a method, or an empty dict.
     """
 
     user: dict[str, int]
@@ -35,15 +35,16 @@ Result = TypeVar("Result")
 
 
 def exclusive(method: Callable[Concatenate[Self, Args], Result]) -> Callable[Concatenate[Self, Args], Result]:
-    """Let `method` raise an InputError where another thread is inside an exclusive method of the same object.
+    """Make `method` raise an InputError while another thread is inside an exclusive method of the same object.
 
-    A call that an interrupt ends without this noticing leaves the object to its thread, whose next call frees it.
+    If an interrupt ends a call before `user` is cleared, the object stays reserved for that call's thread, and the next
+    call of that thread frees the object.
     """
 
     @wraps(method)
     def alone(self: Self, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
         thread = get_ident()
-        if self.user.setdefault("thread", thread) != thread:  # one step for the interpreter: a lock that costs little
+        if self.user.setdefault("thread", thread) != thread:  # setdefault is atomic and cheaper than a lock
             raise InputError(
                 f"{method.__name__}: another thread is using this cache; use a cache in one thread at a time, "
                 "or give each thread its copy()."
@@ -57,7 +58,7 @@ def exclusive(method: Callable[Concatenate[Self, Args], Result]) -> Callable[Con
 
 
 def kind_of(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[object, ...]:
-    """All that `check_tokens` and `check_scale` look at but for gradients: what passed once passes again."""
+    """Return all that `check_tokens` and `check_scale` look at, except gradients; equal kinds need one check only."""
     if scale is not None and type(scale) is not float:
         scale = check_scale(scale, 1)
     try:
@@ -77,26 +78,26 @@ def kind_of(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> t
             value.layout,
         )
     except AttributeError:
-        return ()  # these are no tensors: check_tokens will say so
+        return ()  # an argument is no tensor; check_tokens will raise
 
 
 def check_config(config: object) -> RocketKVConfig:
-    """Refuse what is no configuration."""
+    """Return `config`; raise a ConfigError if it is not a `RocketKVConfig`."""
     if not isinstance(config, RocketKVConfig):
         raise ConfigError(f"{config!r} is no RocketKVConfig; give RocketKVConfig(token_budget=...).")
     return config
 
 
 def check_tokens(query: Tensor, key: Tensor, value: Tensor, held: WorkingSet | None) -> None:
-    """Refuse new tokens that do not fit together or with those that are `held`; see `LayerCache.prefill`."""
+    """Raise an error if new tokens do not fit together or do not fit those in `held`; see `LayerCache.prefill`."""
     _check_tensors(query=query, key=key, value=value)
     shapes = _shapes(query=query, key=key, value=value)
     if query.dim() != 4 or key.dim() != 4 or query.shape[0::2] != key.shape[0::2] or query.shape[3] != key.shape[3]:
-        raise InputError(f"{shapes} do not fit; give [B, Hq, T, D] and twice [B, Hkv, T, D].")
+        raise InputError(f"{shapes} do not fit; give query [B, Hq, T, D], and key and value [B, Hkv, T, D].")
     if key.shape != value.shape:
-        raise InputError(f"{shapes}: key and value differ; attention with other value widths is not supported.")
+        raise InputError(f"{shapes}: key and value differ; give both in one shape, as other value widths do not work.")
     if 0 in query.shape or 0 in key.shape or query.shape[1] % key.shape[1]:
-        raise InputError(f"{shapes}: Hq must be a multiple of Hkv and nothing may be empty.")
+        raise InputError(f"{shapes} do not fit; give Hq as a multiple of Hkv, and no dimension of size 0.")
     _check_numbers(query=query, key=key, value=value)
     if held is None:
         return
@@ -119,7 +120,7 @@ def check_tokens(query: Tensor, key: Tensor, value: Tensor, held: WorkingSet | N
 
 
 def check_scale(scale: object, head_dim: int) -> float:
-    """The factor on the dot products, 1 / sqrt(head_dim) if None; refuse what is no positive number of float32."""
+    """Return the factor on the dot products, 1 / sqrt(head_dim) for None; refuse all but positive float32 numbers."""
     if scale is None:
         return float(head_dim**-0.5)
     if not isinstance(scale, Real) or isinstance(scale, bool) or not _FLOAT32.tiny <= float(scale) <= _FLOAT32.max:
@@ -128,14 +129,14 @@ def check_scale(scale: object, head_dim: int) -> float:
 
 
 def check_padding(padding: object, key: Tensor) -> Tensor | None:
-    """Padded columns of each row of `key` as `[B]` int64 on its device, None if there are none; refuse others."""
+    """Return the padded columns of each row of `key`, `[B]` int64 on its device, or None if no column is padded."""
     if padding is None:
         return None
     batch, width = key.shape[0], key.shape[2]
     try:
         given = torch.as_tensor(padding)
         counts = given.tolist() if given.dtype in _INTEGERS else None
-    except (TypeError, ValueError, RuntimeError):  # what tensors are not made of, or one without numbers
+    except (TypeError, ValueError, RuntimeError):  # no tensor can be made of it, or the tensor has no numbers
         counts = None
     if counts is None or given.shape != (batch,) or not all(0 <= count < width for count in counts):
         raise InputError(
@@ -146,7 +147,7 @@ def check_padding(padding: object, key: Tensor) -> Tensor | None:
 
 
 def check_rows(rows: object, batch: int) -> list[int]:
-    """Numbers of rows of a batch; refuse others."""
+    """Return `rows` as a list; raise an InputError if they are no row numbers of a batch of `batch` rows."""
     if (
         not isinstance(rows, Tensor)
         or rows.dtype not in (torch.int64, torch.int32)
@@ -155,7 +156,7 @@ def check_rows(rows: object, batch: int) -> list[int]:
         or rows.dim() != 1
         or rows.shape[0] == 0
     ):
-        raise InputError(f"rows={_describe(rows)} are no numbers of rows; give a tensor like torch.tensor([0]).")
+        raise InputError(f"rows={_describe(rows)} are no row numbers; give a tensor like torch.tensor([0]).")
     chosen = [int(row) for row in rows.tolist()]
     if not all(0 <= row < batch for row in chosen):
         raise InputError(f"rows={chosen} are not all in the batch; give numbers from 0 to {batch - 1}.")
@@ -165,14 +166,15 @@ def check_rows(rows: object, batch: int) -> list[int]:
 def check_loaded(
     keys: Tensor, values: Tensor, num_seen: object, positions: object, *, is_complete: bool
 ) -> tuple[int, Tensor]:
-    """What `LayerCache.load_tokens` is given: num_seen, and positions as `[B, Hkv, N]` int32 on the device of the keys.
+    """Check the arguments of `LayerCache.load_tokens`.
 
-    With `is_complete` no token may be left out.
+    Return `num_seen`, and the positions as `[B, Hkv, N]` int32 on the device of the keys. With `is_complete` the N
+    tokens must be all that were seen.
     """
     _check_tensors(keys=keys, values=values)
     shapes = _shapes(keys=keys, values=values)
     if keys.dim() != 4 or keys.shape != values.shape or 0 in keys.shape:
-        raise InputError(f"{shapes} cannot be loaded; give twice [B, Hkv, N, D], nothing empty.")
+        raise InputError(f"{shapes} cannot be loaded; give both as [B, Hkv, N, D], and no dimension of size 0.")
     _check_numbers(keys=keys, values=values)
     num_tokens = keys.shape[2]
     if not isinstance(num_seen, Integral) or isinstance(num_seen, bool):
@@ -180,12 +182,12 @@ def check_loaded(
     seen = int(num_seen)
     if not num_tokens <= seen <= MOST_SEEN:
         raise InputError(
-            f"{num_tokens} tokens of {seen} seen cannot be loaded; give at most num_seen, {MOST_SEEN} at most."
+            f"num_seen={seen} does not fit {num_tokens} tokens; give a number from {num_tokens} to {MOST_SEEN}."
         )
     if is_complete and seen > num_tokens:
         raise InputError(
-            f"a multi_turn cache keeps every token, so {num_tokens} of {seen} seen cannot be loaded; "
-            "give all of them, or set mode='single_turn'."
+            f"a multi_turn cache keeps every token, so {num_tokens} of {seen} seen tokens cannot be loaded; "
+            "give all seen tokens, or set mode='single_turn'."
         )
     shape = keys.shape[:3]
     if positions is None:
@@ -202,12 +204,12 @@ def check_loaded(
         )
     ascends = bool((positions.diff(dim=-1) > 0).all())
     if not ascends or int(positions.min()) < 0 or int(positions.max()) >= seen:
-        raise InputError(f"positions do not ascend from 0 or more to less than num_seen={seen}; give those that do.")
+        raise InputError(f"positions do not ascend within 0 to {seen - 1}; give ascending ones below num_seen={seen}.")
     return seen, positions.to(keys.device, torch.int32).expand(shape)
 
 
 def check_kept(mask: object, policy: object, keys: Tensor, lengths: Tensor) -> Tensor:
-    """The mask of tokens that stay, `[B, Hkv, S]` bool, False beyond the lengths; refuse what a policy must not say."""
+    """Return an eviction's mask, `[B, Hkv, S]` bool, made False beyond the lengths; refuse a mask that does not fit."""
     name, shape = type(policy).__name__, list(keys.shape[:3])
     if (
         not isinstance(mask, Tensor)
@@ -221,12 +223,12 @@ def check_kept(mask: object, policy: object, keys: Tensor, lengths: Tensor) -> T
         )
     mask = mask & (torch.arange(keys.shape[2], device=keys.device) < lengths[..., None])
     if not bool(mask.any(2).all()):
-        raise InputError(f"{name}.keep left a row without tokens; keep one at least.")
+        raise InputError(f"{name}.keep left a row without tokens; keep at least one token of each row and head.")
     return mask
 
 
 def check_logits(logits: object, method: object, grouped: Tensor, num_tokens: int) -> Tensor:
-    """The logits of a method of somebody's own, `[B, Hkv, G, num_tokens]` float; `grouped`: `[B, Hkv, G, D]`."""
+    """Return a method's logits, `[B, Hkv, G, num_tokens]` float for queries `grouped` `[B, Hkv, G, D]`, if they fit."""
     shape = [*grouped.shape[:3], num_tokens]
     if (
         not isinstance(logits, Tensor)
@@ -248,18 +250,18 @@ def _check_tensors(**tensors: Any) -> None:
 
 
 def _check_numbers(**tensors: Tensor) -> None:
-    """Refuse tensors that differ in dtype or device, or are of a kind that a cache cannot hold."""
+    """Refuse tensors that differ in dtype or device, or whose dtype, device or layout a cache cannot store."""
     dtypes, devices = ({getattr(x, kind) for x in tensors.values()} for kind in ("dtype", "device"))
     dtype, device = next(iter(dtypes)), next(iter(devices))
     if len(dtypes) > 1 or dtype not in DTYPES:
         described = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise InputError(f"{described} differ or are not taken; give one floating-point dtype, of {known}.")
+        raise InputError(f"{described} differ or are not supported; give one dtype for all, of {known}.")
     if len(devices) > 1 or device.type == "meta":
         described = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
-        raise InputError(f"{described}: give tensors on one device, which has numbers.")
+        raise InputError(f"{described} do not fit; give all tensors on one device, and not on meta.")
     if any(x.layout != torch.strided for x in tensors.values()):
-        raise InputError(f"{', '.join(tensors)} are not all strided; give dense tensors.")
+        raise InputError(f"{', '.join(tensors)} are not all dense; give strided tensors.")
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         raise UnsupportedError("a compressed cache has no gradients; run under torch.inference_mode().")
 

@@ -1,4 +1,4 @@
-"""The command line. Thin: it puts the commands together; help imports neither torch nor transformers."""
+"""The command line, put together from the commands; its help imports neither torch nor transformers."""
 
 import io
 import os
@@ -56,7 +56,7 @@ for _group, _commands in (
 
 def main() -> None:
     """Run the command line."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before any library imports tqdm: our own bars are enough
+    os.environ.setdefault("TQDM_DISABLE", "1")  # set before any library imports tqdm, because we show our own bars
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -67,10 +67,10 @@ def main() -> None:
         try:
             app()
         finally:
-            sys.stdout.flush()  # now, where an error can still be told
+            sys.stdout.flush()  # flush here, where an error can still be reported
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python flushes when it ends
-        if isinstance(error, BrokenPipeError):  # who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as `head` does
             sys.exit(1)
         print_error(explain(error))
         sys.exit(2)

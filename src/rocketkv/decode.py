@@ -1,9 +1,9 @@
 """One decode step of a layer: append -> score the kept tokens cheaply -> choose the best -> attend to those exactly.
 
-`ReferenceStep` is the step in plain torch: any selection method, format, device and dtype can take it, and every
+`ReferenceStep` is the step in plain torch: it runs with every selection method, format, device and dtype, and every
 backend is compared with it. A backend's step does the same in one call (`backends`). `Decoder` decides which of them
-decodes and for how many tokens that decision holds: until a buffer has to grow or the plan to change, nothing but the
-step itself runs.
+decodes and for how many tokens the decision holds: until a buffer must grow or the plan must change, only the step
+itself runs.
 """
 
 import torch
@@ -27,9 +27,9 @@ class ReferenceStep:
         self._working, self._plan, self._selection, self._scale = working, plan, selection, scale
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, int]:
-        """Take in one token per row and attend; see `Step`."""
+        """Append one token per row and attend; see `Step`."""
         plan, working = self._plan, self._working.draft()
-        self._working.index = None  # should the step break off, the index may hold a token that is no more
+        self._working.index = None  # if the step fails, the index may have a token that the working set has not
         working.append(key, value)
         lengths, logits = working.lengths, None
         if working.max_length > plan.dense_length:
@@ -58,7 +58,7 @@ class ReferenceStep:
         return output, read_bytes
 
     def _count_read_bytes(self, working: WorkingSet) -> int:
-        """Bytes of a selecting step; a row that is attended in full needs no scores."""
+        """Return the bytes that the step reads; a row that is attended in full needs no scores."""
         plan, lengths = self._plan, working.lengths
         selects = lengths > plan.dense_lengths[:, None]
         sizes = (plan.page_size[:, None], plan.num_channels[:, None])
@@ -75,26 +75,26 @@ class Decoder:
         self.forget()
 
     def forget(self) -> None:
-        """Bind anew at the next step: buffers or the plan have changed."""
+        """Drop the bound step, because buffers or the plan have changed; the next decode binds a new one."""
         self._step: Step | None = None
         self._working: WorkingSet | None = None
-        self._kind: tuple[object, ...] | None = None  # of tensors and scale, checked, that the step was bound for
+        self._kind: tuple[object, ...] | None = None  # `kind_of` the checked arguments that the step was bound for
         self._steps_left = 0
-        self.backend: str | None = None  # which decodes: a name of `BACKENDS` or "reference"; None: not bound
+        self.backend: str | None = None  # the name of the bound backend, or "reference"; None if no step is bound
 
     def has_checked(self, kind: tuple[object, ...]) -> bool:
-        """Whether tensors of this kind are those that the step was bound for."""
+        """Return whether the step was bound for arguments of this kind, which were checked then."""
         return kind == self._kind
 
     def is_bound(self, kind: tuple[object, ...]) -> bool:
-        """Whether the next step can be run as it is."""
+        """Return whether the bound step can run again for arguments of this kind."""
         return kind == self._kind and self._steps_left > 0
 
     def prepare(self, working: WorkingSet, plan: SelectionPlan) -> SelectionPlan:
-        """Make everything ready for one more token: the plan, room, and the index once there is anything to select.
+        """Prepare the next token: return its plan, make room, and build the index once there is anything to select.
 
         Raises:
-            ConfigError: a row outgrew its plan, and more tokens are pinned than attended by the next.
+            ConfigError: a row outgrew its plan, and the next plan pins more tokens than a step attends to.
         """
         self.forget()
         if plan.steps_left == 0:
@@ -103,7 +103,7 @@ class Decoder:
             working.index = None
         working.reserve()
         if working.max_length < plan.dense_length:
-            working.index = None  # rows went that selected: a step that attends to all does not extend the index
+            working.index = None  # the rows that selected were removed; a dense step does not extend the index
         if working.index is None and working.max_length >= plan.dense_length:
             working.index = self._selection.build_index(working, plan.page_size)
             working.reserve()
@@ -112,27 +112,27 @@ class Decoder:
     def bind(
         self, working: WorkingSet, plan: SelectionPlan, kind: tuple[object, ...], num_heads: int, scale: float
     ) -> None:
-        """Let the next steps run over a working set that `prepare` has made ready.
+        """Bind the next steps to a working set that `prepare` has made ready.
 
         Args:
-            working: what is decoded from.
-            plan: its plan.
-            kind: of the tensors that will come.
-            num_heads: query heads.
-            scale: factor on the dot products.
+            working: the working set.
+            plan: the plan that `prepare` returned.
+            kind: `kind_of` the arguments of the steps.
+            num_heads: the number of query heads.
+            scale: the factor on the dot products.
 
         Raises:
-            UnsupportedError: the backend asked for by name does not take this cache.
+            UnsupportedError: the backend named in the configuration declines this cache.
         """
         scoring: Scoring | None = getattr(self._selection, "scoring", None)
         is_dense = working.max_length < plan.dense_length
         if is_dense and self._config.backend == "auto":
-            scoring = Scoring.DENSE  # all is attended, the new token included, whatever the method
+            scoring = Scoring.DENSE  # the step attends to all tokens, the new one included, with any method
         spec = Spec.of(working.like, self._config.kv_dtype)
         backend, reasons = find_backend(self._config.backend, spec, scoring)
         if backend is None and self._config.backend not in ("auto", "reference"):
             raise UnsupportedError(
-                f"backend={self._config.backend!r} does not take this cache ({'; '.join(reasons)}); set backend='auto'."
+                f"backend={self._config.backend!r} declines this cache ({'; '.join(reasons)}); set backend='auto'."
             )
         if backend is None or scoring is None:
             self._step, self.backend = ReferenceStep(working, plan, self._selection, scale), "reference"
@@ -147,11 +147,11 @@ class Decoder:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, *, trace: bool
     ) -> tuple[Tensor, int | Tensor, Tensor | None]:
-        """Run a step; if it breaks off, nothing was decoded.
+        """Run the bound step; if the step raises or is interrupted, the working set is as it was before.
 
         Returns:
-            The output and the bytes read as `Step` says, and with `trace` what `WorkingSet.mark` says of the tokens
-            attended to.
+            The output and the bytes read, as `Step` returns them; and the mask of attended positions, as
+            `WorkingSet.mark` returns it, or None without `trace`.
         """
         step, working = self._step, self._working
         assert step is not None
@@ -170,7 +170,7 @@ class Decoder:
 
 
 class _BackendStep:
-    """A backend's step, which writes to the buffers and their lengths, and what the host notes of that."""
+    """A backend's step, which appends to the buffers itself, and after it the update of the host-side lengths."""
 
     def __init__(self, step: Step, working: WorkingSet) -> None:
         self._step, self._working = step, working
@@ -184,7 +184,7 @@ class _BackendStep:
 
 
 def _tensors(working: WorkingSet, plan: SelectionPlan, scoring: Scoring, num_heads: int, scale: float) -> LayerTensors:
-    """A working set and its plan as backends take them."""
+    """Return a working set and its plan as the tensors that backends take."""
     stored = (working.source or working.tokens).fields
     index = working.index
     return LayerTensors(

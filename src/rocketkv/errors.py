@@ -1,8 +1,8 @@
-"""The errors a user can meet. Each message says what was wrong, the value, what is allowed and the way out."""
+"""The errors that a user can meet. Each message says what is wrong, the value, what is allowed and the way out."""
 
 
 class RocketKVError(Exception):
-    """Base of every error this package raises on purpose; the command line prints it as one sentence."""
+    """The base of every error that this package raises on purpose; the command line prints its message alone."""
 
 
 class ConfigError(RocketKVError, ValueError):
@@ -10,12 +10,16 @@ class ConfigError(RocketKVError, ValueError):
 
 
 class UnknownOptionError(ConfigError, TypeError):
-    """An option that does not exist was passed by name."""
+    """An option does not exist, has no name, or is missing."""
 
 
 class InputError(RocketKVError, ValueError):
-    """A tensor, a file or a text that cannot be used as given."""
+    """A tensor, a file or a text cannot be used as given."""
+
+
+class CacheFileError(InputError):
+    """A file of a saved cache that cannot be written or used: missing, damaged, of another model or version."""
 
 
 class UnsupportedError(RocketKVError, NotImplementedError):
-    """A model, a mask or a way of generating that does not fit; refused rather than answered wrongly."""
+    """A model, a mask or a way of generating does not fit; the package refuses it rather than answer wrongly."""

@@ -1,4 +1,4 @@
-"""How keys and values lie in memory. One class per format; a new one is a class and an entry in `FORMATS`."""
+"""The formats in which keys and values are stored. A new format is one class and one entry in `FORMATS`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from torch import Tensor
 from rocketkv.backends import new_storage
 from rocketkv.ops import dequantize_tokens, quantize_tokens, stored_bytes
 
-Fields = dict[str, Tensor]  # the arrays of some tokens by name, each `[B, Hkv, S, ...]`
+Fields = dict[str, Tensor]  # the arrays of some tokens, each `[B, Hkv, S, ...]`, by name
 
 
 class Format(ABC):
-    """A way to store keys and values, `[B, Hkv, S, D]` float each, as fields.
+    """A way to store keys and values, each `[B, Hkv, S, D]` float, as fields.
 
     Attributes:
-        name: the `kv_dtype` of `RocketKVConfig`.
-        is_exact: whether what is loaded is what was stored, to the bit.
-        least_share: the least that a token takes of the bytes that it takes in 16 bits, 0 to 1.
+        name: the `kv_dtype` of `RocketKVConfig` that stands for this format.
+        is_exact: True if `load` returns the bits that were given to `store`.
+        least_share: a stored token's least bytes as a fraction of its bytes in 16 bits, 0 to 1.
     """
 
     name: ClassVar[str]
@@ -28,24 +28,24 @@ class Format(ABC):
 
     @abstractmethod
     def store(self, keys: Tensor, values: Tensor) -> Fields:
-        """The fields of these tokens."""
+        """Return the fields of these tokens."""
 
     @abstractmethod
     def load(self, fields: Fields, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of stored tokens in the dtype in which they came."""
+        """Return keys and values of stored tokens, each `[B, Hkv, S, D]` in `dtype`, the dtype in which they came."""
 
     @abstractmethod
     def token_bytes(self, head_dim: int, element_size: int) -> int:
-        """Bytes of one token's key and value in one KV head, if an element takes `element_size` bytes as it comes."""
+        """Return the bytes of a token's stored key and value in one KV head; as given, a channel has `element_size`."""
 
     def affordable(self, num_tokens: int, head_dim: int) -> int:
-        """How many tokens the bytes of `num_tokens` tokens in 16 bits, which a budget counts, pay for."""
+        """Return how many stored tokens take as many bytes as `num_tokens` tokens in 16 bits, which a budget counts."""
         return num_tokens
 
 
 @dataclass(frozen=True)
 class Native(Format):
-    """Keys and values as they come."""
+    """This format stores keys and values as they come."""
 
     name = "auto"
     is_exact = True
@@ -66,7 +66,7 @@ class Native(Format):
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """Codes of 8 bits, and the exponents of their scales (`ops/int8.py`)."""
+    """This format stores 8-bit codes and the exponents of their scales (`ops/int8.py`)."""
 
     name = "int8"
     is_exact = False

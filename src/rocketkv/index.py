@@ -1,4 +1,4 @@
-"""What is kept beside the keys so that a step need not read them to choose among them. A new kind is a class here."""
+"""The indices, which are stored beside the keys so that a step can score tokens without reading their keys."""
 
 from abc import ABC, abstractmethod
 
@@ -24,35 +24,35 @@ UNLIMITED = 1 << 62  # tokens
 
 
 class Index(ABC):
-    """What a selection method keeps beside the keys to score them cheaply.
+    """What a selection method stores beside the keys to score them cheaply.
 
-    An index of your own need only extend, select rows and score; one with `buffers` that backends write to also says
-    how many tokens those can hold.
+    An index of your own must define `extend`, `select_rows` and `logits`. An index whose `buffers` backends write to
+    must also define `capacity` and `reserve`.
     """
 
     @abstractmethod
     def extend(self, key: Tensor, slots: Tensor) -> None:
-        """Take in one token per row: `key` `[B, Hkv, 1, D]`, standing at `slots` `[B, Hkv]` int64."""
+        """Take in one token per row, with `key` `[B, Hkv, 1, D]` at `slots` `[B, Hkv]` int64."""
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        """Replace the batch by its rows `rows` (`[B']` int64); a row may be repeated or left out."""
 
     @abstractmethod
     def logits(
         self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float
     ) -> Tensor | None:
-        """Estimate the logit of every token, as the step of the newest token sees it.
+        """Estimate the logit of every token for the query of the newest token.
 
         Args:
             query: `[B, Hkv, G, D]` float, the query heads of each KV head.
-            lengths: `[B, Hkv]` int64, tokens in each row, the newest one included.
+            lengths: `[B, Hkv]` int64, the number of tokens in each row, the newest one included.
             num_tokens: the largest of the lengths.
-            num_channels: `[B]` int64, channels to read, 1 to D.
-            scale: factor on the dot products.
+            num_channels: `[B]` int64, the number of channels to read, 1 to D.
+            scale: the factor on the dot products.
 
         Returns:
-            `[B, Hkv, G, num_tokens]` float32, undefined beyond the lengths.
+            `[B, Hkv, G, num_tokens]` float32, undefined beyond the lengths; None lets the step attend to all tokens.
         """
 
     @property
@@ -62,12 +62,12 @@ class Index(ABC):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
+        """The bytes allocated, spare capacity included."""
         return sum(x.nbytes for x in self.buffers)
 
     @property
     def capacity(self) -> int:
-        """Tokens that every row may hold before a buffer must grow."""
+        """The number of tokens that every row may have before a buffer must grow."""
         return UNLIMITED
 
     def reserve(self, num_tokens: int) -> None:  # noqa: B027  # an index without buffers has nothing to do
@@ -75,20 +75,21 @@ class Index(ABC):
 
 
 class PageIndex(Index):
-    """The bounds of each page of consecutive tokens, grown in steps; see `ops/pages.py`.
+    """The bounds of each page of consecutive tokens, which grow in steps; see `ops/pages.py`.
 
     Attributes:
-        bounds: `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]` in the dtype of the keys, D instead of 2 * D if all pages are
-            single.
-        page_size: `[B]` int64, tokens per page; rows of a batch may differ.
-        spread: `[B, Hkv, D]` float32, by which channels are chosen; None: by the query alone, as published.
-        earlier_spread: the same from before the newest token, whose step chooses by it.
+        bounds: `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]` in the dtype of the keys; D instead of 2 * D if every page
+            has one token.
+        page_size: `[B]` int64, the tokens per page; rows of a batch may differ.
+        spread: `[B, Hkv, D]` float32, the weights of the channels when channels are chosen; None chooses by the query
+            alone, as published.
+        earlier_spread: the spread from before the newest token, by which the newest token's step chooses channels.
     """
 
     def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor, *, weighted: bool = False) -> None:
         """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64.
 
-        With `weighted` the spread of the channels is kept, too.
+        With `weighted` the index stores the spread of the channels, too.
         """
         self.page_size = page_size
         self._smallest = int(page_size.min())
@@ -102,7 +103,7 @@ class PageIndex(Index):
 
     @property
     def capacity(self) -> int:
-        """Tokens that every row may hold without growing."""
+        """The number of tokens that every row may have before the bounds must grow."""
         return self.bounds.shape[2] * PAGES_PER_BLOCK * self._smallest
 
     def reserve(self, num_tokens: int) -> None:
@@ -121,7 +122,7 @@ class PageIndex(Index):
         self.bounds = grown
 
     def extend(self, key: Tensor, slots: Tensor) -> None:
-        """Take in one token per row, into the last, open page: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
+        """Take in one token per row, `key` `[B, Hkv, 1, D]` at `slots` `[B, Hkv]` int64, into the last, open page."""
         self.reserve(int(slots.max()) + 1)
         fold_into_pages(self.bounds, key, slots=slots[..., None], page_size=self.page_size)
         if self.spread is not None:
@@ -129,7 +130,7 @@ class PageIndex(Index):
             extend_spread(self.spread, self.bounds, lengths=slots + 1, page_size=self.page_size)
 
     def logits(self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float) -> Tensor:
-        """The page's approximate logit for each of its tokens; see `Index`."""
+        """Return for each token the approximate logit of its page; see `Index`."""
         return hybrid_logits(
             query,
             self.bounds,
@@ -141,7 +142,7 @@ class PageIndex(Index):
         )
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        """Replace the batch by its rows `rows` (`[B']` int64); a row may be repeated or left out."""
         with torch.inference_mode(False):
             self.bounds = self.bounds.index_select(0, rows)
             if self.spread is not None:
@@ -151,29 +152,29 @@ class PageIndex(Index):
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """What a backend is given."""
+        """The tensors of the index."""
         return tuple(x for x in self.stored if x is not None)
 
     @property
     def stored(self) -> PageBounds:
-        """The index as operations and backends take it."""
+        """The index in the form that operations and backends take."""
         return PageBounds(self.bounds, self.page_size, self.spread)
 
 
 class QuestIndex(PageIndex):
-    """The same bounds, of which both are read along all channels: Quest's way to score a page."""
+    """The same bounds, scored as Quest scores a page: both bounds are read, along all channels."""
 
     def logits(self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float) -> Tensor:
-        """The page's upper bound for each of its tokens; see `Index`."""
+        """Return for each token the upper bound of its page's logits; see `Index`."""
         return bound_logits(query, self.bounds, page_size=self.page_size, num_tokens=num_tokens, scale=scale)
 
 
 class LowBitIndex(Index):
-    """The keys in 4 bits, grown in steps; see `ops/lowbit.py`.
+    """The keys in 4 bits, which grow in steps; see `ops/lowbit.py`.
 
     Attributes:
-        stored: codes, ranges, open keys and spread.
-        earlier_spread: the spread from before the newest token, whose step chooses channels by it.
+        stored: the codes, ranges, open keys and spread.
+        earlier_spread: the spread from before the newest token, by which the newest token's step chooses channels.
     """
 
     def __init__(self, keys: Tensor, lengths: Tensor) -> None:
@@ -192,12 +193,12 @@ class LowBitIndex(Index):
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """What a backend is given."""
+        """The tensors of the index."""
         return self.stored
 
     @property
     def capacity(self) -> int:
-        """Tokens that every row may hold without growing."""
+        """The number of tokens that every row may have before codes and ranges must grow."""
         return self.stored.codes.shape[2] * GROUPS_PER_BLOCK * GROUP
 
     def reserve(self, num_tokens: int) -> None:
@@ -208,13 +209,13 @@ class LowBitIndex(Index):
             self.stored = self.stored._replace(codes=codes, ranges=ranges)
 
     def extend(self, key: Tensor, slots: Tensor) -> None:
-        """Take in one token per row, into the open group: `key` `[B, Hkv, 1, D]`, at `slots` `[B, Hkv]` int64."""
+        """Take in one token per row, `key` `[B, Hkv, 1, D]` at `slots` `[B, Hkv]` int64, into the open group."""
         self.reserve(int(slots.max()) + 1)
         self.earlier_spread = self.stored.spread.clone()
         append_lowbit(self.stored, key, slots)
 
     def logits(self, query: Tensor, *, lengths: Tensor, num_tokens: int, num_channels: Tensor, scale: float) -> Tensor:
-        """The low-bit key's logit; see `Index`."""
+        """Return the logit of each token's key in 4 bits; see `Index`."""
         return lowbit_logits(
             query,
             self.stored._replace(spread=self.earlier_spread),
@@ -225,19 +226,19 @@ class LowBitIndex(Index):
         )
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64)."""
+        """Replace the batch by its rows `rows` (`[B']` int64); a row may be repeated or left out."""
         with torch.inference_mode(False):
             self.stored = LowBitKeys(*(x.index_select(0, rows) for x in self.stored))
         self.earlier_spread = self.stored.spread
 
 
 def _new_spread(keys: Tensor) -> Tensor:
-    """Room for the spread of each channel of `keys` `[B, Hkv, S, D]`, undefined."""
+    """Return an undefined tensor for the spread of each channel of `keys` `[B, Hkv, S, D]`."""
     return keys.new_empty(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
 
 
 def _grown(old: Tensor, num_blocks: int) -> Tensor:
-    """A copy with `num_blocks` places along dim 2, undefined where nothing stood."""
+    """Return a copy of `old` with `num_blocks` blocks along dim 2; the added blocks are undefined."""
     new = new_storage(old, (*old.shape[:2], num_blocks, *old.shape[3:]))
     new[:, :, : old.shape[2]] = old
     return new

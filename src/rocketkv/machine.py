@@ -12,7 +12,7 @@ from rocketkv.backends import cpp
 
 
 def describe_machine() -> dict[str, object]:
-    """The processor and the memory; nothing that names the machine."""
+    """Describe the processor and the memory, without a name of the machine."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -35,7 +35,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def last_level_cache_bytes() -> int:
-    """The largest cache that the first core reaches; 32 MiB where the system does not tell."""
+    """Return the bytes of the largest cache of the first core; 32 MiB where the system does not tell."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 2**10, "M": 2**20}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 * 2**20)

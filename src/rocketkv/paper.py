@@ -1,4 +1,4 @@
-"""How the paper splits a token budget between the two stages (arXiv:2502.14051). Pure integers, no torch."""
+"""The paper's split of a token budget between the two stages (arXiv:2502.14051), in whole numbers without torch."""
 
 import math
 
@@ -6,16 +6,16 @@ from rocketkv.budget import Budget, Split, check_count, dense_split, prompt_shar
 
 
 def kept_tokens(seq_len: int, token_budget: int) -> int:
-    """Tokens that stage 1 keeps, `seq_len / c**r` with the adaptive exponent r of the compression factor c.
+    """Return how many tokens stage 1 keeps: `seq_len / c**r`, where r is the adaptive exponent of the compression c.
 
-    RocketKV, section "Adaptive Compression Decomposition".
+    Source: RocketKV, section "Adaptive Compression Decomposition".
 
     Args:
-        seq_len: prompt tokens plus the new tokens expected, >= 1.
-        token_budget: tokens' worth of KV traffic of one decode step, >= 1.
+        seq_len: the number of prompt tokens plus the number of new tokens expected, >= 1.
+        token_budget: the KV traffic of one decode step, in tokens, >= 1.
 
     Returns:
-        A number of tokens, at most `seq_len`; all of them when `seq_len <= token_budget`.
+        A number of tokens, at most `seq_len`; it is `seq_len` when `seq_len <= token_budget`.
     """
     factor = max(1.0, seq_len / token_budget)
     exponent = min(0.2 + 0.06 * math.log2(factor), 0.8)
@@ -23,14 +23,14 @@ def kept_tokens(seq_len: int, token_budget: int) -> int:
 
 
 def split_selection(num_tokens: int, token_budget: int, head_dim: int) -> Split:
-    """Split stage 2 between page size and channels so that scoring costs half of the budget.
+    """Choose a page size and a number of channels with which scoring costs half of the budget.
 
-    RocketKV, section "Hybrid Sparse Attention".
+    Source: RocketKV, section "Hybrid Sparse Attention".
 
     Args:
-        num_tokens: tokens that stage 2 chooses from, >= 1.
-        token_budget: tokens' worth of KV traffic of one decode step, >= 1.
-        head_dim: channels of a key, >= 1.
+        num_tokens: the number of tokens that stage 2 chooses from, >= 1.
+        token_budget: the KV traffic of one decode step, in tokens, >= 1.
+        head_dim: the number of channels of a key, >= 1.
 
     Returns:
         The page size, the channels read per page and the tokens attended exactly.
@@ -46,19 +46,21 @@ def split_selection(num_tokens: int, token_budget: int, head_dim: int) -> Split:
 def split_budget(seq_len: int, token_budget: int, head_dim: int, *, new_tokens: int = 0) -> Budget:
     """Split the token budget between eviction and selection, as published.
 
-    `RocketKVConfig.budget_for` tells what a configuration does, the default included.
+    `RocketKVConfig.budget_for` returns the budget of any configuration, the default included.
+
+    Source: RocketKV, sections "Adaptive Compression Decomposition" and "Hybrid Sparse Attention".
 
     Args:
-        seq_len: prompt tokens, >= 1.
-        token_budget: tokens' worth of KV traffic that one decode step may cost per KV head, >= 1.
-        head_dim: channels of a key, >= 1.
-        new_tokens: tokens expected to be generated, >= 0; 0 when unknown.
+        seq_len: the number of prompt tokens, >= 1.
+        token_budget: the KV traffic that one decode step may cost per KV head, in tokens, >= 1.
+        head_dim: the number of channels of a key, >= 1.
+        new_tokens: the number of tokens expected to be generated, >= 0; give 0 if it is not known.
 
     Returns:
-        The split; dense (everything kept, everything attended) when prompt and new tokens fit in the budget.
+        The budget. When prompt and new tokens fit in `token_budget`, all tokens are kept and attended to.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: an argument is not a whole number, or is out of its range.
     """
     for name, value, least in (
         ("seq_len", seq_len, 1),

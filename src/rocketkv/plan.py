@@ -1,4 +1,4 @@
-"""How each row of a batch spends its budget: what stage 1 keeps, what stage 2 reads, and for how long that holds."""
+"""The plan of each row's budget: what stage 1 keeps, what stage 2 reads, and for how many steps the plan lasts."""
 
 import sys
 import warnings
@@ -17,25 +17,27 @@ from rocketkv.selection import SelectionMethod
 if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
 
-ENDLESS = 1 << 30  # tokens of a row that never ends
-OUTGROWN = 1.25  # a row this much longer than planned is planned anew, so that the budget holds as it grows
+ENDLESS = 1 << 30  # the tokens of a row that stands for rows of any length
+OUTGROWN = (
+    1.25  # a row that is longer than planned by this factor is planned anew, so that growing rows keep the budget
+)
 
 
 @dataclass
 class SelectionPlan:
-    """Stage 2's parameters, row by row.
+    """The parameters of stage 2, row by row.
 
     Attributes:
-        splits: what each row's step reads.
-        limits: lengths beyond which a row has outgrown its split.
-        page_size: `[B]` int64, tokens per page.
-        num_channels: `[B]` int64, channels read per page.
-        top_k: `[B]` int64, tokens attended.
-        sinks: `[B]` int64, first tokens always attended.
-        recents: `[B]` int64, last tokens always attended.
-        dense_lengths: `[B]` int64, up to which length a row is attended in full, top_k at least.
-        dense_length: the least of the dense lengths, on the host.
-        steps_left: decode steps until some row would outgrow its split.
+        splits: the split of each row, which says what a step reads.
+        limits: the number of kept tokens beyond which each row has outgrown its split.
+        page_size: `[B]` int64, the tokens per page.
+        num_channels: `[B]` int64, the channels read per page.
+        top_k: `[B]` int64, the tokens that a step attends to.
+        sinks: `[B]` int64, the number of first kept tokens that every step attends to.
+        recents: `[B]` int64, the number of last tokens that every step attends to.
+        dense_lengths: `[B]` int64, at least top_k; a row with at most this many kept tokens is attended in full.
+        dense_length: the smallest of the dense lengths, a number on the host.
+        steps_left: the number of decode steps until some row would outgrow its split.
     """
 
     splits: list[Split]
@@ -52,12 +54,12 @@ class SelectionPlan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans rows as a configuration asks for it.
+    """Plans the rows of a batch by the options of a configuration.
 
     Attributes:
         config: the configuration.
-        selection: stage 2.
-        head_dim: channels of a key.
+        selection: the selection method, stage 2.
+        head_dim: the number of channels of a key.
     """
 
     config: "RocketKVConfig"
@@ -65,7 +67,11 @@ class Planner:
     head_dim: int
 
     def keep(self, seen: Sequence[int]) -> list[int]:
-        """Tokens that stage 1 keeps of each row, given the tokens that each row has `seen`."""
+        """Return the number of tokens that stage 1 keeps of each row, given the number that each row has `seen`.
+
+        Raises:
+            ConfigError: a selection method of your own asks for a number that is not a whole number >= 0.
+        """
         config, kept = self.config, []
         for num_seen in seen:
             total = num_seen + config.new_tokens
@@ -82,11 +88,11 @@ class Planner:
     def prefilled(self, seen: Sequence[int], kept: Tensor) -> SelectionPlan:
         """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 kept `kept` (`[B, Hkv]` int64).
 
-        Warns where a step over what is kept reads more than the budget, as `RocketKVConfig.token_budget` says.
+        The method warns where a step must read more than the budget; see `RocketKVConfig.token_budget`.
 
         Raises:
-            ConfigError: an explicit budget does not fit head_dim, or more tokens are pinned than are attended, now or
-                however long a row gets.
+            ConfigError: an explicit budget does not fit head_dim, a selection method of your own returns no valid
+                split, or more tokens are pinned than a step attends to, at this length or at a later one.
         """
         config, splits, limits = self.config, [], []
         for num_seen, num_kept in zip(seen, kept.amax(1).tolist(), strict=True):
@@ -108,12 +114,12 @@ class Planner:
         return self._plan(splits, limits, kept)
 
     def outgrown(self, plan: SelectionPlan, kept: Tensor) -> SelectionPlan:
-        """Plan the rows anew that outgrow their `plan` with the next token, having `kept` (`[B, Hkv]` int64) now.
+        """Plan anew the rows that outgrow `plan` with the next token; rows have `kept` (`[B, Hkv]` int64) tokens.
 
-        Warns as `prefilled` does.
+        The method warns as `prefilled` does.
 
         Raises:
-            ConfigError: more tokens are pinned than attended.
+            ConfigError: more tokens are pinned than a step attends to.
         """
         splits, limits = list(plan.splits), list(plan.limits)
         for row, num_kept in enumerate(kept.amax(1).tolist()):
@@ -125,7 +131,7 @@ class Planner:
         return self._plan(splits, limits, kept)
 
     def decoded(self, seen: Sequence[int], kept: Tensor, num_decoded: int) -> SelectionPlan:
-        """The plan of rows that have decoded `num_decoded` tokens since a prefill left them with `seen` and `kept`."""
+        """Return the plan after `num_decoded` decode steps; the prefill left rows with `seen` and `kept` tokens."""
         plan = self.prefilled(seen, kept)
         while num_decoded > plan.steps_left:
             num_decoded -= plan.steps_left
@@ -134,8 +140,18 @@ class Planner:
         plan.steps_left -= num_decoded
         return plan
 
+    def resumed(self, splits: list[Split], limits: list[int], kept: Tensor) -> SelectionPlan:
+        """The plan that had these splits and limits, of rows that have `kept` (`[B, Hkv]` int64) tokens.
+
+        Raises:
+            ConfigError: a split does not fit head_dim, or pins more tokens than are attended.
+        """
+        for split in splits:
+            self._check(split)
+        return self._plan(splits, limits, kept)
+
     def select_rows(self, plan: SelectionPlan, rows: Sequence[int], kept: Tensor) -> SelectionPlan:
-        """The plan of a batch made of the rows `rows`, which have `kept` (`[B', Hkv]` int64) tokens."""
+        """Return the plan of a batch of the rows `rows` of `plan`, which have `kept` (`[B', Hkv]` int64) tokens."""
         return self._plan([plan.splits[row] for row in rows], [plan.limits[row] for row in rows], kept)
 
     def budget_for(self, seq_len: int) -> Budget:
@@ -144,7 +160,7 @@ class Planner:
         return Budget(kept, *self.prefilled([seq_len], torch.tensor([[kept]])).splits[0])
 
     def _split(self, num_tokens: int) -> Split:
-        """The method's split; a format that stores tokens in fewer bytes lets the same bytes attend to more."""
+        """Return the method's split, with a larger `top_k` where the format stores a token in less than 16 bits."""
         split = self.selection.split(num_tokens, self.config.token_budget, self.head_dim)
         name = f"{type(self.selection).__name__}.split"
         if not isinstance(split, Split):
@@ -154,8 +170,8 @@ class Planner:
         return split._replace(top_k=min(top_k, sys.maxsize))
 
     def _warn_above_budget(self, split: Split, num_tokens: int) -> None:
-        """Say where a method cannot score so many tokens within the budget: it reads one channel of each at least."""
-        if split.num_channels > 1 or getattr(self.selection, "scoring", None) == Scoring.EXACT:  # which is not counted
+        """Warn if a method reads more than the budget although it reads one channel of every token only."""
+        if split.num_channels > 1 or getattr(self.selection, "scoring", None) == Scoring.EXACT:  # exact has no budget
             return
         budget, head_dim = self.config.token_budget, self.head_dim
         lengths, page_size, num_channels = (
@@ -165,27 +181,28 @@ class Planner:
         attended = split.top_k * self.config.format.token_bytes(head_dim, 2)
         if scored > 0 and scored + attended > budget * 4 * head_dim:
             warnings.warn(
-                f"a row has grown so long that even one channel of every token takes {type(self.selection).__name__} "
-                f"more than its share of token_budget={budget}: its steps read more than the budget; "
-                "raise token_budget, or set selection='hybrid', whose pages grow.",
+                f"a row has grown so long that {type(self.selection).__name__}, which reads at least one channel of "
+                f"every token, reads more than token_budget={budget} in each step; "
+                "raise token_budget, or set selection='hybrid', whose pages grow with the row.",
                 stacklevel=2,
             )
 
     def _check(self, split: Split) -> None:
-        """Refuse what could only be checked now that head_dim and top_k are known."""
+        """Raise a ConfigError if the split does not fit head_dim, or pins more tokens than `top_k`."""
         if split.num_channels > self.head_dim:
             raise ConfigError(
-                f"budget.num_channels={split.num_channels} is more than head_dim={self.head_dim}; give at most that."
+                f"budget.num_channels={split.num_channels} is more than head_dim={self.head_dim}; "
+                f"give at most {self.head_dim}."
             )
         pinned = sum(self._pins(split))
         if pinned > split.top_k:
             raise ConfigError(
-                f"{pinned} first and last tokens are to be attended always, more than top_k={split.top_k}; "
+                f"{pinned} tokens are pinned, but a step attends to top_k={split.top_k} only; "
                 "lower sink_tokens or recent_tokens, or raise token_budget."
             )
 
     def _pins(self, split: Split) -> tuple[int, int]:
-        """First and last tokens always attended."""
+        """Return how many first and how many last kept tokens every step attends to."""
         recents = split.top_k // 8 if self.config.recent_tokens is None else self.config.recent_tokens
         return self.config.sink_tokens, recents
 

@@ -1,4 +1,4 @@
-"""Ragged rows of tokens that grow in steps. Storage only: this file knows neither eviction, selection nor any model."""
+"""Ragged rows of tokens that grow in steps. The file only stores: it knows no eviction, no selection and no model."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,18 @@ from rocketkv.backends import new_storage
 from rocketkv.formats import Fields
 from rocketkv.ops import take_tokens
 
-GROWTH = 32  # spare tokens allocated at least, so that decode does not reallocate at every token
-EXPECTED = 1024  # tokens expected that room is made for at once, beyond as many as are there
+GROWTH = 32  # the least spare capacity, in tokens, so that decode does not reallocate at every token
+EXPECTED = 1024  # `keep` makes room for at most as many tokens to come as it keeps, and this many more
 
 
 class RaggedTokens:
-    """Parallel per-token arrays, left aligned, each (batch row, KV head) with a length of its own.
+    """Parallel per-token arrays, left aligned, in which each batch row and KV head has its own length.
 
     Attributes:
-        fields: the arrays by name, each `[B, Hkv, capacity, ...]`; what lies beyond a length is undefined.
-        lengths: `[B, Hkv]` int64, tokens in use.
-        max_length: the largest length, on the host.
-        is_ragged: whether lengths differ; False lets every reader skip masks.
+        fields: the arrays by name, each `[B, Hkv, capacity, ...]`; slots beyond a length are undefined.
+        lengths: `[B, Hkv]` int64, the number of tokens of each row and head.
+        max_length: the largest length, a number on the host.
+        is_ragged: True if lengths differ; False lets every reader skip masks.
     """
 
     def __init__(self, fields: Fields, lengths: Tensor, max_length: int, is_ragged: bool) -> None:
@@ -29,23 +29,23 @@ class RaggedTokens:
 
     @classmethod
     def empty_like(cls, tokens: Fields) -> "RaggedTokens":
-        """No tokens yet, in the batch, heads, widths and dtypes of `tokens` (each `[B, Hkv, T, ...]`)."""
+        """Return rows without tokens, with batch, heads, widths and dtypes of `tokens` (each `[B, Hkv, T, ...]`)."""
         fields = {name: x.new_empty(*x.shape[:2], 0, *x.shape[3:]) for name, x in tokens.items()}
         like = next(iter(fields.values()))
         return cls(fields, torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device), 0, False)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
+        """The bytes allocated, spare capacity included."""
         return self.lengths.nbytes + sum(x.nbytes for x in self.fields.values())
 
     @property
     def room(self) -> int:
-        """Tokens that every row can still take in without growing."""
+        """The number of tokens that every row can still take in before the arrays must grow."""
         return min(x.shape[2] for x in self.fields.values()) - self.max_length
 
     def draft(self) -> "RaggedTokens":
-        """The same tokens, to go on from without a change to these: it shares what lies within the lengths."""
+        """Return the same tokens in an object that can grow without a change to this one; both share the arrays."""
         return RaggedTokens(self.fields, self.lengths, self.max_length, self.is_ragged)
 
     def reserve(self, num_new: int) -> None:
@@ -54,15 +54,15 @@ class RaggedTokens:
             self._reallocate(self.max_length + num_new + max(GROWTH, self.max_length // 8))
 
     def views(self) -> Fields:
-        """The arrays without their spare capacity, each `[B, Hkv, max_length, ...]`."""
+        """Return the arrays without their spare capacity, each `[B, Hkv, max_length, ...]`."""
         return {name: x[:, :, : self.max_length] for name, x in self.fields.items()}
 
     def append(self, tokens: Fields, counts: Tensor | None = None) -> None:
         """Add tokens at the end of every row.
 
         Args:
-            tokens: `[B, Hkv, T, ...]` for every field.
-            counts: `[B]` int64, how many of the T belong to each row, the first ones; all of them if None.
+            tokens: the arrays to add, `[B, Hkv, T, ...]` for every field.
+            counts: `[B]` int64, how many of the T tokens, the first ones, belong to each row; None means all T.
         """
         num_new = next(iter(tokens.values())).shape[2]
         self.reserve(num_new)
@@ -84,11 +84,11 @@ class RaggedTokens:
             self.set_lengths(self.lengths + counts[:, None])
 
     def keep(self, mask: Tensor | None, num_new: int = 0) -> "RaggedTokens":
-        """Copy the tokens marked True, in order, with room for `num_new` more, or for the first of very many.
+        """Return a copy of the marked tokens, in order, with room for some of the tokens that will follow.
 
         Args:
-            mask: `[B, Hkv, max_length]` bool, False beyond the lengths; None keeps everything.
-            num_new: tokens expected to follow.
+            mask: `[B, Hkv, max_length]` bool, True for the tokens to keep, False beyond the lengths; None keeps all.
+            num_new: the number of tokens expected to follow; see `EXPECTED` for how much room they get at once.
         """
         if mask is None:
             views, lengths = self.views(), self.lengths.clone()
@@ -104,19 +104,19 @@ class RaggedTokens:
         return kept
 
     def set_lengths(self, lengths: Tensor) -> None:
-        """Take over `[B, Hkv]` lengths and what the host knows of them."""
+        """Set `[B, Hkv]` int64 lengths, and `max_length` and `is_ragged` with them."""
         self.lengths = lengths
         self.max_length = int(lengths.max())
         self.is_ragged = int(lengths.min()) != self.max_length
 
     def to(self, device: torch.device) -> "RaggedTokens":
-        """The same on a device, without a copy if it is there already."""
-        with torch.inference_mode(False):  # written to under either mode later
+        """Return the same tokens on a device, without a copy if they are there already."""
+        with torch.inference_mode(False):  # the arrays may later be written to with inference mode on or off
             fields = {name: x.to(device) for name, x in self.fields.items()}
         return RaggedTokens(fields, self.lengths.to(device), self.max_length, self.is_ragged)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come."""
+        """Replace the batch by its rows `rows` (`[B']` int64); a row may be repeated or left out."""
         rows = rows.to(self.lengths.device)
         self.set_lengths(self.lengths.index_select(0, rows))
         with torch.inference_mode(False):
@@ -132,7 +132,7 @@ class RaggedTokens:
 
 
 def align_left(tokens: Tensor, padding: Tensor | None) -> Tensor:
-    """Move each row's tokens to the front, its `padding` (`[B]` int64) columns, undefined now, to the end."""
+    """Move each row of `tokens` to the left by its `padding` (`[B]` int64); its last columns are then undefined."""
     if padding is None:
         return tokens
     width = tokens.shape[2]

@@ -1,4 +1,4 @@
-"""What a layer's cache holds between calls: how it is looked at, copied, cut to some rows and taken back."""
+"""The state of a layer's cache between calls: how it is read, copied, cut to some rows and taken back."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,12 +18,12 @@ from rocketkv.stats import LayerStats
 
 
 class Observed(NamedTuple):
-    """What stage 1 looks at, kept of the last prefill so that a fork can run it later."""
+    """The input of stage 1 in the last prefill, kept so that a fork can run stage 1 later."""
 
     query: Tensor  # [B, Hq, W, D], the last queries
-    num_queries: Tensor  # [B] int64, how many of them are real, the last ones
+    num_queries: Tensor  # [B] int64, how many of the W are no padding; those are the last ones
     scale: float
-    is_first: bool  # whether nothing came before that prefill but pieces of the same prompt
+    is_first: bool  # True if only pieces of the same prompt came before that prefill
 
 
 class LayerState:
@@ -41,22 +41,23 @@ class LayerState:
 
     @exclusive
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget every token, so that the next prefill begins a new text."""
         self.working: WorkingSet | None = None
         self.plan: SelectionPlan | None = None
         self.num_seen = 0
         self.just_prefilled = False
         self.num_decoded = 0
         self.last_attended: Tensor | None = None
-        self._read_bytes: int | Tensor = 0  # perhaps numbers on the device: reading them waits for it
+        self._read_bytes: int | Tensor = 0  # a device tensor after a GPU step; reading it synchronises
         self._observed: Observed | None = None
         self._decoder.forget()
 
     @property
     def positions(self) -> Tensor:
-        """Original positions of the tokens that decode chooses from, `[B, Hkv, N]` int64, ascending.
+        """The positions of the kept tokens, `[B, Hkv, N]` int64, ascending.
 
-        Each row counts its own tokens from 0, padding left out. Where a row or head holds fewer than N: -1.
+        Each row counts its own tokens from 0, padding left out. A row or head with fewer than N kept tokens has -1
+        after its last one.
 
         Raises:
             InputError: nothing was prefilled.
@@ -67,7 +68,7 @@ class LayerState:
 
     @property
     def num_stored(self) -> Tensor:
-        """Tokens that decode chooses from, `[B, Hkv]` int64; the archive of `multi_turn` is not counted.
+        """The number of kept tokens, `[B, Hkv]` int64; the archive of `multi_turn` is not counted.
 
         Raises:
             InputError: nothing was prefilled.
@@ -76,7 +77,7 @@ class LayerState:
 
     @property
     def row_seen(self) -> list[int]:
-        """Tokens seen by each row, padding left out.
+        """The number of tokens seen by each row, padding left out.
 
         Raises:
             InputError: nothing was prefilled.
@@ -85,31 +86,31 @@ class LayerState:
 
     @property
     def awaits_prompt(self) -> bool:
-        """Whether a prefill must come before anything is decoded, as the cache was forked or went back."""
+        """Whether a prefill must come before the next decode, because the cache was forked or went back."""
         return self.working is not None and self.plan is None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype in which keys and values come; None before the first prefill."""
+        """The dtype of incoming keys and values; None before the first prefill."""
         return None if self.working is None else self.working.like.dtype
 
     @property
     def backend(self) -> str | None:
-        """What runs the decode steps: a backend's name or `reference`; None until the first step after a prefill."""
+        """The backend that runs the decode steps, or `reference`; None until the first step after a prefill."""
         return self._decoder.backend
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of index, keys and values that the last decode step had to read, all rows and heads."""
+        """The bytes of index, keys and values that the last decode step had to read, summed over rows and heads."""
         return self._read_bytes if isinstance(self._read_bytes, int) else int(self._read_bytes.sum())
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes held: keys, values, positions, archive and index, spare capacity included."""
+        """The bytes allocated for keys, values, positions, archive and index, spare capacity included."""
         return 0 if self.working is None else self.working.num_bytes
 
     def keys(self) -> Tensor:
-        """The keys of every token seen, `[B, Hkv, N, D]`, as they are stored; undefined beyond a row's tokens.
+        """Return the keys of every token seen, `[B, Hkv, N, D]`, as they are stored; undefined beyond a row's tokens.
 
         Raises:
             InputError: nothing was prefilled, or this cache is not `multi_turn`.
@@ -120,7 +121,7 @@ class LayerState:
         return working.draft().every_token().fields["keys"]
 
     def stats(self) -> LayerStats:
-        """What the layer holds and reads, beside what a full cache would."""
+        """Return what the layer stores and reads, beside what a full cache would."""
         working = self.working
         if working is None:
             return LayerStats()
@@ -135,7 +136,7 @@ class LayerState:
         )
 
     def end_turn(self) -> None:
-        """Let the next prompt be a turn of its own, though nothing was decoded since the last one."""
+        """Let the next prompt be a turn of its own, even if nothing was decoded since the last prompt."""
         self.just_prefilled = False
 
     def join_pieces(self) -> None:
@@ -148,10 +149,13 @@ class LayerState:
 
     @exclusive
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64), repeated or dropped as they come: beam search.
+        """Replace the batch by its rows `rows`, as beam search does; a row may be repeated or left out.
+
+        Args:
+            rows: `[B']` int64 or int32, 0 to B - 1, at least one.
 
         Raises:
-            InputError: nothing was prefilled, or rows are no numbers from 0 to B - 1, at least one.
+            InputError: nothing was prefilled, or `rows` does not fit.
         """
         working, plan = self._prefilled()
         chosen = check_rows(rows, working.seen.shape[0])
@@ -166,29 +170,33 @@ class LayerState:
         self._decoder.forget()
 
     def check_rewind(self, row_seen: Sequence[int]) -> None:
-        """Refuse what `rewind` cannot do."""
+        """Raise the InputError that `rewind` would raise for these `row_seen`."""
         seen = self._started().row_seen
         if len(row_seen) != len(seen) or not all(0 < left <= num for left, num in zip(row_seen, seen, strict=True)):
-            raise InputError(f"rows that have seen {seen} tokens cannot go back to {list(row_seen)}; give 1 to those.")
+            raise InputError(
+                f"rows that have seen {seen} tokens cannot go back to {list(row_seen)}; "
+                "give each row a number from 1 to the number of tokens that the row has seen."
+            )
         if not self.only_decoded_since(row_seen) and self.config.mode != "multi_turn":
             raise InputError(
                 f"a single_turn cache goes back over the {self.num_decoded} tokens decoded since its last prompt only, "
-                "as it has evicted tokens of the prompt; call reset(), or set mode='multi_turn'."
+                "because tokens of the prompt were evicted; call reset(), or set mode='multi_turn'."
             )
 
     @exclusive
     def rewind(self, num_seen: int, row_seen: Sequence[int]) -> None:
-        """Forget the last tokens, as if they had never come.
+        """Forget the last tokens, as if the cache had never seen them.
 
-        Tokens decoded since the last prefill go without a trace, and decode may follow at once. Going back further
-        takes the archive of `multi_turn`; then a prefill must follow, which chooses anew from what is left.
+        After forgetting tokens decoded since the last prefill, decode may follow at once. Going back further needs the
+        archive of `multi_turn`, and a prefill must follow, in which stage 1 chooses anew from the tokens that stay.
 
         Args:
-            num_seen: columns that stay, left padding included.
-            row_seen: tokens of each row that stay, padding left out, 1 to those it has seen.
+            num_seen: the number of columns that stay, left padding included.
+            row_seen: the number of tokens of each row that stay, padding left out, 1 to the tokens seen by the row.
 
         Raises:
-            InputError: the numbers do not fit, or tokens of the prompt are to go from a `single_turn` cache.
+            InputError: nothing was prefilled, the numbers do not fit, or tokens of the prompt are to go from a
+                `single_turn` cache.
         """
         self.check_rewind(row_seen)
         if num_seen == self.num_seen:
@@ -209,13 +217,13 @@ class LayerState:
         self.just_prefilled = self.plan is not None and self.num_decoded == 0
 
     def only_decoded_since(self, row_seen: Sequence[int]) -> bool:
-        """Whether the tokens after the first `row_seen` of each row were decoded since the last prefill."""
+        """Return whether the tokens after the first `row_seen` of each row were decoded since the last prefill."""
         dropped = [seen - left for seen, left in zip(self._started().row_seen, row_seen, strict=True)]
         return self.plan is not None and min(dropped) == max(dropped) <= self.num_decoded
 
     @exclusive
     def copy(self) -> Self:
-        """An independent cache in the same state; so are what `copy.copy`, `copy.deepcopy` and `pickle` make."""
+        """Return an independent cache in the same state, as `copy.copy`, `copy.deepcopy` and `pickle` do, too."""
         copied = type(self).__new__(type(self))
         copied.__setstate__(self.__getstate__())
         with torch.inference_mode(False):
@@ -236,7 +244,7 @@ class LayerState:
         vars(self).update(state)
 
     def _begin_with(self, working: WorkingSet, plan: SelectionPlan, num_seen: int, observed: Observed | None) -> None:
-        """Take over what a prefill has made: nothing of this can fail."""
+        """Take over the results of a prefill; no statement here can fail."""
         self.working, self.plan, self.num_seen, self._observed = working, plan, num_seen, observed
         self.just_prefilled, self.num_decoded = True, 0
         self._decoder.forget()

@@ -1,20 +1,20 @@
-"""What a cache holds and reads, beside what a full one would; plain numbers."""
+"""Plain numbers of what a cache stores and reads, beside what a full cache would."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What one layer holds and reads, or all of them.
+    """What one layer, or all layers together, store and read.
 
     Attributes:
-        num_seen: tokens seen, padding left out; mean over rows (and layers).
-        num_stored: tokens that decode chooses from, in a sliding-window layer its window; mean over rows and KV heads
-            (and layers).
-        kv_bytes: bytes allocated: keys, values, positions, archive and index.
-        read_bytes: bytes that the last decode step had to read; 0 before the first.
-        full_kv_bytes: what an uncompressed cache would hold.
-        full_read_bytes: what it would read in a step.
+        num_seen: the number of tokens seen, padding left out, as the mean over rows (and layers).
+        num_stored: the number of kept tokens, or of tokens in the window of a sliding-window layer, as the mean over
+            rows and KV heads (and layers).
+        kv_bytes: the bytes allocated for keys, values, positions, archive and index.
+        read_bytes: the bytes that the last decode step had to read; 0 before the first step.
+        full_kv_bytes: the bytes that an uncompressed cache would store.
+        full_read_bytes: the bytes that a decode step over an uncompressed cache would read.
     """
 
     num_seen: float = 0.0
@@ -26,24 +26,24 @@ class LayerStats:
 
     @property
     def retained_fraction(self) -> float:
-        """Bytes held as a fraction of what an uncompressed cache would hold."""
+        """The bytes allocated as a fraction of the bytes that an uncompressed cache would store."""
         return self.kv_bytes / max(1, self.full_kv_bytes)
 
     @property
     def compression_factor(self) -> float:
-        """How many times fewer bytes a decode step reads than with an uncompressed cache."""
+        """The bytes that a step over an uncompressed cache reads, over the bytes that the last step read."""
         return self.full_read_bytes / max(1, self.read_bytes)
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds and reads: layer by layer, and in all."""
+    """What a cache stores and reads, layer by layer and in all."""
 
     layers: list[LayerStats]
 
     @property
     def total(self) -> LayerStats:
-        """Bytes summed over all layers, tokens averaged."""
+        """The sum of the bytes of all layers, and the mean of their numbers of tokens."""
         count = max(1, len(self.layers))
         return LayerStats(
             num_seen=sum(layer.num_seen for layer in self.layers) / count,

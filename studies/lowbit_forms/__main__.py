@@ -1,9 +1,7 @@
 """The command line of the study."""
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from rich.console import Console
 from rich.progress import track
 
 from rocketkv.errors import RocketKVError
-from studies.lowbit_forms.fit import fit_size
 from studies.lowbit_forms.forms import AXES, REFERENCES
 from studies.lowbit_forms.measure import measure
 from studies.lowbit_forms.study import Study
@@ -20,7 +17,7 @@ from studies.lowbit_forms.traces import NEW_TOKENS, WINDOW, Case, capture
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Compares forms of low-bit keys by the error of attention's output.")
     parser.add_argument("texts", type=Path, nargs="+", help="files with texts")
     parser.add_argument("--model", default="smollm2", help="as for rocketkv")
@@ -30,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help=f"how many of the {NEW_TOKENS} steps after a prefix")
     parser.add_argument("--axes", nargs="+", choices=AXES, metavar="AXIS", default=list(AXES), help=", ".join(AXES))
     parser.add_argument("--cache", type=Path, default=Path("build/forms"), metavar="FOLDER", help="for the traces")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="for every figure, as gzipped JSON")
     arguments = parser.parse_args()
     for text in arguments.texts:
         if not text.is_file():
@@ -44,10 +41,10 @@ def parse_arguments() -> argparse.Namespace:
 
 @torch.inference_mode()
 def run(arguments: argparse.Namespace, console: Console) -> Study:
-    """Measure every form everywhere.
+    """Measure every form on every text, length, layer and budget.
 
     Raises:
-        InputError: a text is too short, or the model cannot be loaded.
+        InputError: a text is too short, or the model cannot be loaded or has too few layers.
     """
     forms = {**REFERENCES, **{name: form for axis in arguments.axes for name, form in AXES[axis].items()}}
     num_tokens = max(arguments.lengths) + NEW_TOKENS
@@ -55,34 +52,25 @@ def run(arguments: argparse.Namespace, console: Console) -> Study:
         text: capture(arguments.model, text, num_tokens, arguments.layers, arguments.cache)
         for text in track(arguments.texts, "reading", console=console)
     }
-    study = Study(arguments.lengths, arguments.budgets, [text.stem for text in arguments.texts])
-    places = [(text, layer, length) for text in traces for layer in range(arguments.layers) for length in study.lengths]
+    study = Study.of(forms)
+    places = list(product(traces, range(arguments.layers), arguments.lengths))
     for text, layer, length in track(places, "choosing", console=console):
         case = Case(traces[text][layer], length, arguments.steps)
-        for budget, (name, form) in product(study.budgets, forms.items()):
-            study.add(text.stem, length, layer, budget, name, measure(form, case, budget))
+        for budget, (name, form) in product(arguments.budgets, forms.items()):
+            outcome = measure(form, case, budget)
+            study.add(name, outcome, text=text.stem, length=length, layer=layer, budget=budget)
     return study
 
 
 def main() -> None:
-    """Measure and show."""
+    """Measure, write and show."""
     arguments = parse_arguments()
-    console = Console(stderr=True)
     try:
-        study = run(arguments, console)
+        study = run(arguments, Console(stderr=True))
     except RocketKVError as error:
         sys.exit(f"error: {error}")
-    if arguments.json is not None:
-        forms = {**REFERENCES, **{name: form for axis in arguments.axes for name, form in AXES[axis].items()}}
-        described = {name: asdict(form) for name, form in forms.items()}
-        arguments.json.write_text(json.dumps({"forms": described, "records": study.records}))
-    print("Cells: error; above the oracle, mean and worst; tokens' worth read, tokens attended to.")
-    for axis in ("references", *arguments.axes):
-        names = list(REFERENCES if axis == "references" else AXES[axis])
-        print(f"\n## {axis}\n", *study.table(names), sep="\n")
-    if "size" in arguments.axes:
-        for bits in (4, 3, 2):
-            print("", *fit_size(study, bits), sep="\n")
+    study.write(arguments.out)
+    study.show()
 
 
 if __name__ == "__main__":

@@ -1,144 +1,96 @@
 """Forms of the index, and the axes along which the study varies them."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-
-PAGE, PAGE_CHANNELS = 4, 8  # tokens of a page and channels read of it, in the coarse level
-ALL = math.inf
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to choose tokens.
+    """One way to choose tokens; as it stands, that of `selection="lowbit"` and `eviction="peak"`.
 
     Attributes:
-        scoring: what estimates logits: low-bit keys; page bounds, as published; or the logits themselves, not counted.
-        held: stage 1 keeps this many times what the paper's formula says.
-        size: stage 1 keeps a * t**b * length**c instead, given as (a, b, c).
+        scoring: what estimates logits: low-bit keys; page bounds; or the logits themselves, not counted.
+        by_peak: stage 1 goes by the largest attention that one query gives a token, not by the sum.
+        held: stage 1 keeps this many times what the paper's formula says; None: everything.
         share: of the budget, what scoring may take.
         bits: per code; 16: the keys themselves.
         group: tokens that share a step.
         symmetric: codes around zero, no zero point.
-        rotated: queries and keys multiplied by a Hadamard matrix or by the principal axes of the kept keys, uncounted.
+        rotated: queries and keys are multiplied by a Hadamard matrix, which is not counted.
         centred: the mean of the kept keys is taken off before quantization.
-        channels: which are read: the largest of the sum over heads of |q|, times the range or deviation of the kept
-            keys, the largest in any head, or those of the prefix's last queries.
-        temperature: SparQ's, by the share of |q| that is read.
-        heads: how the heads of a group agree.
+        heads_of_channel: how the sizes of a channel's |q| in the heads of a group, times the spread, become one: their
+            sum, the largest, the sum of squares, or the sum once each head is divided by the norm of its q
+            ("unit q") or of its |q| times the spread ("unit"); "static": the mean over the prefix's last queries.
+        spread: of a channel's keys in whole groups: none, as published, the mean of the groups' ranges, the range or
+            deviation of all of them, the root of the mean variance within groups, or the mean distance of two keys
+            that follow each other.
+        heads: how the heads of a group agree on tokens.
         by_value: scores are multiplied by the values' norms, 8 bits per token.
         sinks: first tokens pinned.
         recents: last tokens pinned, as a part of top_k.
-        coarse: pages, by bounds along few channels, decide which half of the tokens has its low-bit keys read.
-        mass: attend until this part of the approximate attention is reached.
-        tail: what stands for the tokens not attended to: nothing, their weight, or their weight and mean value.
-        attended_bits: 16, or 8: quantized keys and values are attended to.
+        tail: the mean value of the tokens that are not attended to stands for them, with their weight.
     """
 
     scoring: Literal["lowbit", "pages", "exact"] = "lowbit"
-    held: float = 1.0
-    size: tuple[float, float, float] | None = None
-    share: float = 0.5
+    by_peak: bool = True
+    held: float | None = 1.4
+    share: float = 1 / 4
     bits: int = 4
     group: int = 64
     symmetric: bool = False
-    rotated: Literal["no", "hadamard", "principal"] = "no"
+    rotated: bool = False
     centred: bool = False
-    channels: Literal["sum", "range", "deviation", "max", "static"] = "sum"
-    temperature: bool = False
+    heads_of_channel: Literal["sum", "max", "squares", "unit q", "unit", "static"] = "sum"
+    spread: Literal["none", "step", "range", "deviation", "within", "neighbours"] = "step"
     heads: Literal["mean", "max"] = "mean"
     by_value: bool = False
     sinks: int = 0
     recents: float = 1 / 8
-    coarse: bool = False
-    mass: float = 1.0
-    tail: Literal["none", "weight", "mean"] = "none"
-    attended_bits: int = 16
+    tail: bool = False
 
 
 BASE = Form()
-ORACLE = Form("exact", held=ALL, recents=0)
-PUBLISHED = Form("pages", recents=0)
-REFERENCES = {"oracle": ORACLE, "published": PUBLISHED, "base": BASE}
-SIZES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, ALL)
+KEPT = Form("exact", recents=0)
+PUBLISHED = Form("pages", by_peak=False, held=1.0, spread="none", recents=0)
+REFERENCES = {"oracle": replace(KEPT, held=None), "published": PUBLISHED, "base": BASE}
 
 
 def vary(name: str, *values: Any) -> dict[str, Form]:
-    """Forms that differ from the base in one field."""
+    """Return forms that differ from the base in one field."""
     return {
         f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}": replace(BASE, **{name: value})
         for value in values
     }
 
 
-TAILED: dict[str, dict[str, Any]] = {
-    "2 bits": {"bits": 2},
-    "3 bits": {"bits": 3},
-    "temperature": {"temperature": True},
-    "deviation": {"channels": "deviation"},
-    "range": {"channels": "range"},
-    "deviation, temperature": {"channels": "deviation", "temperature": True},
-    "group 32": {"group": 32},
-    "share 1/4": {"share": 1 / 4},
-    "share 1/3": {"share": 1 / 3},
-    "share 2/3": {"share": 2 / 3},
-    "heads max": {"heads": "max"},
-    "coarse": {"coarse": True},
-    "no pins": {"recents": 0.0},
-    "held 1.4": {"held": 1.4},
-    "held 2": {"held": 2.0},
-    "held 2, 2 bits": {"held": 2.0, "bits": 2},
-    "held 4, 2 bits": {"held": 4.0, "bits": 2},
-    "published": {"scoring": "pages", "recents": 0},
-    "8 bits attended": {"attended_bits": 8},
-}
 AXES: dict[str, dict[str, Form]] = {
+    "channels": {
+        **vary("spread", "none", "range", "deviation", "within", "neighbours"),
+        **vary("heads_of_channel", "max", "squares", "unit q", "unit", "static"),
+        **{
+            f"deviation, {heads}": replace(BASE, spread="deviation", heads_of_channel=heads)
+            for heads in ("squares", "unit q", "unit")
+        },
+    },
+    "heads": {"heads=max": replace(BASE, heads="max"), "by value": replace(BASE, by_value=True)},
+    "share": vary("share", 1 / 6, 1 / 3, 1 / 2, 2 / 3),
+    "pins": {**vary("recents", 0.0, 1 / 16, 1 / 4), "sinks=4": replace(BASE, sinks=4)},
     "bounds": {
-        "kept, exact top-k": Form("exact", recents=0),
+        "kept, exact top-k": KEPT,
         "published, recents pinned": replace(PUBLISHED, recents=1 / 8),
+        "pages with our spread, peak": replace(PUBLISHED, by_peak=True, spread="step", recents=1 / 8),
     },
-    "bits": vary("bits", 2, 3, 8, 16),
+    "bits": {
+        **vary("bits", 2, 3, 8, 16),
+        "2 bits, share 1/6": replace(BASE, bits=2, share=1 / 6),
+    },
     "group": vary("group", 32, 128, 256),
-    "channels": vary("channels", "range", "deviation", "max", "static"),
-    "temperature": {"temperature": replace(BASE, temperature=True)},
-    "share": vary("share", 1 / 4, 1 / 3, 2 / 3),
-    "size": {
-        f"{bits} bits, held={held:g}": replace(BASE, bits=bits, held=held) for bits in (4, 3, 2) for held in SIZES
-    },
+    "kept": {"stage 1 by the sum": replace(BASE, by_peak=False), **vary("held", 1.0, 2.0, 2.8)},
     "zero": {
         "symmetric": replace(BASE, symmetric=True),
         "symmetric, centred": replace(BASE, symmetric=True, centred=True),
         "centred": replace(BASE, centred=True),
     },
-    "rotation": {
-        **vary("rotated", "hadamard", "principal"),
-        "hadamard, 2 bits": replace(BASE, rotated="hadamard", bits=2),
-        "principal, 2 bits": replace(BASE, rotated="principal", bits=2),
-    },
-    "heads": {"heads=max": replace(BASE, heads="max"), "by value": replace(BASE, by_value=True)},
-    "pins": {**vary("recents", 0.0, 1 / 16, 1 / 4), "sinks=4": replace(BASE, sinks=4)},
-    "levels": {"coarse": replace(BASE, coarse=True)},
-    "stop": vary("mass", 0.95, 0.99),
-    "tail": vary("tail", "weight", "mean"),
-    "attended": vary("attended_bits", 8),
-    "best": {
-        "2 bits": replace(BASE, bits=2),
-        "2 bits, share 1/4": replace(BASE, bits=2, share=1 / 4),
-        "2 bits, share 1/6": replace(BASE, bits=2, share=1 / 6),
-        "3 bits, share 1/4": replace(BASE, bits=3, share=1 / 4),
-        "4 bits, share 1/4": replace(BASE, share=1 / 4),
-        "2 bits, share 1/4, held 2": replace(BASE, bits=2, share=1 / 4, held=2.0),
-        "2 bits, share 1/4, held 0.7": replace(BASE, bits=2, share=1 / 4, held=0.7),
-        "3 bits, share 1/4, held 0.7": replace(BASE, bits=3, share=1 / 4, held=0.7),
-        "3 bits, share 1/4, 5t": replace(BASE, bits=3, share=1 / 4, size=(5.0, 1.0, 0.0)),
-        "2 bits, share 1/4, tail": replace(BASE, bits=2, share=1 / 4, tail="mean"),
-        "3 bits, share 1/4, tail": replace(BASE, bits=3, share=1 / 4, tail="mean"),
-        "4 bits, share 1/3, coarse, tail": replace(BASE, share=1 / 3, coarse=True, tail="mean"),
-        "3 bits, share 1/3, tail": replace(BASE, bits=3, share=1 / 3, tail="mean"),
-        "3 bits, share 1/3, held 0.7, tail": replace(BASE, bits=3, share=1 / 3, held=0.7, tail="mean"),
-        "oracle, tail": replace(ORACLE, tail="mean"),
-        "kept, exact top-k, tail": Form("exact", recents=0, tail="mean"),
-        "published, tail": replace(PUBLISHED, tail="mean"),
-    },
-    "mean tail": {f"tail, {name}": replace(BASE, tail="mean", **changes) for name, changes in TAILED.items()},
+    "rotation": {"hadamard": replace(BASE, rotated=True)},
+    "tail": {"tail": replace(BASE, tail=True), "tail, 3 bits": replace(BASE, tail=True, bits=3)},
 }

@@ -1,4 +1,4 @@
-"""What the tests of a layer's cache are given."""
+"""Fixtures for the tests of a layer's cache."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from inputs import Inputs, make_inputs
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh floating-point memory is NaN: a read of what was never written shows in the output."""
+    """Fill fresh floating-point memory with NaN, so that a read of unwritten memory shows in the output."""
     new_empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *size: Any, **options: Any) -> Tensor:

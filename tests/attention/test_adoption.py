@@ -1,4 +1,4 @@
-"""Keys and values that another cache prefilled."""
+"""Tests of `load_tokens`: a cache goes on from keys and values that another cache prefilled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,33 +15,35 @@ from rocketkv import InputError, LayerCache, RocketKVConfig
 
 def test_what_cannot_be_loaded_is_refused(seeded: torch.Generator) -> None:
     _, keys, values = make_inputs(seeded, num_tokens=40)
-    with pytest.raises(InputError, match="40 tokens of 39 seen cannot be loaded"):
+    with pytest.raises(InputError, match="num_seen=39 does not fit 40 tokens; give a number from 40 to"):
         LayerCache(strict(token_budget=64)).load_tokens(keys, values, num_seen=39)
-    with pytest.raises(InputError, match="a multi_turn cache keeps every token, so 40 of 50 seen cannot be loaded"):
+    with pytest.raises(
+        InputError, match="a multi_turn cache keeps every token, so 40 of 50 seen tokens cannot be loaded"
+    ):
         LayerCache(strict(token_budget=64, mode="multi_turn")).load_tokens(keys, values, num_seen=50)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda k: (k, k.half(), 300, None), "give one floating-point dtype"),
-        (lambda k: (k, k[..., :8], 300, None), "cannot be loaded; give twice"),
-        (lambda k: (k, k[:, :1], 300, None), "cannot be loaded; give twice"),
-        (lambda k: (k, k[:, :, :9], 300, None), "cannot be loaded; give twice"),
-        (lambda k: (k[0], k[0], 300, None), "cannot be loaded; give twice"),
-        (lambda k: (k[:, :, :0], k[:, :, :0], 300, None), "nothing empty"),
-        (lambda k: (k.int(), k.int(), 300, None), "give one floating-point dtype"),
-        (lambda k: (k, k.to("meta"), 300, None), "give tensors on one device"),
-        (lambda k: (k.to("meta"), k.to("meta"), 300, None), "give tensors on one device"),
+        (lambda k: (k, k.half(), 300, None), "give one dtype for all"),
+        (lambda k: (k, k[..., :8], 300, None), "cannot be loaded; give both as"),
+        (lambda k: (k, k[:, :1], 300, None), "cannot be loaded; give both as"),
+        (lambda k: (k, k[:, :, :9], 300, None), "cannot be loaded; give both as"),
+        (lambda k: (k[0], k[0], 300, None), "cannot be loaded; give both as"),
+        (lambda k: (k[:, :, :0], k[:, :, :0], 300, None), "no dimension of size 0"),
+        (lambda k: (k.int(), k.int(), 300, None), "give one dtype for all"),
+        (lambda k: (k, k.to("meta"), 300, None), "give all tensors on one device"),
+        (lambda k: (k.to("meta"), k.to("meta"), 300, None), "give all tensors on one device"),
         (lambda k: (k, None, 300, None), "values is a NoneType"),
         (lambda k: (k, k, 300.5, None), "num_seen=300.5 is no whole number"),
         (lambda k: (k, k, True, None), "num_seen=True is no whole number"),
-        (lambda k: (k, k, 199, None), "200 tokens of 199 seen cannot be loaded"),
-        (lambda k: (k, k, (1 << 30) + 1, None), "1073741824 at most"),
+        (lambda k: (k, k, 199, None), "num_seen=199 does not fit 200 tokens; give a number from 200 to"),
+        (lambda k: (k, k, (1 << 30) + 1, None), "from 200 to 1073741824"),
         (lambda k: (k, k, 300, torch.arange(199)), "positions=.* do not fit; give int64"),
         (lambda k: (k, k, 300, torch.arange(200.0)), "do not fit"),
         (lambda k: (k, k, 300, list(range(200))), "do not fit"),
-        (lambda k: (k, k, 300, torch.arange(101, 301)), "positions do not ascend from 0 or more to less than"),
+        (lambda k: (k, k, 300, torch.arange(101, 301)), "positions do not ascend within 0 to 299; give ascending"),
         (lambda k: (k, k, 300, torch.arange(-1, 199)), "positions do not ascend"),
         (lambda k: (k, k, 300, torch.arange(200).flip(0)), "positions do not ascend"),
     ],

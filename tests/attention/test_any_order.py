@@ -1,10 +1,9 @@
-"""Right and wrong calls of a `LayerCache` in any order, against a model of it in plain lists.
+"""Tests of right and wrong calls of a `LayerCache` in any order, against a model of the cache in plain lists.
 
 ROCKETKV_TEST_EXAMPLES sets how many sequences of calls are tried; `make sanitize` tries more of them.
 """
 
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,86 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from plain_rows import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, Model, Row, attention, positions_of
 from rocketkv import LayerCache, RocketKVConfig
 from rocketkv.errors import RocketKVError
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 16
 WINDOW, MOST_CACHES = 4, 3
 METHODS = [("peak", "lowbit"), ("snapkv", "hybrid"), ("snapkv", "dense"), ("streaming_llm", "dense"), ("peak", "quest")]
 EVERYTHING = 4096  # a budget for more tokens than any row here gets
 MODES = st.sampled_from(["single_turn", "multi_turn"])
 BUDGETS = st.sampled_from([EVERYTHING, 8, 20])
-
-Positions = list[list[list[int]]]  # of each row, of each KV head
-
-
-@dataclass
-class Row:
-    """Everything that a row has seen: the token at position p is the p-th of each list."""
-
-    keys: list[Tensor] = field(default_factory=list)  # [Hkv, D] each
-    values: list[Tensor] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def first(self, count: int) -> "Row":
-        return Row(self.keys[:count], self.values[:count])
-
-    def add(self, key: Tensor, value: Tensor) -> None:
-        """Take in key and value `[Hkv, T, D]` of T tokens."""
-        self.keys += key.unbind(1)
-        self.values += value.unbind(1)
-
-
-@dataclass
-class Model:
-    """What is known of a cache without looking at it."""
-
-    config: RocketKVConfig
-    rows: list[Row] = field(default_factory=list)
-    num_seen: int = 0
-    num_decoded: int = 0  # since the last prefill
-    awaits_prompt: bool = True
-    kept: Positions = field(default_factory=list)  # what decode chooses from; of no use while a prompt is awaited
-
-    def copy(self) -> "Model":
-        rows = [row.first(len(row)) for row in self.rows]
-        kept = [[list(head) for head in row] for row in self.kept]
-        return Model(self.config, rows, self.num_seen, self.num_decoded, self.awaits_prompt, kept)
-
-    @property
-    def tolerance(self) -> dict[str, float]:
-        return {"rtol": 0.1, "atol": 0.15} if self.config.kv_dtype == "int8" else {"rtol": 1e-3, "atol": 1e-4}
-
-    def attends_to_all(self, row: Row) -> bool:
-        """Whether a decode step of this row attends to everything that is kept of it."""
-        return self.config.selection == "dense" or len(row) <= self.config.token_budget
-
-
-def attention(query: Tensor, row: Row, past: list[list[int]], num_new: int) -> Tensor:
-    """Attention of the last queries `[Hq, T, D]` to `past`, by KV head, and causally to the row's last T tokens."""
-    keys, values = torch.stack(row.keys, 1).double(), torch.stack(row.values, 1).double()
-    group, outputs = NUM_HEADS // NUM_KV_HEADS, []
-    for head in range(NUM_HEADS):
-        kv_head, seen = head // group, len(row) - num_new
-        at = torch.tensor(past[kv_head] + list(range(seen, len(row))))
-        logits = query[head].double() @ keys[kv_head, at].T * HEAD_DIM**-0.5
-        allowed = at <= torch.arange(seen, len(row))[:, None]
-        outputs.append(logits.masked_fill(~allowed, -torch.inf).softmax(-1) @ values[kv_head, at])
-    return torch.stack(outputs).float()
-
-
-def positions_of(cache: LayerCache) -> Positions:
-    """The positions that a cache tells, checked: ascending, as many as it says, -1 beyond them."""
-    found: Positions = []
-    for row, counts in zip(cache.positions.tolist(), cache.num_stored.tolist(), strict=True):
-        for head, count in zip(row, counts, strict=True):
-            assert head[:count] == sorted(set(head[:count]))
-            assert head[0] >= 0
-            assert set(head[count:]) <= {-1}
-        found.append([head[:count] for head, count in zip(row, counts, strict=True)])
-    return found
 
 
 # Each takes the cache, fitting tensors for one more token, and the numbers of tokens that its rows have seen.
@@ -114,7 +42,7 @@ WRONG: dict[str, Any] = {
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Up to three caches, each beside its model."""
+    """A state machine over up to three caches, each beside its model."""
 
     @initialize(
         mode=MODES,
@@ -239,7 +167,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(which=st.integers(0, 2), count=st.just(0) | st.integers(1, 12), unevenly=st.booleans())
     def rewind(self, which: int, count: int, unevenly: bool) -> None:
         cache, model = self.pick(which)
-        count = count or max(1, model.num_decoded)  # often just what was decoded
+        count = count or max(1, model.num_decoded)  # 0 stands for all decoded tokens
         if not model.rows or min(map(len, model.rows)) <= count:
             return
         dropped = [max(0, count - 5 * i) if unevenly else count for i in range(len(model.rows))]
@@ -292,7 +220,7 @@ class AnyOrder(RuleBasedStateMachine):
                     assert model.kept == everything
 
     def teardown(self) -> None:
-        """The archive is complete: a next turn of every multi_turn cache attends to all that its rows have seen."""
+        """Check the archive: in a next turn, every multi_turn cache attends to all tokens that its rows have seen."""
         for which, (_, model) in enumerate(getattr(self, "live", [])):
             if model.rows and model.config.mode == "multi_turn":
                 self.prefill(which, 3, 1, False)
@@ -303,7 +231,7 @@ class TestAnyOrder(AnyOrder.TestCase):  # type: ignore[misc, valid-type] # hypot
     settings = settings(
         deadline=None,
         derandomize=True,
-        phases=[Phase.generate],  # a failure is told as it was found: to shorten it takes minutes
+        phases=[Phase.generate],  # a failing example is not shortened, because that takes minutes
         max_examples=int(os.environ.get("ROCKETKV_TEST_EXAMPLES", "80")),
         stateful_step_count=25,
         suppress_health_check=list(HealthCheck),

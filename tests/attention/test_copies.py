@@ -1,4 +1,4 @@
-"""Copies go their own way, and threads that share a cache do no harm."""
+"""Tests that copies are independent, and that threads which share a cache do no harm."""
 
 import copy
 import pickle

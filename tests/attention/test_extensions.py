@@ -1,4 +1,4 @@
-"""Policies and methods from outside: they work, and nonsense that they return is refused."""
+"""Tests of policies and methods from outside: they work, and nonsense that they return is refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from rocketkv.selection import SELECTION_METHODS, Hybrid
 
 
 class HeadsOfTheirOwn(KeepAll):
-    """An eviction policy from outside: each head keeps a number of tokens of its own."""
+    """An eviction policy from outside, with which each head keeps another number of tokens."""
 
     def keep(self, query: Tensor, keys: Tensor, *, lengths: Tensor, **_: Any) -> Tensor:
         slots = torch.arange(keys.shape[2])
@@ -81,7 +81,7 @@ def test_a_selection_method_from_outside_works(seeded: torch.Generator) -> None:
     [
         (lambda keys: torch.ones(keys.shape[:3]), r"returned torch.float32 \[1, 2, 200\]; return torch.bool"),
         (lambda keys: torch.ones(1, 2, 7, dtype=torch.bool), r"returned torch.bool \[1, 2, 7\]; return"),
-        (lambda keys: torch.zeros(keys.shape[:3], dtype=torch.bool), "left a row without tokens; keep one at least"),
+        (lambda keys: torch.zeros(keys.shape[:3], dtype=torch.bool), "left a row without tokens; keep at least one"),
     ],
 )
 def test_policies_that_return_nonsense_are_refused(

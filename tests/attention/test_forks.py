@@ -1,4 +1,4 @@
-"""A fork of a shared prefill is a cache that saw everything itself."""
+"""Tests that a fork of a shared prefill equals a cache that has seen everything itself."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_fork_answers_as_if_it_had_seen_everything_itself(seeded: torch.Genera
         shared.fork(config).decode(*x.part(368, 369))
     empty = LayerCache(config).fork(config)
     assert torch.equal(empty.prefill(*x), LayerCache(config).prefill(*x))
-    with pytest.raises(InputError, match="a single_turn cache has evicted what a fork would need; set mode='multi"):
+    with pytest.raises(InputError, match="a single_turn cache cannot be forked: tokens were evicted; set mode='multi"):
         LayerCache(strict(token_budget=48)).fork(config)
 
 
@@ -50,7 +50,7 @@ def test_a_fork_with_kept_queries_is_to_the_bit_a_cache_that_prefilled_by_itself
         assert torch.equal(fork.positions, alone.positions)
         assert (fork.kv_bytes, fork.num_seen, fork.row_seen) == (alone.kv_bytes, alone.num_seen, alone.row_seen)
         assert torch.equal(decode_all(fork, x, prompt, prompt + 8), decode_all(alone, x, prompt, prompt + 8))
-        following = x.part(prompt + 8, prompt + 40)  # the next turn
+        following = x.part(prompt + 8, prompt + 40)  # this is the next turn
         assert torch.equal(fork.prefill(*following), alone.prefill(*following))
         assert torch.equal(fork.positions, alone.positions)
         end = prompt + 40, prompt + 44
@@ -73,16 +73,18 @@ def test_a_fork_at_a_later_turn_sees_all_of_the_past(seeded: torch.Generator) ->
         alone.prefill(*x.part(300, 400))
         assert torch.equal(decode_all(fork, x, 400, 408), decode_all(alone, x, 400, 408))
     single = strict(token_budget=48, window_size=16)
-    with pytest.raises(InputError, match="would have evicted at an earlier prefill already; fork it after the first"):
+    with pytest.raises(InputError, match="would have evicted at an earlier prefill already; fork after the first"):
         shared.fork(single)
     everything = strict(token_budget=48, window_size=16, eviction="keep_all")
     alone = LayerCache(everything)
     alone.prefill(*x.part(0, 400))
     assert torch.equal(decode_all(shared.fork(everything), x, 400, 420), decode_all(alone, x, 400, 420))
-    with pytest.raises(InputError, match="window_size=17 is more than the keep_queries=16 of the cache; make it with"):
+    with pytest.raises(
+        InputError, match="window_size=17 is more than the keep_queries=16 of this cache; make the cache with"
+    ):
         shared.fork(strict(token_budget=48, window_size=17))
     decode_all(shared, x, 400, 401)
-    with pytest.raises(InputError, match="needs the last queries of a prefill; make the cache with keep_queries"):
+    with pytest.raises(InputError, match="needs the last queries of a prefill; make this cache with keep_queries"):
         shared.fork(single)
 
 

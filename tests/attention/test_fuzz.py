@@ -1,4 +1,4 @@
-"""Random wrong calls between right ones: each is refused in a sentence and changes nothing (`make sanitize` too)."""
+"""Random wrong calls between right ones: a cache refuses each in a sentence and does not change."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from rocketkv import LayerCache, RocketKVConfig
 from rocketkv.errors import RocketKVError
 
-NUM_CALLS = 500  # for each of the seeds: 10,000 in all
+NUM_CALLS = 500  # calls per seed, 10,000 in all
 SEEDS = range(20)
 NO_TENSORS: list[Any] = [None, 3, -1, 2.5, "text", [0], [[1.0]], (), {}, object, True, float("nan")]
 
@@ -52,7 +52,7 @@ NUMBERS: list[Any] = [
 
 
 class Conversation:
-    """A cache, and its twin that only right calls reach."""
+    """A cache, and a twin that receives the right calls only."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -81,7 +81,7 @@ class Conversation:
         )
 
     def start(self) -> None:
-        """Begin anew, with an empty cache."""
+        """Begin anew with an empty cache."""
         self.cache = LayerCache(self.config(), keep_queries=self.random.choice([0, 4]))
         self.twin = self.cache.copy()
 
@@ -91,11 +91,11 @@ class Conversation:
 
     @property
     def rows(self) -> int:
-        """Rows of the batch as it is now."""
+        """Return the number of rows that the batch has now."""
         return self.batch if self.cache.working is None else self.cache.num_stored.shape[0]
 
     def right_call(self) -> tuple[str, list[Any], dict[str, Any]]:
-        """A method with arguments that fit."""
+        """Return a method and arguments that fit."""
         if self.cache.working is None:
             method = self.random.choice(["prefill", "load_tokens"])
         else:
@@ -116,7 +116,7 @@ class Conversation:
         return method, self.tokens(1), {"scale": self.random.choice([None, None, 0.5])}
 
     def spoil(self, arguments: list[Any], options: dict[str, Any]) -> None:
-        """Change some of the arguments, into others that do not fit, as a rule."""
+        """Replace some arguments by others, most of which do not fit."""
         places: list[tuple[Any, Any]] = [(arguments, i) for i in range(len(arguments))]
         places += [(options, name) for name in options]
         change = self.random.choice(TENSOR_CHANGES)
@@ -129,7 +129,7 @@ class Conversation:
                 holder[name] = self.random.choice(NUMBERS + NO_TENSORS)
 
     def step(self) -> None:
-        """One call, right or wrong."""
+        """Make one call, right or wrong."""
         method, arguments, options = self.right_call()
         if is_spoilt := self.random.random() < 0.7:
             self.spoil(arguments, options)
@@ -140,7 +140,7 @@ class Conversation:
         try:
             made = getattr(self.cache, method)(*arguments, **options)
         except RocketKVError:
-            if not is_spoilt and method != "fork":  # which is refused where queries were not kept
+            if not is_spoilt and method != "fork":  # a fork is refused where queries were not kept
                 raise
             self.num_refused += 1
             return
@@ -156,7 +156,7 @@ class Conversation:
             self.cache, self.twin = made, expected
         if method == "decode" and self.cache.trace:
             assert torch.equal(self.cache.last_attended, self.twin.last_attended)
-        self.dtype = self.cache.dtype or self.dtype  # a first call may have been made in another
+        self.dtype = self.cache.dtype or self.dtype  # an earlier call may have set another dtype
 
 
 @pytest.mark.filterwarnings("ignore:a row has grown so long")

@@ -1,6 +1,6 @@
-"""Numbers that must stay: small ones of our own (tests/golden), and those of the published implementation.
+"""Tests of numbers that must not change: small cases of our own (tests/golden) and the published ones.
 
-The latter are not part of the repository; a README lies beside them.
+The published cases are not part of the repository; a README lies beside them.
 """
 
 import json
@@ -31,7 +31,7 @@ def load(shared: Path, kind: str, index: int) -> tuple[dict[str, Any], dict[str,
 def golden_inputs(shared: Path, case: dict[str, Any], prompt_len: int, new_tokens: int, check: np.ndarray) -> Inputs:
     folder = str(shared / "golden")
     namespace: dict[str, Any] = {}
-    exec(Path(folder, "inputs.py").read_text(), namespace)  # a script beside the vectors, not a package
+    exec(Path(folder, "inputs.py").read_text(), namespace)  # this is a script beside the vectors, not a package
     arrays = namespace["inputs"](
         case["seed"], case["num_heads"], case["num_kv_heads"], case["head_dim"], prompt_len, new_tokens
     )

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits: they decode as the numbers that are stored."""
+"""Tests of keys and values in 8 bits: they decode like the dequantized numbers."""
 
 import pytest
 import torch
@@ -25,9 +25,8 @@ def test_8_bits_decode_as_the_numbers_that_they_store(seeded: torch.Generator, s
     for start in (300, 320):
         outputs = [decode_all(cache, y, start, start + 15) for cache, y in ((stored, x), (plain, rounded))]
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
-        later = (
-            cache.prefill(*rounded.part(start + 15, start + 20)) for cache in (stored, plain)
-        )  # sees what is stored
+        # A later turn attends to what is stored.
+        later = (cache.prefill(*rounded.part(start + 15, start + 20)) for cache in (stored, plain))
         torch.testing.assert_close(*later, rtol=1e-5, atol=1e-6)
         assert torch.equal(stored.positions, plain.positions)
 
@@ -36,12 +35,12 @@ def test_8_bits_hold_and_read_what_they_say(seeded: torch.Generator) -> None:
     x = make_inputs(seeded, 1, 4, 2, 2001, 64, torch.bfloat16)
     caches = {kv_dtype: LayerCache(strict(token_budget=128, kv_dtype=kv_dtype)) for kv_dtype in ("auto", "int8")}
     outputs = [cache.prefill(*x.part(0, 2000)) for cache in caches.values()]
-    assert torch.equal(*outputs)  # a first prompt is attended as it comes
+    assert torch.equal(*outputs)  # a first prompt attends to its keys and values as they come
     for cache in caches.values():
         cache.decode(*x.part(2000, 2001))
     plain, int8 = caches.values()
     held = [int(cache.num_stored[0, 0]) for cache in (plain, int8)]
-    assert held[1] - 1 == 2 * split_budget(2000, 128, 64).kept_tokens  # one was decoded
+    assert held[1] - 1 == 2 * split_budget(2000, 128, 64).kept_tokens  # one token was decoded
     split = LowBit.from_config(caches["int8"].config).split(held[1] - 1, 128, 64)
     top_k = split.top_k * 256 // (2 * (64 + 2))  # a token takes 256 bytes in bfloat16
     assert int8.plan.splits[0] == split._replace(top_k=top_k)
@@ -58,13 +57,13 @@ def test_what_8_bits_cannot_do_is_refused(seeded: torch.Generator) -> None:
     multi_turn = strict(token_budget=48, mode="multi_turn", kv_dtype="int8")
     cache = LayerCache(multi_turn, keep_queries=32)
     cache.prefill(*x.part(0, 380))
-    with pytest.raises(InputError, match="has rounded what a fork without would need; set kv_dtype='auto' in it"):
+    with pytest.raises(InputError, match=r"has rounded its keys and values, .*; set kv_dtype='auto' in this cache"):
         cache.fork(strict(token_budget=48))
-    alone = LayerCache(multi_turn)  # of what is stored
+    alone = LayerCache(multi_turn)  # this cache begins with the stored numbers
     alone.prefill(x.query[:, :, :380], *ops.dequantize_tokens(*cache.working.archive.views().values(), x.key.dtype))
     assert torch.equal(decode_all(cache.fork(multi_turn), x, 380, 400), decode_all(alone, x, 380, 400))
     for selection in ("exact", Exact()):
-        with pytest.raises(ConfigError, match="selection='exact' reads whole keys as they come; set kv_dtype='auto'"):
+        with pytest.raises(ConfigError, match="selection='exact' cannot read keys in 8 bits; set kv_dtype='auto'"):
             strict(token_budget=48, selection=selection, kv_dtype="int8")
     with pytest.raises(ConfigError, match="kv_dtype='int4' does not exist; did you mean int8"):
         strict(token_budget=48, kv_dtype="int4")

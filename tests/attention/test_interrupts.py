@@ -1,4 +1,4 @@
-"""Calls that break off half way were made or were not."""
+"""Tests that a call which breaks off has either taken effect completely or not at all."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from rocketkv.eviction import SnapKV
 
 
 class Flaky(SnapKV):
-    """Raises once asked to."""
+    """An object that raises once it is told to."""
 
     error: BaseException | None = None
 
@@ -47,7 +47,7 @@ def test_a_prompt_that_broke_off_can_be_given_again(
 def test_a_prompt_whose_plan_is_refused_can_be_followed_by_another(x: Inputs) -> None:
     cache = LayerCache(RocketKVConfig(**SMALL, recent_tokens=30))
     expected = cache.copy()
-    with pytest.raises(ConfigError, match="more than top_k"):
+    with pytest.raises(ConfigError, match="but a step attends to top_k"):
         cache.prefill(*x.part(0, 200))
     assert (cache.num_seen, cache.working, cache.plan) == (0, None, None)
     assert expected.num_seen == 0
@@ -58,14 +58,14 @@ def test_a_step_that_no_backend_takes_counts_no_token(seeded: torch.Generator) -
     cache = LayerCache(RocketKVConfig(token_budget=64, backend="cpp"))
     cache.prefill(*x.part(0, 40))
     for _ in range(2):
-        with pytest.raises(UnsupportedError, match="backend='cpp' does not take this cache"):
+        with pytest.raises(UnsupportedError, match="backend='cpp' declines this cache"):
             cache.decode(*x.part(40, 41))
     assert cache.num_seen == 40
     assert cache.row_seen == [40]
 
 
 class Interrupting:
-    """Raises KeyboardInterrupt at the n-th point at which the interpreter would, counted in this package's code."""
+    """A context that raises KeyboardInterrupt at the n-th possible point inside this package's code."""
 
     def __init__(self, point: int) -> None:
         self.point = point
@@ -90,7 +90,7 @@ CALLS: dict[str, Call] = {
 
 
 def interrupted_at(point: int, cache: LayerCache, call: Call, x: Inputs) -> tuple[LayerCache, int]:
-    """A copy of the cache after the call was interrupted at a point, and how many points the call has passed."""
+    """Return a copy of the cache after a call interrupted at a point, and how many points the call passed."""
     copied, interrupting = cache.copy(), Interrupting(point)
     sys.setprofile(interrupting)
     try:

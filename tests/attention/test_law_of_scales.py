@@ -1,4 +1,4 @@
-"""Attention stays what it is if keys are multiplied, and queries divided, by the same numbers; so must what is chosen.
+"""Attention does not change if keys are multiplied and queries divided by the same numbers; nor may the choice.
 
 Rotary embeddings let a pair of channels (here c and c + D / 2) be scaled together, in the weights of any model, without
 a trace in what it computes. A method whose choice changes under this reads an accident of the weights. The factors are
@@ -64,11 +64,13 @@ def test_in_8_bits_a_scaled_output_moves_no_further_than_the_rounding_of_the_key
     )
     moved = (stored - scaled_stored / factors).repeat_interleave(2, 1)  # [B, Hq, T, D]
     first = TURNS[0][0]
-    furthest = (x.query[:, :, first:] @ moved.transpose(2, 3)).abs().amax(3) * 64**-0.5  # of each query's logits
+    furthest = (x.query[:, :, first:] @ moved.transpose(2, 3)).abs().amax(
+        3
+    ) * 64**-0.5  # the most by which a query's logits move
     bound = ((2 * furthest).exp() - 1)[..., None] * x.value.abs().amax() + 1e-5
     assert ((plain.outputs - other.outputs)[:, :, first:].abs() <= bound).all()
     change = (plain.outputs - other.outputs)[:, :, first:].norm() / plain.outputs[:, :, first:].norm()
     report(f"keys in 8 bits, channels scaled: outputs move by {change:.0%} ({backend})")
     assert change > 0
-    kept, same = (converse(a, **options).kept[:4] for a in (x, y))  # a first prompt is scored as it comes
+    kept, same = (converse(a, **options).kept[:4] for a in (x, y))  # stage 1 scores a first prompt's keys as they come
     assert kept == same

@@ -1,4 +1,4 @@
-"""`LayerCache` against plain loops, against dense attention, and over any conversation."""
+"""Tests of `LayerCache` against plain loops, against dense attention, and over any conversation."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_rocketkv_is_the_method_in_plain_loops(
     np.testing.assert_allclose(output[0], oracle.dense(q[:, :400], k[:, :400], v[:, :400]), atol=1e-5)
 
     kept_count = int(cache.num_stored[0, 0])
-    # 420 tokens at 64: c = 6.56, r = 0.363, 212 held, 20 of them new; 1.4 times as many for low-bit keys
+    # 420 tokens at 64: c = 6.56, r = 0.363, 212 kept, 20 of them new; 1.4 times as many for low-bit keys
     assert kept_count == {"hybrid": 192, "lowbit": 276}[selection]
     scores = oracle.pooled(oracle.window_scores(q[:, :400], k[:, :400], 16, by_peak=eviction == "peak"), 16, 5)
     group = num_heads // num_kv_heads
@@ -117,9 +117,10 @@ def test_a_budget_for_everything_is_the_dense_path_to_the_bit(
     x = make_inputs(seeded, 2, 6, 2, 90, 64)
     cache = LayerCache(strict(token_budget=90, mode=mode, eviction=eviction, selection=selection))
     dense = LayerCache(strict(token_budget=90, mode=mode, eviction="keep_all", selection="dense"))
-    dense.prefill(*x.part(0, 80))
+    output = cache.prefill(*x.part(0, 80))
+    assert torch.equal(output, dense.prefill(*x.part(0, 80)))
     prompt = scaled_dot_product_attention(*x.part(0, 80), is_causal=True, enable_gqa=True)
-    assert torch.equal(cache.prefill(*x.part(0, 80)), prompt)
+    torch.testing.assert_close(output, prompt, rtol=1e-5, atol=1e-5)
     for t in range(80, 90):
         key, value = x.key[:, :, : t + 1], x.value[:, :, : t + 1]
         expected = scaled_dot_product_attention(x.query[:, :, t].reshape(2, 2, 3, 64), key, value)
@@ -129,13 +130,13 @@ def test_a_budget_for_everything_is_the_dense_path_to_the_bit(
             assert torch.equal(output, expected.reshape(2, 6, 1, 64))
         torch.testing.assert_close(output, expected.reshape(2, 6, 1, 64), rtol=1e-5, atol=1e-5)
     assert cache.working is not None
-    assert cache.working.index is None  # nothing to select: no index is paid for
+    assert cache.working.index is None  # there is nothing to select, so no index is built
 
 
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_what_is_held_is_attended_in_full_up_to_twice_the_budget(seeded: torch.Generator, mode: str) -> None:
     x = make_inputs(seeded, 2, 6, 2, 200, 64)
-    padding = torch.tensor([0, 100])  # the second row is alone in being short, once the first has grown
+    padding = torch.tensor([0, 100])  # once the first row has grown, only the second is short
     options: dict[str, Any] = {"token_budget": 80, "mode": mode, "window_size": 16, "kernel_size": 7}
     by_default, in_full, selecting = (
         LayerCache(RocketKVConfig(**options, **more)) for more in ({}, {"dense_below": 10**6}, {"dense_below": 0})
@@ -158,7 +159,7 @@ def test_what_is_held_is_attended_in_full_up_to_twice_the_budget(seeded: torch.G
 @pytest.mark.parametrize("selection", [name for name in SELECTION_METHODS if name != "dense"])
 def test_selecting_all_tokens_is_dense(seeded: torch.Generator, selection: str) -> None:
     x = make_inputs(seeded, 2, 6, 2, 300, 64)
-    # the first row is long, so that a selection is made; the second holds fewer than top_k tokens
+    # the first row is long, so that a selection is made; the second has fewer than top_k tokens
     config = strict(token_budget=150, eviction="keep_all", selection=selection, budget=Budget(290, 2, 64, 100))
     selecting = LayerCache(config)
     dense = LayerCache(strict(token_budget=150, eviction="keep_all", selection="dense"))

@@ -1,4 +1,4 @@
-"""A 32K prompt must prefill within the memory of dense SDPA: peaks measured in processes of their own."""
+"""A 32K prompt must prefill within the memory of dense SDPA; child processes measure their peak memory."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Keys and logits that are no numbers, and ties."""
+"""Tests of keys and logits that are NaN or infinite, and of ties."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_a_key_channel_that_is_no_number_shows_in_every_output(
     x: Inputs, backend: str, dtype: torch.dtype, selection: str, kv_dtype: str, number: float, num_tokens: int
 ) -> None:
     if kv_dtype == "int8" and selection == "exact":
-        return  # is refused
+        return  # this is refused
     keys = x.key.clone()
     keys[..., 3] = number
     options = {"selection": selection, "kv_dtype": kv_dtype, "backend": backend}

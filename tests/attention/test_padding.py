@@ -1,4 +1,4 @@
-"""A row of a padded batch is what it is alone, whatever rows come and go beside it."""
+"""Tests that a row of a padded batch decodes as it does alone, whatever rows come and go beside it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `LayerCache` refuses, in a sentence, and that a refused call changes nothing."""
+"""Tests of the calls that `LayerCache` refuses in a sentence, and that a refused call changes nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,18 +39,18 @@ def made_for_inference() -> Tensor:
 WRONG: list[tuple[Call, str]] = [
     (all_changed(lambda a: a[..., :8]), "the cache holds keys with head_dim 16; continue with those"),
     (all_changed(lambda a: torch.cat([a, a], -1)), "the cache holds keys with head_dim 16"),
-    (all_changed(lambda a: a.to("meta")), "give tensors on one device, which has numbers"),
-    (changed(query=lambda a: a.to("meta")), "give tensors on one device"),
-    (changed(value=lambda a: a.to("meta")), "give tensors on one device"),
+    (all_changed(lambda a: a.to("meta")), "give all tensors on one device, and not on meta"),
+    (changed(query=lambda a: a.to("meta")), "give all tensors on one device"),
+    (changed(value=lambda a: a.to("meta")), "give all tensors on one device"),
     (all_changed(lambda a: a.half()), "key is torch.float16, but the cache holds torch.float32"),
-    (all_changed(lambda a: a.to(torch.float8_e4m3fn)), "give one floating-point dtype, of float32"),
-    (all_changed(lambda a: a.long()), "give one floating-point dtype"),
-    (all_changed(lambda a: a.to_sparse()), "give dense tensors"),
+    (all_changed(lambda a: a.to(torch.float8_e4m3fn)), "give one dtype for all, of float32"),
+    (all_changed(lambda a: a.long()), "give one dtype for all"),
+    (all_changed(lambda a: a.to_sparse()), "are not all dense; give strided tensors"),
     (all_changed(lambda a: a.numpy()), "query is a ndarray; give a torch.Tensor"),
     (all_changed(lambda a: None), "query is a NoneType; give a torch.Tensor"),
     (all_changed(lambda a: a[0]), "do not fit; give"),
     (all_changed(lambda a: a[:1]), "the cache holds batch 2"),
-    (all_changed(lambda a: a[:, :0]), "nothing may be empty"),
+    (all_changed(lambda a: a[:, :0]), "no dimension of size 0"),
     (all_changed(lambda a: a.expand(-1, -1, 2, -1)), "decode takes one token per row"),
     (scaled(0), "scale=0 is no positive, finite number"),
     (scaled(-1.0), "scale=-1.0 is no positive"),
@@ -62,21 +62,24 @@ WRONG: list[tuple[Call, str]] = [
     (scaled("1"), "scale='1' is no positive"),
     (lambda c, x: c.prefill(*token(x), scale=float("nan")), "scale=nan is no positive"),
     (lambda c, x: c.prefill(*(a[..., :8] for a in token(x))), "the cache holds keys with head_dim 16"),
-    (lambda c, x: c.prefill(*(a.to("meta") for a in token(x))), "give tensors on one device"),
+    (lambda c, x: c.prefill(*(a.to("meta") for a in token(x))), "give all tensors on one device"),
     (lambda c, x: c.prefill(*x.part(203, 210), padding=torch.tensor([0.5, 0])), "padding=.* does not fit"),
     (lambda c, x: c.prefill(*x.part(203, 210), padding=torch.tensor([True, False])), "padding=.* does not fit"),
     (lambda c, x: c.prefill(*x.part(203, 210), padding=torch.tensor([7, 0])), "padding=.7, 0. does not fit"),
     (lambda c, x: c.prefill(*x.part(203, 210), padding="left"), "padding=left does not fit"),
     (lambda c, x: c.prefill(*x.part(203, 210), padding=torch.ones(2).int().to("meta")), "padding=.* does not fit"),
-    (rows(lambda: torch.tensor([], dtype=torch.int64)), "are no numbers of rows; give a tensor like"),
-    (rows(lambda: [0]), r"rows=\[0\] are no numbers of rows"),
-    (rows(lambda: torch.tensor([True, False])), "are no numbers of rows"),
-    (rows(lambda: torch.tensor([0.0])), "are no numbers of rows"),
-    (rows(lambda: torch.tensor([[0]])), "are no numbers of rows"),
-    (rows(lambda: torch.zeros(1, dtype=torch.int64, device="meta")), "are no numbers of rows"),
+    (rows(lambda: torch.tensor([], dtype=torch.int64)), "are no row numbers; give a tensor like"),
+    (rows(lambda: [0]), r"rows=\[0\] are no row numbers"),
+    (rows(lambda: torch.tensor([True, False])), "are no row numbers"),
+    (rows(lambda: torch.tensor([0.0])), "are no row numbers"),
+    (rows(lambda: torch.tensor([[0]])), "are no row numbers"),
+    (rows(lambda: torch.zeros(1, dtype=torch.int64, device="meta")), "are no row numbers"),
     (rows(lambda: torch.tensor([-1])), r"rows=\[-1\] are not all in the batch; give numbers from 0 to 1"),
     (rows(lambda: torch.tensor([0, 2])), "are not all in the batch"),
-    (lambda c, x: c.load_tokens(*x.part(0, 9)[1:], num_seen=9), "holds tokens already; load them into an empty one"),
+    (
+        lambda c, x: c.load_tokens(*x.part(0, 9)[1:], num_seen=9),
+        "has tokens already; load the new ones into an empty cache",
+    ),
     (lambda c, x: c.fork(None), "None is no RocketKVConfig"),
 ]
 
@@ -115,9 +118,9 @@ def bad(change: Callable[[Inputs], Inputs]) -> Callable[[LayerCache, Inputs], An
     [
         (bad(lambda x: x._replace(key=x.key[:, :, 1:])), "do not fit; give"),
         (bad(lambda x: x._replace(value=x.value[..., 1:])), "key and value differ"),
-        (bad(lambda x: x._replace(query=x.query[:, :3])), "Hq must be a multiple of Hkv"),
-        (bad(lambda x: x._replace(value=x.value.half())), "give one floating-point dtype"),
-        (bad(lambda x: Inputs(*(a[:, :, :0] for a in x))), "nothing may be empty"),
+        (bad(lambda x: x._replace(query=x.query[:, :3])), "give Hq as a multiple of Hkv"),
+        (bad(lambda x: x._replace(value=x.value.half())), "give one dtype for all"),
+        (bad(lambda x: Inputs(*(a[:, :, :0] for a in x))), "no dimension of size 0"),
         (lambda c, x: c.prefill(*x, padding=torch.tensor([50])), r"padding=\[50\] does not fit; .* from 0 to 49"),
         (lambda c, x: c.prefill(*x, padding=torch.tensor([1, 1])), "one number per row, 1 in all"),
         (
@@ -170,7 +173,7 @@ def test_gradients_are_refused_wherever_tensors_come_in(x: Inputs) -> None:
     ("options", "message"),
     [
         ({"budget": Budget(50, 2, 65, 20)}, "budget.num_channels=65 is more than head_dim=64"),
-        ({"sink_tokens": 28}, "31 first and last tokens are to be attended always, more than top_k=30"),
+        ({"sink_tokens": 28}, "31 tokens are pinned, but a step attends to top_k=30 only"),
     ],
 )
 def test_options_that_do_not_fit_the_layer_are_refused(
@@ -183,6 +186,6 @@ def test_options_that_do_not_fit_the_layer_are_refused(
 def test_pins_that_will_not_fit_once_a_short_row_has_grown_are_refused_at_once(seeded: torch.Generator) -> None:
     """30 + 30 pins fit in the 64 tokens that are all attended now, not in the 48 that are chosen of more."""
     prompt = make_inputs(seeded, num_tokens=40)
-    with pytest.raises(ConfigError, match="60 first and last tokens are to be attended always, more than top_k=48"):
+    with pytest.raises(ConfigError, match="60 tokens are pinned, but a step attends to top_k=48 only"):
         LayerCache(strict(token_budget=64, window_size=8, sink_tokens=30, recent_tokens=30)).prefill(*prompt)
     LayerCache(strict(token_budget=64, window_size=8, sink_tokens=24, recent_tokens=24)).prefill(*prompt)

@@ -1,4 +1,4 @@
-"""One decode step: its dtype, its scale, its gradient mode, where its output lies, what it tells."""
+"""Tests of one decode step: its dtype, scale, gradient mode, output memory and report."""
 
 from collections.abc import Callable
 

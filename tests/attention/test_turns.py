@@ -1,4 +1,4 @@
-"""Later turns of both modes, an archive on the host, and a new start."""
+"""Tests of later turns in both modes, of an archive on the host, and of a new start."""
 
 from dataclasses import replace
 

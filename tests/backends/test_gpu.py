@@ -1,4 +1,4 @@
-"""What only a GPU can show: that the kernels run there, by themselves, in a graph, inside a model; and how fast.
+"""Tests that need a GPU: the kernels run there alone, in a graph and inside a model; and how fast they are.
 
 `pytest -m gpu` runs these where there is one.
 """
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def on_gpu(layer: LayerTensors) -> LayerTensors:
-    """The same storage on a GPU."""
+    """Return the same storage on a GPU."""
     tensors = {name: each.cuda() for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
     pages = None if layer.pages is None else PageBounds(*(x if x is None else x.cuda() for x in layer.pages))
     lowbit = None if layer.lowbit is None else LowBitKeys(*(x.cuda() for x in layer.lowbit))
@@ -34,7 +34,7 @@ def on_gpu(layer: LayerTensors) -> LayerTensors:
 
 
 class OnGpu:
-    """The Triton backend for storage on the CPU, which it takes to the GPU and back."""
+    """The Triton backend for storage on the CPU, which it copies to the GPU and back."""
 
     @staticmethod
     def bind(layer: LayerTensors) -> Step:
@@ -74,7 +74,7 @@ def test_a_step_is_captured_in_a_graph_and_replayed(scoring: str) -> None:
     generator = torch.Generator().manual_seed(0)
     layers = [on_gpu(make_layer(torch.Generator().manual_seed(1), scoring, [[3000, 127]])) for _ in range(2)]
     tokens = [torch.randn(1, heads, 1, 64, generator=generator).cuda() for heads in (6, 2, 2)]
-    triton.bind(on_gpu(make_layer(generator, scoring, [[3000, 127]])))(*tokens)  # compiles
+    triton.bind(on_gpu(make_layer(generator, scoring, [[3000, 127]])))(*tokens)  # this first step compiles
     captured, plain = (triton.bind(layer) for layer in layers)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

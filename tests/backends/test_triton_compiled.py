@@ -1,4 +1,4 @@
-"""The Triton kernels as machine code, which needs no GPU: they compile, fit and keep their numbers in registers."""
+"""Tests of the Triton kernels' machine code, without a GPU: they compile, fit and do not spill registers."""
 
 import re
 from dataclasses import replace
@@ -50,7 +50,7 @@ KERNELS = (  # of a prefill
 
 
 def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
-    """A kernel as it is specialised for these arguments: whole cache lines behind every pointer, any sizes."""
+    """Return a kernel specialised for these arguments: aligned pointers to whole cache lines, and any sizes."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -104,7 +104,7 @@ def test_kernels_of_a_prefill_compile_too(
 
 
 def check(source: ASTSource, options: dict[str, Any], target: str) -> None:
-    """Compile; make sure that it fits and does not spill."""
+    """Compile a kernel, and check that it fits and does not spill registers."""
     gpu, shared_kib = TARGETS[target]
     compiled = compile(source, target=gpu, options=options)
     assert compiled.metadata.shared <= shared_kib * 1024

@@ -1,4 +1,4 @@
-"""The benchmarks at tiny sizes: that they run, what they report and what they refuse. Nothing here is timed."""
+"""Tests of the benchmarks at tiny sizes: what they report and what they refuse; no test checks a time."""
 
 import json
 from collections.abc import Callable
@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 
 from rocketkv.bench import device as machine
 from rocketkv.bench import memory, model, timing
-from rocketkv.bench import output as report
 from rocketkv.bench.decode import NoAttention
 from rocketkv.bench.geometries import GEOMETRIES, Geometry
+from rocketkv.bench.output import AXES
+from rocketkv.bench.plot import save_plot
 from rocketkv.bench.tensors import dense_config, loaded_cache, random_tokens, sparse_config
 from rocketkv.cli import app
 
@@ -24,7 +25,7 @@ ROW = {"name", "seq_len", "token_budget", "batch", "median_ms", "min_ms", "max_m
 
 @pytest.fixture(autouse=True)
 def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bandwidth is measured, but on little: no figure of a test is kept."""
+    """Measure the bandwidth on few bytes, because no test keeps a figure."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(machine, "READ_BYTES", 2**20)
     monkeypatch.setattr(machine, "last_level_cache_bytes", lambda: 2**17)
@@ -53,7 +54,7 @@ def rows_named(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def assert_floor(record: dict[str, Any], name: str, of: str) -> None:
-    """A floor is the time that its row's bytes take at the measured bandwidth."""
+    """Check that a floor is the time that its row's bytes take at the measured bandwidth."""
     for floor, row in zip(rows_named(record, name), rows_named(record, of), strict=True):
         assert floor["bytes"] == row["bytes"] > 0
         assert floor["median_ms"] == pytest.approx(row["bytes"] / floor["bandwidth_gb_per_s"] / 1e6)
@@ -87,7 +88,7 @@ def test_attention_compares_selection_methods(run: Any) -> None:
     assert 0.97 * lowbit[0]["bytes"] < int8["bytes"] < lowbit[0]["bytes"]
     assert_floor(record, "sparse_floor", "sparse")
     assert_floor(record, "sparse:hybrid_floor", "sparse:hybrid")
-    for device, message in (("cuda", "this torch sees no GPU"), ("tpu", "choose from cpu, cuda")):
+    for device, message in (("cuda", "torch sees no GPU"), ("tpu", "choose from cpu, cuda")):
         if device == "tpu" or not torch.cuda.is_available():
             for command in ("attention", "decode", "prefill"):
                 assert message in run(command, *sizes, "--device", device).stderr
@@ -137,7 +138,7 @@ def test_decode_of_a_real_model_one_after_the_other(run: Any, tmp_path: Path, mo
         "decode", "--model", str(tmp_path), "--seq-len", "300", "-t", "64", "--repeats", "1", "--paths", "eager"
     )
     assert result.exit_code == 0, result.output
-    for part in ("300", "token budget 64", "full", "Not all fitted in memory", "x as fast as dense; at best"):
+    for part in ("300", "token budget 64", "full", "Not all caches fitted", "x as fast as dense; at best"):
         assert part in result.stdout
 
 
@@ -186,7 +187,7 @@ def test_memory_is_of_a_process_of_its_own() -> None:
     [
         (("attention", "-g", "llama-3.1-9b"), "geometry='llama-3.1-9b' does not exist; did you mean llama-3.1-8b"),
         (("prefill", "-g", "x"), "choose from llama-3.1-8b, llama-3.2-1b, qwen3-8b, gemma3-270m, smollm2-135m."),
-        (("attention", "--seq-len", "8k"), "seq-len='8k' is no list of numbers; separate them by commas"),
+        (("attention", "--seq-len", "8k"), "seq-len='8k' is no list of numbers; separate numbers by commas"),
         (("decode", "--batch", "0"), "batch='0' has a number below 1; give positive ones."),
         (("prefill", "-t", "16"), "token_budget=16 is smaller than window_size=32"),
         (("attention", "--dtype", "int4"), "dtype='int4' does not exist; choose from auto, float32"),
@@ -206,9 +207,9 @@ def test_what_cannot_be_is_one_sentence(run: Any, arguments: tuple[str, ...], me
 
 
 def test_a_plot_needs_matplotlib(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr("rocketkv.bench.plot.find_spec", lambda name: None)
     result = run("prefill", "--plot", "a.png")
-    assert "drawing needs matplotlib, which is not installed; run `pip install rocketkv[plot]`." in result.stderr
+    assert "a plot needs matplotlib, which is not installed; run `pip install rocketkv[plot]`." in result.stderr
 
 
 @pytest.mark.parametrize("axis", ["seq_len", "token_budget", "batch"])
@@ -224,7 +225,7 @@ def test_a_sweep_is_drawn(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     flat = timing.Row("dense", [3.0], 100, 512, None, 1).record()
     result = {"benchmark": "attention", "model": "m", "dtype": "bfloat16", "rows": [*rows, flat]}
-    report.save_plot(result, tmp_path / "plot.svg")
+    save_plot(result, tmp_path / "plot.svg")
     assert "svg" in (tmp_path / "plot.svg").read_text()[:200]
     (plot,) = figures[0].axes
     lines = {line.get_label(): line for line in plot.lines}
@@ -236,7 +237,7 @@ def test_a_sweep_is_drawn(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (lines["sparse"].get_linestyle(), lines["sparse_floor"].get_linestyle()) == ("-", "--")
     assert set(lines["dense"].get_ydata()) == {flat["median_ms"]}
     assert len(lines["dense"].get_xdata()) == (3 if axis == "token_budget" else 1)  # it is the same for every budget
-    assert (plot.get_xscale(), plot.get_xlabel(), plot.get_ylabel()) == ("log", report.AXES[axis], "milliseconds")
+    assert (plot.get_xscale(), plot.get_xlabel(), plot.get_ylabel()) == ("log", AXES[axis], "milliseconds")
 
 
 def test_rounds_take_turns_and_stop() -> None:

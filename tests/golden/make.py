@@ -34,7 +34,7 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
 
 
 def numbers(seed: int, *shape: int) -> Tensor:
-    """Float32 numbers between -3 and 3, nearly normal: sums of twelve numbers that a linear generator makes."""
+    """Return float32 numbers from -3 to 3, nearly normal: sums of twelve numbers of a linear generator."""
     count = int(np.prod(shape))
     state = torch.arange(12 * count, dtype=torch.int64) + 1_000_003 * (seed + 1)
     for _ in range(3):
@@ -45,7 +45,7 @@ def numbers(seed: int, *shape: int) -> Tensor:
 
 
 def make_inputs(case: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query `[B, Hq, T, D]`, keys and values `[B, Hkv, T, D]` of all turns; queries resemble earlier keys."""
+    """Return query `[B, Hq, T, D]`, keys and values `[B, Hkv, T, D]`; queries resemble earlier keys."""
     total = sum(prompt + new for prompt, new in CASES[case]["turns"])
     batch = 2 if "padding" in CASES[case] else 1
     keys, values = (numbers(10 * case + i, batch, NUM_KV_HEADS, total, HEAD_DIM) for i in (1, 2))
@@ -56,7 +56,7 @@ def make_inputs(case: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(case: int, backend: str = "auto") -> dict[str, Tensor]:
-    """The arrays of one case, by name."""
+    """Return the arrays of one case, by name."""
     inputs, found, at = make_inputs(case), {}, 0
     cache = LayerCache(replace(CASES[case]["config"], backend=backend))
     for turn, (prompt, new) in enumerate(CASES[case]["turns"]):

@@ -1,4 +1,4 @@
-"""A cache and its conversation: what continues it, what does not, and what a refusal costs."""
+"""Tests of a cache and its conversation: what continues it, what does not, and what a refusal leaves."""
 
 import copy
 import pickle
@@ -48,9 +48,9 @@ WRONG: list[tuple[str, Callable[[PreTrainedModel, RocketKVCache, Tensor], object
     (
         "two rows",
         lambda m, c, ids: generate(m, ids.repeat(2, 1), **pass_cache(c)),
-        "the cache holds 1 rows, but 2 came",
+        "the cache has 1 rows, but 2 came",
     ),
-    ("two rows in a forward pass", lambda m, c, ids: forward(m, c, MORE.repeat(2, 1)), "holds 1 rows, but 2 came"),
+    ("two rows in a forward pass", lambda m, c, ids: forward(m, c, MORE.repeat(2, 1)), "has 1 rows, but 2 came"),
     ("gradients", lambda m, c, ids: m(input_ids=MORE, **pass_cache(c)), "has no gradients"),
     ("no new tokens", lambda m, c, ids: forward(m, c, ids[:, :0]), "no new tokens came with this cache"),
     (
@@ -102,7 +102,7 @@ def test_rows_left_by_samples_and_beams_can_be_chosen_from() -> None:
     ids = prompts(100)[0]
     for options in ({"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}):
         cache, texts = answered(model, COMPRESSED_MT, ids, **options)
-        with pytest.raises(InputError, match=r"the cache holds 3 rows, but 1 came; .* cache.batch_select_indices"):
+        with pytest.raises(InputError, match=r"the cache has 3 rows, but 1 came; .* cache.batch_select_indices"):
             generate(model, torch.cat([texts[:1], MORE], 1), **pass_cache(cache))
         cache.batch_select_indices(torch.tensor([0]))
         held = cache.history.ids.long()  # with beams not the best one's last tokens

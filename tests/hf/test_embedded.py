@@ -1,4 +1,4 @@
-"""The models that wheels carry: their parts are joined once, whole or not at all."""
+"""Tests of the models that wheels carry: their parts are joined once, completely or not at all."""
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ PARTS = [b"GGUF, the beginning ", b"and the end"]
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Installed wheels of a model `small` in two parts."""
+    """Make installed wheels of a model `small` in two parts."""
     for number, content in enumerate(PARTS):
         folder = tmp_path / f"small_part{number}"
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""What `enable` leaves as it was, in a model and on import."""
+"""Tests of what `enable` and the import leave unchanged."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The compiled decode step: the same logits as without it, one graph for all caches, eager where it does not fit."""
+"""Tests of the compiled decode step: same logits, one graph for all caches, eager where it does not fit."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -33,7 +33,7 @@ def _count_graphs() -> Iterator[None]:
 
 @pytest.fixture
 def uncompiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run operation by operation: the same graphs and guards, without half a minute of C++ compilation."""
+    """Run graphs operation by operation, with the same graphs and guards, to save half a minute of compilation."""
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
 
 
@@ -43,7 +43,7 @@ def num_graphs() -> int:
 
 @torch.inference_mode()
 def decode(model: PreTrainedModel, cache: Any, steps: int, *lengths: int, seed: int = 0) -> Tensor:
-    """Logits `[steps, B, V]` of a prefill and greedy steps, with generate's own arguments."""
+    """Return the logits `[steps, B, V]` of a prefill and greedy steps, with generate's own arguments."""
     ids, mask = prompts(*lengths, seed=seed)
     first, all_logits = cache.get_seq_length(), []
     mask = torch.cat([mask.new_ones(len(lengths), first), mask], 1)
@@ -179,7 +179,7 @@ def test_positions_need_not_be_given() -> None:
 
 
 def test_a_model_that_cannot_be_compiled_says_so_and_goes_on() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # depends on the positions' values
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # its rotation depends on the positions' values
     model = enable(tiny_model("llama", rope_parameters=rope))
     expected = decode(model, RocketKVCache(model.config, SMALL), 3, 30)
     rocketkv.compile(model)

@@ -1,4 +1,4 @@
-"""A second real model: a base model, most of whose layers have sliding windows, which stay as they are."""
+"""Tests of a second real model, a base model whose sliding-window layers stay as they are."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The cache inside transformers' own `generate`, on tiny models of every architecture."""
+"""Tests of the cache inside transformers' own `generate`, on tiny models of every architecture."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""Turns that broke off, and the way back over what was decoded."""
+"""Tests of turns that broke off, and of going back over decoded tokens."""
 
 import pickle
 from functools import partial
@@ -16,7 +16,7 @@ from tiny import COMPRESSED, COMPRESSED_MT, generate, prompts, tiny_model
 
 
 class Breaks(KeepAll):
-    """Stage 1 that breaks off in the prompt of one layer, once armed."""
+    """An eviction that breaks off in the prompt of one layer, once it is armed."""
 
     def __init__(self) -> None:
         self.left = -1
@@ -168,7 +168,7 @@ def test_what_cannot_go_back_says_so() -> None:
     for wrong in (text[0], text.float(), text[:, :0], text.tolist()):
         with pytest.raises(InputError, match=r"a tensor of integers \[B, L\]"):
             cache.rewind_to(wrong)
-    with pytest.raises(InputError, match="the cache holds 1 rows, not 2"):
+    with pytest.raises(InputError, match="the cache has 1 rows, not 2"):
         cache.rewind_to(text.repeat(2, 1))
     layer = cache.compressed_layers[0].cache
     for wrong in ([0], [62], [30, 30]):

@@ -1,4 +1,4 @@
-"""Memory of a cache inside a model: what goes, what a prefill peaks at, and no quadratic mask."""
+"""Tests of a cache's memory inside a model: what is freed, the peak of a prefill, and no quadratic mask."""
 
 import gc
 from typing import Any
@@ -55,7 +55,7 @@ def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest(monkeypatch: p
     samples: list[int] = []
 
     def measured(owner: type, name: str) -> None:
-        """Measure as `owner.name` is called, and again with its result beside its inputs."""
+        """Measure when `owner.name` is called, and again with its result beside its inputs."""
         plain = getattr(owner, name)
 
         def call(*args: Any, **options: Any) -> Any:
@@ -79,7 +79,7 @@ def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest(monkeypatch: p
     compressed = [layer.cache.kv_bytes for layer in cache.compressed_layers]
     peak = max(samples) - before
     assert len(samples) == 6 * layers
-    assert peak > full_layer  # the measurement sees what there is
+    assert peak > full_layer  # this checks that the measurement sees the tokens
     assert peak < 2 * full_layer + sum(compressed[:-2])
     assert live_token_bytes() - before <= sum(compressed)  # after prefill nothing of full length is left
 

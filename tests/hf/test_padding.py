@@ -1,11 +1,12 @@
-"""Reading the padding of a forward pass: counts, the order of columns, and what is refused."""
+"""Tests of reading the padding of a pass: counts, the order of columns, and what is refused."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from rocketkv import InputError, UnsupportedError
-from rocketkv.hf.padding import Padding, check_positions, read
+from rocketkv.hf.padding import Padding, read
+from rocketkv.hf.passes import check_positions
 
 
 def mask_of(*rows: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models, masks and calls that do not fit are refused by name."""
+"""Tests that models, masks and calls that do not fit are refused by name."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Conversations on the real small model: what the cache has seen is what was said."""
+"""Tests of conversations on the real small model: the cache has seen exactly what was said."""
 
 from typing import Any
 
@@ -26,7 +26,8 @@ def test_the_cache_sees_the_rendered_conversation_and_nothing_twice(smollm2: Loa
     for message in ("Say the word yes.", "Say the word no.", "Thank you."):
         answer = session.send(message)
         assert answer.new_tokens <= 40
-        assert session.cache.get_seq_length() == len(session._token_ids) - 1  # the last token is yet to be read
+        # The cache has not seen the last token yet.
+        assert session.cache.get_seq_length() == len(session._token_ids) - 1
     rendered = smollm2.tokenizer.apply_chat_template(session.messages, tokenize=False)
     assert rendered.startswith(said(session).removesuffix("<|im_end|>").rstrip())
     assert "<|im_end|><|im_end|>" not in said(session)

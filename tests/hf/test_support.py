@@ -1,4 +1,4 @@
-"""What `enable` and `RocketKVCache` refuse beyond the families' table, and wrappers around a decoder."""
+"""Tests of what `enable` and `RocketKVCache` refuse beyond the families' table, and of wrappers."""
 
 from typing import Any
 

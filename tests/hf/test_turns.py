@@ -1,4 +1,4 @@
-"""Turns, forks and copies of a cache inside a model."""
+"""Tests of turns, forks and copies of a cache inside a model."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What differs between versions of transformers, and what is said of versions that were not tested."""
+"""Tests of the differences between versions of transformers, and of the warning for untested versions."""
 
 import warnings
 from importlib.metadata import version

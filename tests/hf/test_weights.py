@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: within half a step of what they were, and computed with as exactly as in bfloat16."""
+"""Tests of weights in 8 and 4 bits: they are within half a step, and products are as exact as in bfloat16."""
 
 import os
 import subprocess
@@ -39,12 +39,12 @@ def random_layer(num_out: int, num_in: int, bias: bool = False) -> nn.Linear:
 
 
 def unpacked(layer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The layer's weights; in float32 they are not rounded."""
+    """Return the layer's weights, dequantized; in float32 they are not rounded."""
     return FORMATS[layer.weight_dtype].unpack(layer.packed, layer.scales.to(dtype))
 
 
 def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy in this dtype with plain linear layers of the same weights, enabled."""
+    """Return an enabled copy in this dtype with plain linear layers of the same weights."""
     model = deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear):
@@ -55,7 +55,7 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def run(model: PreTrainedModel) -> Tensor:
-    """Logits `[9, B, V]` float32 of a prompt's last token and eight more, whatever the model would have chosen."""
+    """Return logits `[9, B, V]` float32 of a prompt's last token and of eight given tokens after it."""
     cache = RocketKVCache(model.config, RocketKVConfig(token_budget=64))
     ids, _ = prompts(39, 39)
     with torch.inference_mode():
@@ -66,7 +66,7 @@ def run(model: PreTrainedModel) -> Tensor:
 
 
 def check_within(output: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The output is as near to the exact one as twice what plain torch comes to."""
+    """Check that the output's error is at most twice that of plain torch in the same dtype."""
     assert (output - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.norm()
 
 

@@ -1,8 +1,8 @@
-"""Backends: what `ops` specifies in plain torch, done faster, a file each. The first that accepts the tokens is used.
+"""Backends do faster what `ops` specifies in plain torch; each backend is one file or folder.
 
-`find_backend` finds who does whole decode steps; the functions below do single operations of `ops`, by the fastest
-backend that takes the tensors, or else as `ops` does. A backend of your own is one file like `cpp.py` and one entry in
-`BACKENDS`.
+`find_backend` finds the first backend that accepts a layer's decode steps. The other functions do single operations of
+`ops`, by the first backend that has the operation and accepts the tensors, or else in plain torch. A backend of your
+own is one file like `cpp.py` and one entry in `BACKENDS`.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from rocketkv.backends import cpp, triton
 from rocketkv.backends.base import Backend, LayerTensors, Scoring, Spec, Step
 from rocketkv.ops import LowBitKeys, PageBounds
 
-# The fastest first; what none accepts is left to the reference in plain torch.
+# The fastest backend comes first; the reference in plain torch runs what no backend accepts.
 BACKENDS: tuple[Backend, ...] = (cpp, triton)
-MAX_LINEAR_ROWS = 8  # with more, reading the weights no longer dominates and torch's own product is better
+MAX_LINEAR_ROWS = 8  # with more rows, reading the weights no longer dominates and torch's own product is faster
 
 __all__ = [
     "BACKENDS",
@@ -40,15 +40,15 @@ __all__ = [
 
 
 def find_backend(name: str, spec: Spec, scoring: Scoring | None) -> tuple[Backend | None, list[str]]:
-    """Find who decodes tokens of this kind.
+    """Find the backend that decodes tokens of this kind.
 
     Args:
-        name: of a backend; `auto`: any; `reference`: none.
+        name: the name of a backend; `auto` allows any backend and `reference` none.
         spec: the kind of the tokens.
-        scoring: how the selection method scores; None: in a way of its own.
+        scoring: the scoring of the selection method; None for a scoring that no backend knows.
 
     Returns:
-        The backend, None for the reference; and why each one asked before it declined.
+        The backend, or None for the reference; and the reasons of the backends that declined before it.
     """
     reasons: list[str] = []
     for backend in BACKENDS:
@@ -96,7 +96,7 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply rows with the transpose of a weight matrix: all that a decode step is besides attention.
+    """Multiply rows with the transpose of a weight matrix, as a model's linear layers do in a decode step.
 
     Args:
         x: `[..., I]` float.
@@ -113,7 +113,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """See `ops.new_storage`; the memory is asked for in huge pages where that makes reading at random faster."""
+    """See `ops.new_storage`; on a CPU the memory is requested in huge pages, which makes reading at random faster."""
     storage = ops.new_storage(like, shape, dtype)
     cpp.use_huge_pages(storage)
     return storage

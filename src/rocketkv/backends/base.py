@@ -1,4 +1,4 @@
-"""What backends have in common: what they are given, one layer's storage and plan as tensors, and what all decline."""
+"""What all backends share: the tensors of a layer that a backend takes, the promises of a step, and common checks."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,23 +14,23 @@ MAX_HEAD_DIM = 256
 
 
 class Scoring(StrEnum):
-    """How a decode step scores the tokens that it chooses from; csrc/kernels.h has the same names."""
+    """The ways in which a decode step can score tokens; csrc/kernels.h has the same names."""
 
-    DENSE = "dense"  # no token is scored: all are attended
-    EXACT = "exact"  # by the logits of the whole keys
-    PAGES = "pages"  # by one bound of each page, along few channels
-    BOUNDS = "bounds"  # by both bounds of each page, along all channels
-    LOWBIT = "lowbit"  # by the keys in 4 bits, along few channels
+    DENSE = "dense"  # the step scores no token and attends to all
+    EXACT = "exact"  # a score is the logit of the whole key
+    PAGES = "pages"  # a score is made of one bound of the token's page, along few channels
+    BOUNDS = "bounds"  # a score is made of both bounds of the token's page, along all channels
+    LOWBIT = "lowbit"  # a score is made of the key in 4 bits, along few channels
 
 
 class Spec(NamedTuple):
     """The kind of tokens that a backend takes or declines.
 
     Attributes:
-        device: kind of device, such as `cpu`.
-        dtype: the dtype in which queries, keys and values come.
-        head_dim: channels of a key.
-        kv_dtype: how keys and values are stored, as in `RocketKVConfig`.
+        device: the kind of device, such as `cpu`.
+        dtype: the dtype of incoming queries, keys and values.
+        head_dim: the number of channels of a key.
+        kv_dtype: the name of the format in which keys and values are stored, as in `RocketKVConfig`.
     """
 
     device: str
@@ -40,12 +40,12 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tensor, kv_dtype: str = "auto") -> Self:
-        """The kind of these tokens, `[..., D]`."""
+        """Return the kind of these tokens, `[..., D]`."""
         return cls(tokens.device.type, tokens.dtype, tokens.shape[-1], kv_dtype)
 
 
 def decline_numbers(spec: Spec) -> str | None:
-    """Why no backend has kernels for the dtype or the head_dim; None: they have."""
+    """Return why no backend has kernels for the dtype or the head_dim; None if backends have them."""
     if spec.dtype not in FLOATS:
         return f"it has no kernels for {spec.dtype}"
     if spec.head_dim > MAX_HEAD_DIM:
@@ -55,28 +55,31 @@ def decline_numbers(spec: Spec) -> str | None:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """All of a decode step that stays the same while no buffer grows; it writes to what is stored, the index included.
+    """The buffers and parameters of one layer that stay fixed from token to token.
+
+    A step appends tokens to the buffers, the index included, in place; when a buffer is reallocated, a new step must be
+    bound.
 
     Attributes:
-        keys: `[B, Hkv, capacity, D]` in `dtype`, or codes (`ops/int8.py`); what lies beyond the lengths is undefined.
+        keys: `[B, Hkv, capacity, D]` in `dtype`, or int8 codes (`ops/int8.py`); undefined beyond the lengths.
         values: like `keys`.
-        exponents: `[B, Hkv, capacity, 2 * num_steps(D)]` int8 if keys and values are codes, None if not.
-        dtype: of queries, new keys and values, and outputs.
-        positions: `[B, Hkv, position_capacity]` int32, each token's position in its row.
-        lengths: `[B, Hkv]` int64, tokens to choose from.
-        archive_lengths: `[B, Hkv]` int64, tokens in `keys` if these are an archive, in which the tokens to choose from
-            lie at `positions`; None if they lie side by side.
-        seen: `[B]` int64, tokens seen by each row.
-        scoring: how tokens are scored.
+        exponents: `[B, Hkv, capacity, 2 * num_steps(D)]` int8 if keys and values are codes, else None.
+        dtype: the dtype of queries, new keys and values, and outputs.
+        positions: `[B, Hkv, position_capacity]` int32, the position of each kept token in its row.
+        lengths: `[B, Hkv]` int64, the number of kept tokens.
+        archive_lengths: `[B, Hkv]` int64, the number of tokens in `keys` if `keys` is an archive, in which `positions`
+            are the slots of the kept tokens; None if `keys` has the kept tokens side by side.
+        seen: `[B]` int64, the number of tokens seen by each row.
+        scoring: the way in which tokens are scored.
         pages: the index of `PAGES` and `BOUNDS`; None with another scoring, or while nothing is to be selected.
-        lowbit: the index of `LOWBIT`; None as with `pages`.
-        num_channels: `[B]` int64.
-        top_k: `[B]` int64.
-        dense_lengths: `[B]` int64, >= top_k; a row that holds no more is attended in full.
-        sinks: `[B]` int64, first tokens always attended.
-        recents: `[B]` int64, last tokens always attended.
-        num_heads: query heads, Hq.
-        scale: factor on the dot products.
+        lowbit: the index of `LOWBIT`; None with another scoring, or while nothing is to be selected.
+        num_channels: `[B]` int64, 1 to D, the number of channels that scoring reads.
+        top_k: `[B]` int64, the number of tokens that a selecting step attends to.
+        dense_lengths: `[B]` int64, >= top_k; a row with at most so many kept tokens is attended in full.
+        sinks: `[B]` int64, the number of first kept tokens that every step attends to.
+        recents: `[B]` int64, the number of last tokens that every step attends to.
+        num_heads: the number of query heads, Hq.
+        scale: the factor on the dot products.
     """
 
     keys: Tensor
@@ -100,51 +103,52 @@ class LayerTensors:
 
     @property
     def index(self) -> tuple[Tensor, ...]:
-        """The buffers of the index, to which a step writes; none while there is no index."""
+        """The buffers of the index, to which a step writes; empty while there is no index."""
         if self.pages is not None:
             return (self.pages.bounds,) if self.pages.spread is None else (self.pages.bounds, self.pages.spread)
         return self.lowbit or ()
 
 
 class Step(Protocol):
-    """One decode step of one layer: append, score, choose and attend at once."""
+    """One decode step of one layer: it appends a token per row, scores, chooses and attends."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None
     ) -> tuple[Tensor, int | Tensor]:
-        """Take in one token per row and attend.
+        """Append one token per row and attend.
 
         Args:
             query: `[B, Hq, 1, D]` in the layer's dtype.
-            key: `[B, Hkv, 1, D]`, likewise.
+            key: `[B, Hkv, 1, D]` in the layer's dtype.
             value: like `key`.
-            ranks: `[B, Hkv, position_capacity]` int32, filled with the ranks of the tokens attended to, -1 after the
-                last; a backend fills in ascending order. None: not asked for.
+            ranks: an output buffer, `[B, Hkv, position_capacity]` int32, which the step fills with the ranks of the
+                tokens attended to, and with -1 after the last; a backend fills in ascending ranks. None asks for none.
 
         Returns:
-            `[B, Hq, 1, D]`, and the bytes of keys, values and index that were read, or numbers on the device whose sum
-            they are and which the next step overwrites.
+            `[B, Hq, 1, D]` in the layer's dtype; and the bytes of keys, values and index that were read: an int, or a
+            device tensor whose sum is that number and which the next step overwrites.
 
-        Accumulates in float32. With keys in 16 bits a backend may round the weights of the values to their dtype, if it
-        normalises by the sum of the rounded ones.
+        A step accumulates in float32. With keys in 16 bits a backend may round the attention weights to the dtype of
+        the values, if it normalises by the sum of the rounded weights.
 
-        Reads, for each row and KV head that holds more than its `dense_lengths`, what its scoring reads and
-        `2 * top_k * D` elements; for others, `2 * D` for each token; of codes and exponents, if these are stored.
+        For each row and KV head with more kept tokens than its `dense_lengths`, a step reads what the scoring reads and
+        `2 * top_k * D` elements of keys and values; for the others it reads `2 * D` elements of each token. In 8 bits
+        the elements are codes, and a step reads their exponents, too.
         """
         ...
 
 
 class Backend(Protocol):
-    """A file of this folder."""
+    """The interface of a backend: a file or folder of this folder, with these names."""
 
     NAME: str
-    DEVICES: tuple[str, ...]  # kinds of device on which `auto` picks it
-    SCORINGS: tuple[Scoring, ...]  # that it knows
+    DEVICES: tuple[str, ...]  # the kinds of device on which `auto` picks the backend
+    SCORINGS: tuple[Scoring, ...]  # the scorings that the backend has kernels for
 
     def decline(self, spec: Spec) -> str | None:
-        """Why tokens of this kind are not for the backend; None: they are."""
+        """Return why the backend does not accept tokens of this kind; None if it accepts them."""
         ...
 
     def bind(self, layer: LayerTensors) -> Step:
-        """A step over this storage, whose tokens the backend does not decline and whose scoring it knows."""
+        """Return a step over the buffers of `layer`, whose tokens and scoring the backend accepts."""
         ...

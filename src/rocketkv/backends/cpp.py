@@ -1,4 +1,4 @@
-"""The CPU backend: kernels in C++ (csrc/), one library per instruction set."""
+"""The CPU backend calls kernels in C++ (csrc/), which are built into one library per instruction set."""
 
 import platform
 from functools import cache, lru_cache
@@ -14,11 +14,11 @@ from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, Spec, decline_
 from rocketkv.ops import PageBounds
 
 if TYPE_CHECKING:
-    from rocketkv.backends import _kernels as native  # a stub: all libraries have one interface
+    from rocketkv.backends import _kernels as native  # a stub, because all libraries have the same interface
 else:
 
     class _Native:
-        """The native library; ask `decline` first."""
+        """The native library, loaded when an attribute is read; call `decline` first."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(library(), name)
@@ -28,11 +28,11 @@ else:
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
 SCORINGS: tuple[Scoring, ...] = tuple(Scoring)
-OUTPUTS = 8  # allocated at a time: torch's way to a single tensor is long, and cold in the middle of a model's step
+OUTPUTS = 8  # output tensors allocated at a time, because allocating one per step takes torch long
 
 
 def instruction_set() -> str:
-    """The instruction set that the kernels are used in, or why they are not."""
+    """Return the name of the instruction set of the library in use, or the reason why there is none."""
     library = _load()
     return library if isinstance(library, str) else library.__name__.rpartition("_kernels_")[2]
 
@@ -43,12 +43,12 @@ def multiplies_bfloat16() -> bool:
 
 
 def thread_runtime() -> str:
-    """The OpenMP runtime whose threads the kernels use; empty if they run on one thread."""
+    """Return the name of the OpenMP runtime whose threads the kernels use; empty if the kernels run on one thread."""
     return "" if isinstance(_load(), str) else native.thread_runtime()
 
 
 def decline(spec: Spec) -> str | None:
-    """Why tokens of this kind are not for this backend; None: they are, however they are stored."""
+    """Return why this backend does not accept tokens of this kind; None if it accepts them, in any `kv_dtype`."""
     library = _load()
     if isinstance(library, str):
         return library
@@ -75,7 +75,7 @@ def prefill_densely(
     query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
     batch, num_heads, num_tokens, head_dim = query.shape
     if lengths is None:
-        lengths = torch.full(keys.shape[:2], keys.shape[2])
+        lengths = torch.full(keys.shape[:2], keys.shape[2], dtype=torch.int64, device=keys.device)
     lengths, num_queries = lengths.contiguous(), None if num_queries is None else num_queries.contiguous()
     allocate = query.new_empty if num_queries is None else query.new_zeros
     output = allocate(batch, num_tokens, num_heads, head_dim).transpose(1, 2)  # as models go on with it
@@ -106,13 +106,13 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
 
 
 def use_huge_pages(buffer: Tensor) -> None:
-    """Ask for huge pages for a buffer that nothing was written to; it is only slower without them."""
+    """Request huge pages for a buffer on a CPU that nothing was written to; without them the buffer is only slower."""
     if buffer.device.type == "cpu" and not isinstance(_load(), str):
         native.use_huge_pages(buffer.data_ptr(), buffer.nbytes)
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes these tensors."""
+    """Return whether `linear` accepts these tensors."""
     return (
         x.device.type == "cpu"
         and x.dtype in FLOATS
@@ -141,7 +141,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def bind(layer: LayerTensors) -> "CppStep":
-    """A step over this storage."""
+    """Return a step over the buffers of `layer`."""
     return CppStep(layer)
 
 
@@ -177,7 +177,7 @@ class CppStep:
 
 
 def _layer(layer: LayerTensors) -> "native.Layer":
-    """The layer as the library has it."""
+    """Return the layer as the library's struct."""
     out = native.Layer()
     out.dtype = _dtype(layer.dtype)
     out.batch, out.num_kv_heads, out.token_capacity, out.head_dim = layer.keys.shape
@@ -210,7 +210,7 @@ def _layer(layer: LayerTensors) -> "native.Layer":
 
 
 def _pages(index: PageBounds) -> "native.Pages":
-    """The page bounds as the library has them."""
+    """Return the page bounds as the library's struct."""
     out = native.Pages()
     out.bounds = index.bounds.data_ptr()
     out.page_size = index.page_size.data_ptr()
@@ -233,33 +233,33 @@ def _address(tensor: Tensor | None) -> int:
 
 @lru_cache(maxsize=16)
 def _spare_outputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Outputs not yet given away, which steps of one kind share: memory used a moment ago is warm."""
+    """Return the list of spare outputs, shared by all steps of one kind: memory used a moment ago is still cached."""
     return []
 
 
 def library() -> ModuleType:
-    """The native library; ask `decline` first."""
+    """Return the native library; call `decline` first."""
     found = _load()
     assert not isinstance(found, str)
     return found
 
 
 def library_names() -> list[str]:
-    """The modules whose kernels this CPU can run, the best first; what torch is told not to use they do not use."""
+    """Return the modules whose kernels this CPU can run, the fastest first; ATEN_CPU_CAPABILITY limits them, too."""
     names = ["_kernels_generic"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         capability = torch.backends.cpu.get_cpu_capability()
         names = ["_kernels_x86_64_v3"] if capability in ("AVX2", "AVX512") else []
         if capability == "AVX512":
             names.insert(0, "_kernels_x86_64_v4")
-            if torch.cpu._is_avx512_bf16_supported():  # private, but the same from torch 2.9 on
+            if torch.cpu._is_avx512_bf16_supported():  # this private function is the same from torch 2.9 on
                 names.insert(0, "_kernels_x86_64_v4_bf16")
     return [f"{__package__}.{name}" for name in names]
 
 
 @cache
 def _load() -> ModuleType | str:
-    """The library for this CPU, or why there is none."""
+    """Return the library for this CPU, or the reason why there is none."""
     names = library_names()
     if not names:
         return f"this CPU runs {torch.backends.cpu.get_cpu_capability()} code only; the kernels need AVX2"
@@ -270,7 +270,7 @@ def _load() -> ModuleType | str:
 
 
 def _dtype(dtype: torch.dtype) -> "native.Dtype":
-    """The library's name of a dtype."""
+    """Return the library's value for a torch dtype."""
     return _native_dtypes()[dtype]
 
 

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory, a file each."""
+"""Measurements of speed and memory, each in a file of its own."""

@@ -1,7 +1,7 @@
-"""One decode step of one layer's attention: ours, sparse and dense, beside torch's and transformers' ways.
+"""Times one decode step of one layer's attention: ours, sparse and dense, beside torch's and transformers'.
 
 Kernels are timed as decoding meets them: after a matrix product of torch, with its threads and its traffic, and on a
-layer that was not touched for so many bytes that no cache still holds it.
+layer that was last read so many bytes ago that no processor cache still has it.
 """
 
 import gc
@@ -26,10 +26,10 @@ from rocketkv.bench.tensors import dense_config, held_bytes, loaded_cache, rando
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.config import DEFAULT_SELECTION
 
-SPARSE_BYTES = 8 * 2**30  # held by all layers of all sparse paths, at most
+SPARSE_BYTES = 8 * 2**30  # the most bytes of all layers of all sparse paths together
 MOST_LAYERS = 1024
-_WALK = 8  # layers that count in a turn, at most
-_QUERIES = 16  # drawn in advance, taken in turn
+_WALK = 8  # the most layers that count in a turn
+_QUERIES = 16  # queries that are drawn in advance and used in turn
 
 
 @dataclass
@@ -38,10 +38,10 @@ class Path:
 
     Attributes:
         name: the row's name.
-        token_budget: None where it plays no part.
-        num_layers: layers that the path goes round, each with memory of its own.
-        attend: append one token to a layer and attend.
-        read_bytes: bytes that a step must read.
+        token_budget: the budget in tokens; None for a path without one.
+        num_layers: the number of layers that the path goes through in turn, each with its own memory.
+        attend: a function that appends one token to a layer and attends.
+        read_bytes: a function that returns the bytes that a step must read.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Path:
 
 
 class _Module(nn.Module):
-    """Holds what transformers' attention function wants to know of a layer."""
+    """The attributes of a layer that transformers' attention function reads."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def measure_attention(
         a step must read. And the bandwidth of the memory in the same rounds, of its median read, in bytes per second.
 
     Raises:
-        InputError: it would not fit in memory.
+        InputError: the point does not fit in memory.
     """
     read = MemoryRead(device)
     with torch.inference_mode():
@@ -95,10 +95,10 @@ def measure_attention(
 def _build(
     geometry: Geometry, dtype: torch.dtype, point: Point, cold_bytes: int, selections: Sequence[str], device: str
 ) -> list[Path]:
-    """Every path, filled, after one step of each layer: what a first step sets up is not the step's price."""
-    gc.collect()  # the last point's caches
+    """Return every path, filled, and stepped once in each layer so that set-up is not timed."""
+    gc.collect()  # this frees the caches of the last point
     seq_len, batch = point.seq_len, point.batch
-    token_bytes = batch * geometry.token_elements * dtype.itemsize  # of one layer
+    token_bytes = batch * geometry.token_elements * dtype.itemsize  # the bytes of one layer
     layer_bytes = seq_len * token_bytes
     num_dense = min(MOST_LAYERS, max(2, -(-cold_bytes // layer_bytes)))
     sparse, sparse_bytes = [], 0
@@ -111,12 +111,12 @@ def _build(
         name = "sparse" if selection == DEFAULT_SELECTION else f"sparse:{selection}"
         sparse.append((name, config, num_layers))
         sparse_bytes += num_layers * held
-    transient = 2 * layer_bytes  # the tokens to fill in, and what torch.cat makes before the old is freed
+    transient = 2 * layer_bytes  # tokens to fill in; torch.cat's result exists beside its input
     available = available_bytes(device)
     needed = sparse_bytes + transient + 2 * num_dense * layer_bytes
     if available is not None and needed > available and layer_bytes >= cold_bytes:
         needed -= 2 * (num_dense - 1) * layer_bytes
-        num_dense = 1  # one layer alone is more than any cache holds
+        num_dense = 1  # one layer alone is larger than any processor cache
     check_memory(f"attention over {seq_len} tokens x batch {batch} of {geometry.name}", needed, device)
 
     shape = (batch, geometry.num_kv_heads, seq_len, geometry.head_dim)
@@ -136,7 +136,7 @@ def _build(
 
 
 def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype, device: str) -> dict[int, Call]:
-    """One call per path: the matrix product, then the attention, which alone counts."""
+    """Return one call per path: it does a matrix product and then the attention, whose time alone counts."""
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     hidden = torch.randn(batch, geometry.hidden_size, **options)
     weight = torch.randn(geometry.hidden_size, geometry.hidden_size, **options)
@@ -155,7 +155,7 @@ def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype
             return timed(lambda: path.attend(layer, query, key, value), device)
 
         def walk() -> float:
-            """Several layers in a row, as in decoding; the first meets what others left behind and does not count."""
+            """Time several layers in a row, as in decoding; the first, which meets other paths' data, is left out."""
             step(count % path.num_layers)
             num_counted = min(_WALK, path.num_layers)
             return sum(step(count % path.num_layers) for _ in range(num_counted)) / num_counted
@@ -178,7 +178,7 @@ def _ours(name: str, token_budget: int | None, caches: list[LayerCache]) -> Path
 
 
 def _sdpa_grouped(caches: list[LayerCache]) -> Path:
-    """Torch's attention, the query heads of a KV head as its queries, over our dense buffers; nothing is appended."""
+    """Return the path of torch's attention over our dense buffers, with a KV head's query heads as queries."""
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = _tokens_far_from(caches, layer)
@@ -189,7 +189,7 @@ def _sdpa_grouped(caches: list[LayerCache]) -> Path:
 
 
 def _flash_attn(caches: list[LayerCache]) -> Path:
-    """The flash-attn package over the same buffers; nothing is appended."""
+    """Return the path of the flash-attn package over the same buffers; it appends nothing."""
     flash = import_module("flash_attn").flash_attn_with_kvcache
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> object:
@@ -200,14 +200,14 @@ def _flash_attn(caches: list[LayerCache]) -> Path:
 
 
 def _tokens_far_from(caches: list[LayerCache], layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the layer that is farthest from the one that `dense` is at."""
+    """Return keys and values of the layer that is farthest from `layer`, to which `dense` attends."""
     working = caches[(layer + len(caches) // 2) % len(caches)].working
     assert working is not None
     return working.keys_and_values()
 
 
 def _transformers_default(cache: DynamicCache, dense: list[LayerCache], geometry: Geometry) -> Path:
-    """What a model of transformers does by default: its cache's update, then its attention function."""
+    """Return the path of a model of transformers by default: its cache, then its attention function."""
     module = _Module(geometry).eval()
     scale = geometry.head_dim**-0.5
 

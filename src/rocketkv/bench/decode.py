@@ -17,10 +17,10 @@ from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.hf import RocketKVCache, cache_stats
 from rocketkv.hf.switch import disable, enable
 
-Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # undone by `disable`
+Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # `disable` undoes it
 
 
-PATHS: dict[str, Prepare] = {"eager": enable, "fast": rocketkv.compile}  # ways to run a model, each measured in full
+PATHS: dict[str, Prepare] = {"eager": enable, "fast": rocketkv.compile}  # the ways to run a model
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Contender:
     """A cache to decode with.
 
     Attributes:
-        name: the row's name: `rocketkv`, `dense`, `full` or `rest`.
-        token_budget: None where it plays no part.
-        needed_bytes: bytes of memory that are needed, about.
-        build: fills the cache.
+        name: the row's name, `rocketkv`, `dense`, `full` or `rest`.
+        token_budget: the budget in tokens; None for a cache without one.
+        needed_bytes: about how many bytes of memory the cache needs.
+        build: a function that makes the cache and fills it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """Holds what stays the same while everything is compared: the model and the point of the sweep."""
+    """The model and the point of the sweep, which are the same for all contenders."""
 
     model: PreTrainedModel
     sizes: Sizes
@@ -50,7 +50,7 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """Give the model's device: `cpu` or `cuda`."""
+        """The kind of the model's device, `cpu` or `cuda`."""
         return str(self.model.device.type)
 
 
@@ -62,7 +62,7 @@ class NoAttention(LayerCache):
         self.num_seen = num_seen
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
-        """Zeros in the shape of `query`."""
+        """Return zeros in the shape of `query`."""
         self.num_seen += 1
         return torch.zeros_like(query)
 
@@ -78,7 +78,7 @@ def measure_decode(
         bandwidth of the memory meanwhile, in bytes per second.
 
     Raises:
-        InputError: it would not fit in memory.
+        InputError: the point does not fit in memory.
     """
     setting = Setting(model, sizes_of(model), point)
     contenders = _contenders(setting)
@@ -159,13 +159,13 @@ def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: 
 
 
 def _step(setting: Setting, cache: Any) -> Call:
-    """One step of the whole model."""
+    """Return a call that times one step of the whole model."""
     input_ids = torch.ones(setting.point.batch, 1, dtype=torch.int64, device=setting.device)
     return lambda: timed(lambda: decode_step(setting.model, cache, input_ids), setting.device)
 
 
 def _attention(setting: Setting, cache: RocketKVCache) -> Call:
-    """The attention of one step alone: every layer's own, after a matrix product, the times of the layers added up."""
+    """Return a call that times the attention of one step alone, each layer after a matrix product, added up."""
     sizes, options = setting.sizes, {"dtype": setting.model.dtype, "device": setting.device}
     query = torch.randn(setting.point.batch, sizes.num_heads, 1, sizes.head_dim, **options)
     key = torch.randn(setting.point.batch, sizes.num_kv_heads, 1, sizes.head_dim, **options)
@@ -184,7 +184,7 @@ def _attention(setting: Setting, cache: RocketKVCache) -> Call:
 
 
 def _compare(path: str, rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Amdahl's limit: a baseline's step over the rest of a step and our attention, and what of it was reached."""
+    """Compare each step with Amdahl's limit, which is a baseline's step over the rest of a step and our attention."""
     medians = {(row.name, row.token_budget): row.median_ms for row in rows}
     comparisons: list[dict[str, object]] = []
     for row in rows:

@@ -1,8 +1,6 @@
 """The memory of the machine that a measurement runs on: how fast it is read, and how much of it is left."""
 
 import os
-import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -11,14 +9,14 @@ from rocketkv.bench.timing import timed
 from rocketkv.errors import InputError
 from rocketkv.machine import last_level_cache_bytes
 
-READ_BYTES = 512 * 2**20  # read at once to measure bandwidth, at least
+READ_BYTES = 512 * 2**20  # the least bytes of one read that measures the bandwidth
 
 
 class MemoryRead:
-    """Reads more memory of a device than its caches hold, once per call: how fast anything else there could read.
+    """A call that reads more memory of a device than fits in its caches, which shows the memory's bandwidth.
 
     Attributes:
-        num_bytes: read per call.
+        num_bytes: the number of bytes that a call reads.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -27,7 +25,7 @@ class MemoryRead:
         self.num_bytes = self._buffer.nbytes
 
     def __call__(self) -> float:
-        """The milliseconds of one read."""
+        """Read once and return the milliseconds."""
         return timed(self._buffer.sum, self._device)
 
 
@@ -35,24 +33,24 @@ def check_device(device: str) -> None:
     """Refuse a device that is not there.
 
     Raises:
-        InputError: it is neither `cpu` nor `cuda`, or torch sees no GPU.
+        InputError: the device is neither `cpu` nor `cuda`, or torch sees no GPU.
     """
     if device not in ("cpu", "cuda"):
         raise InputError(f"device={device!r} is not known; choose from cpu, cuda.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device='cuda' is not there: this torch sees no GPU; leave --device out to measure the CPU.")
+        raise InputError("device='cuda' cannot be used: torch sees no GPU; leave --device out to measure the CPU.")
 
 
 def measure_bandwidth(device: str = "cpu", reads: int = 5) -> float:
-    """Bytes per second at which a device's memory can be read: the best of a few reads."""
+    """Return the bytes per second at which a device's memory can be read, the best of a few reads."""
     read = MemoryRead(device)
     return max(1000 * read.num_bytes / read() for _ in range(reads))
 
 
 def available_bytes(device: str = "cpu") -> int | None:
-    """Memory of a device that can be had, without swapping; None where the system does not tell."""
+    """Return the bytes of a device's memory that are free without swapping; None where the system does not tell."""
     if device != "cpu":
-        torch.cuda.empty_cache()  # what torch holds and nobody uses
+        torch.cuda.empty_cache()  # this frees memory that torch reserves without using it
         return int(torch.cuda.mem_get_info()[0])
     limits = []
     meminfo = Path("/proc/meminfo")
@@ -68,10 +66,10 @@ def available_bytes(device: str = "cpu") -> int | None:
 
 
 def check_memory(what: str, needed_bytes: float, device: str = "cpu") -> None:
-    """Refuse what would not fit.
+    """Refuse a measurement that does not fit in memory.
 
     Raises:
-        InputError: more is needed than there is.
+        InputError: the measurement needs more bytes than are available.
     """
     available = available_bytes(device)
     if available is not None and needed_bytes > available:
@@ -79,17 +77,3 @@ def check_memory(what: str, needed_bytes: float, device: str = "cpu") -> None:
             f"{what} needs {needed_bytes / 2**30:.1f} GiB of memory, but {available / 2**30:.1f} GiB are available; "
             "lower --seq-len or --batch, or choose a smaller geometry."
         )
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held.
-
-    Linux's `ru_maxrss` begins with what the parent held when it started this process, so its own count comes first.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

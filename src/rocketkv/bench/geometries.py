@@ -1,4 +1,4 @@
-"""The shapes of well-known models: what a measurement needs of them, without their weights. No torch."""
+"""The sizes of well-known models, which measurements need; the file imports no torch."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,15 +12,15 @@ class Geometry:
 
     Attributes:
         name: the name that the command line takes.
-        model_type: transformers' name of the architecture.
-        num_layers: decoder layers.
-        hidden_size: channels of the residual stream.
-        num_heads: query heads, Hq.
-        num_kv_heads: KV heads, Hkv.
-        head_dim: channels of a key, D.
-        intermediate_size: channels inside the MLP.
-        vocab_size: tokens known.
-        is_tied: whether the output layer is the embedding.
+        model_type: the architecture's name in transformers.
+        num_layers: the number of decoder layers.
+        hidden_size: the number of channels of the residual stream.
+        num_heads: the number of query heads, Hq.
+        num_kv_heads: the number of KV heads, Hkv.
+        head_dim: the number of channels of a key, D.
+        intermediate_size: the number of channels inside the MLP.
+        vocab_size: the number of tokens in the vocabulary.
+        is_tied: True if the output layer's weights are the embedding.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Geometry:
 
     @property
     def token_elements(self) -> int:
-        """Elements of the keys and values of one token in one layer."""
+        """The number of elements of the keys and values of one token in one layer."""
         return 2 * self.num_kv_heads * self.head_dim
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model, norms left out."""
+        """The number of weights of the model, without its norms."""
         attention = 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
         layer = attention + 3 * self.hidden_size * self.intermediate_size
         return self.num_layers * layer + (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size
@@ -60,10 +60,10 @@ GEOMETRIES = {
 
 
 def find_geometry(name: str) -> Geometry:
-    """The geometry of this name.
+    """Return the geometry of this name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such geometry.
     """
     if name not in GEOMETRIES:
         close = get_close_matches(name, GEOMETRIES, 3, cutoff=0.4)

@@ -1,10 +1,12 @@
-"""Memory of a prefill and of decoding, with the full cache and with ours, each in a process of its own."""
+"""Measures the memory of a prefill and of decoding, with the full cache and with ours, each in its own process."""
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rocketkv.errors import RocketKVError
@@ -19,12 +21,12 @@ class Case:
 
     Attributes:
         geometry: a name of `GEOMETRIES`.
-        dtype: torch's name of the dtype of weights and cache.
-        phase: `prefill`: one forward pass of the prompt; `decode`: two steps after a prompt that is not computed.
-        cache: `full`: transformers' own; `rocketkv`.
-        seq_len: tokens of the prompt.
-        token_budget: None for `full`.
-        batch: rows.
+        dtype: the torch name of the dtype of weights and cache.
+        phase: `prefill` for one forward pass of the prompt; `decode` for two steps after a prompt that is not computed.
+        cache: `full` for transformers' own cache; `rocketkv` for ours.
+        seq_len: the number of tokens of the prompt.
+        token_budget: the budget in tokens; None for `full`.
+        batch: the number of rows.
     """
 
     geometry: str
@@ -40,14 +42,14 @@ class Case:
 
 
 def measure_memory(case: Case) -> dict[str, object]:
-    """Measure in a process of its own, so that nothing else counts.
+    """Measure a case in its own process, so that no other memory counts.
 
     Returns:
         `name`, as in `decode_rocketkv`; `kv_bytes`, held by the cache; `peak_rss_bytes`, the most that the process has
         held; `model_rss_bytes`, the same before there was a cache; and the fields of the case.
 
     Raises:
-        InputError: it would not fit in memory.
+        InputError: the case does not fit in memory.
         RocketKVError: the process failed.
     """
     _check(case)
@@ -69,7 +71,7 @@ def cases(
     budgets: list[int],
     batches: list[int],
 ) -> Iterator[Case]:
-    """All cases of a sweep; the full cache once for all budgets."""
+    """Yield all cases of a sweep, with the full cache once for all budgets."""
     for phase in phases:
         for seq_len in prefill_lens if phase == "prefill" else seq_lens:
             for batch in batches:
@@ -93,11 +95,10 @@ def _check(case: Case) -> None:
 
 
 def run_case(case: Case) -> dict[str, object]:
-    """Measure here: what the process of a case does."""
+    """Measure a case in this process; `measure_memory` starts a process that calls this function."""
     import torch
     from transformers import DynamicCache
 
-    from rocketkv.bench.device import peak_rss_bytes
     from rocketkv.bench.geometries import find_geometry
     from rocketkv.bench.model import build_model, decode_step, full_cache, our_cache, sizes_of
     from rocketkv.bench.tensors import kept_tokens, same_tokens, sparse_config
@@ -129,6 +130,20 @@ def run_case(case: Case) -> dict[str, object]:
         "model_rss_bytes": model_rss_bytes,
         "weight_bytes": sizes.weight_bytes,
     }
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held.
+
+    Linux's `ru_maxrss` begins with what the parent held when it started this process, so its own count comes first.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole models of a geometry, with random weights, and caches of theirs that are filled without a prefill."""
+"""Whole models of a geometry with random weights, and caches for them that are filled without a prefill."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +27,14 @@ _CONFIGS = {"gemma3_text": Gemma3TextConfig, "llama": LlamaConfig, "qwen3": Qwen
 
 @dataclass(frozen=True)
 class Sizes:
-    """Holds the sizes of a model's attention and weights.
+    """The sizes of a model's attention and weights.
 
     Attributes:
-        num_layers: decoder layers.
-        num_heads: query heads, Hq.
-        num_kv_heads: KV heads, Hkv.
-        head_dim: channels of a key, D.
-        weight_bytes: weights that a decode step must read.
+        num_layers: the number of decoder layers.
+        num_heads: the number of query heads, Hq.
+        num_kv_heads: the number of KV heads, Hkv.
+        head_dim: the number of channels of a key, D.
+        weight_bytes: the bytes of the weights that a decode step must read.
     """
 
     num_layers: int
@@ -45,7 +45,7 @@ class Sizes:
 
 
 def build_model(geometry: Geometry, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-    """A model of this geometry in evaluation mode; its random weights repeat, as only their traffic counts."""
+    """Return a model of this geometry in evaluation mode; its random weights repeat, as only their bytes matter."""
     config = _CONFIGS[geometry.model_type](
         vocab_size=geometry.vocab_size,
         hidden_size=geometry.hidden_size,
@@ -78,7 +78,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is not embedding:
-        del weights[embedding.data_ptr()]  # a step reads one row of it per token
+        del weights[embedding.data_ptr()]  # a step reads only one row of the embedding per token
     return Sizes(
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
@@ -89,7 +89,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 
 def full_cache(model: PreTrainedModel, keys: Tensor, values: Tensor) -> DynamicCache:
-    """The cache of transformers itself with copies of `keys` and `values` `[B, Hkv, S, D]` in every layer."""
+    """Return transformers' own cache with copies of `keys` and `values` `[B, Hkv, S, D]` in every layer."""
     cache = DynamicCache(config=model.config)
     for layer in range(len(cache.layers)):
         cache.update(keys, values, layer)
@@ -99,19 +99,19 @@ def full_cache(model: PreTrainedModel, keys: Tensor, values: Tensor) -> DynamicC
 def our_cache(
     model: PreTrainedModel, config: RocketKVConfig, keys: Tensor, values: Tensor, seq_len: int
 ) -> RocketKVCache:
-    """Our cache as after a prompt of `seq_len` tokens, holding the first of `keys` and `values` `[B, Hkv, N, D]`."""
+    """Return our cache as after a prompt of `seq_len` tokens, with the first of `keys`, `values` `[B, Hkv, N, D]`."""
     cache = RocketKVCache(model.config, config)
     kept = kept_tokens(config, seq_len)
     for layer in cache.layers:
         if isinstance(layer, RocketKVLayer):
             layer.cache.load_tokens(keys[:, :, :kept], values[:, :, :kept], num_seen=seq_len)
-        else:  # a sliding window, which forgets most of them
+        else:  # a sliding window forgets most of the tokens
             shape = (-1, -1, seq_len, -1)
             layer.update(keys[:, :, :1].expand(shape), values[:, :, :1].expand(shape))
     return cache
 
 
 def decode_step(model: PreTrainedModel, cache: Any, input_ids: Tensor) -> None:
-    """One step of the whole model: `input_ids` `[B, 1]` int64."""
+    """Run one step of the whole model on `input_ids` `[B, 1]` int64."""
     with torch.inference_mode():
         model(input_ids=input_ids, **pass_cache(cache))

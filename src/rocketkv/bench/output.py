@@ -1,10 +1,8 @@
-"""Results for people and for programs: a table, one JSON object, a plot."""
+"""Results for people and for programs: a table, one JSON object."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -12,27 +10,25 @@ from rich.console import Console
 from rich.table import Table
 
 from rocketkv.bench.timing import floor_of
-from rocketkv.errors import InputError
 
 Record = Mapping[str, Any]
 
 AXES = {"seq_len": "tokens", "token_budget": "token budget", "batch": "batch"}
-PLOT_FORMATS = (".png", ".svg")
 
-OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # their floor is that of our dense attention
+OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # they share our dense attention's floor
 
 out = Console(highlight=False)
 
 
 def print_json(result: Record) -> None:
-    """One object and nothing else."""
+    """Print one JSON object and nothing else."""
     print(json.dumps(result, indent=2))
 
 
 def print_result(result: Record) -> None:
-    """A table, and below it what the figures depend on."""
+    """Print a table, and below it what the figures depend on."""
     rows: Sequence[Record] = result["rows"]
-    fixed = [f"{AXES[name]} {_values(rows, name).pop()}" for name in AXES if len(_values(rows, name)) == 1]
+    fixed = [f"{AXES[name]} {distinct(rows, name).pop()}" for name in AXES if len(distinct(rows, name)) == 1]
     title = ", ".join([f"{result['benchmark']}: {result['model']}", result["dtype"], *fixed])
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
     is_memory = result["benchmark"] == "memory"
@@ -40,7 +36,7 @@ def print_result(result: Record) -> None:
     for name in columns:
         table.add_column(name, justify="left" if name in ("what", "path") else "right", no_wrap=True)
     for row in rows:
-        if row["name"].endswith("_floor"):  # floors have a column
+        if row["name"].endswith("_floor"):  # floors have a column of their own
             continue
         table.add_row(*(render(row) for render in columns.values()))
     out.print(table)
@@ -52,7 +48,7 @@ def print_result(result: Record) -> None:
             soft_wrap=True,
         )
     if any(row.get("interleaved") is False for row in rows):
-        out.print("Not all fitted in memory at once: where not interleaved, one was measured after the other.")
+        out.print("Not all caches fitted in memory at once, so they were measured one after the other.")
     repeats = {row["repeats"] for row in rows if row.get("repeats", 1) > 1}
     if repeats:
         out.print(f"medians of {' to '.join(map(str, sorted({min(repeats), max(repeats)})))} repeats", style="dim")
@@ -71,13 +67,13 @@ def print_result(result: Record) -> None:
 
 
 def _axis_columns(rows: Sequence[Record]) -> dict[str, Any]:
-    """Name what was swept; what was not stands in the title."""
+    """Return the columns of the sizes that were swept; the title has those that were not."""
     columns: dict[str, Any] = {
         "tokens": ("seq_len", lambda row: str(row["seq_len"])),
         "t": ("token_budget", lambda row: str(row["token_budget"] or "")),
         "batch": ("batch", lambda row: str(row["batch"])),
     }
-    return {name: render for name, (axis, render) in columns.items() if len(_values(rows, axis)) > 1}
+    return {name: render for name, (axis, render) in columns.items() if len(distinct(rows, axis)) > 1}
 
 
 def _time_columns(rows: Sequence[Record]) -> dict[str, Any]:
@@ -123,68 +119,10 @@ def _memory_columns() -> dict[str, Any]:
 
 
 def _digits(number: float) -> str:
-    """Three digits, or all those before the point."""
+    """Return a number with three digits, or with all digits before the point."""
     return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}" if number > 0 else "0"
 
 
-def check_plot(path: Path | None) -> None:
-    """Refuse a plot that could not be drawn, before anything is measured.
-
-    Raises:
-        InputError: the name ends in no known format, its folder does not exist, or matplotlib is not installed.
-    """
-    if path is None:
-        return
-    if path.suffix not in PLOT_FORMATS:
-        raise InputError(f"plot={str(path)!r} is no picture that can be drawn; end it in {' or '.join(PLOT_FORMATS)}.")
-    if not path.parent.is_dir():
-        raise InputError(f"plot={str(path)!r} lies in a folder that does not exist; make it first.")
-    if find_spec("matplotlib") is None:
-        raise InputError("drawing needs matplotlib, which is not installed; run `pip install rocketkv[plot]`.")
-
-
-def save_plot(result: Record, path: Path) -> None:
-    """Draw time, or for memory the peak, against what was swept, on logarithmic axes; floors are dashed."""
-    from matplotlib.figure import Figure
-
-    rows: Sequence[Record] = result["rows"]
-    value, label = (
-        ("peak_rss_bytes", "peak bytes") if result["benchmark"] == "memory" else ("median_ms", "milliseconds")
-    )
-    axis = next((name for name in AXES if len(_values(rows, name)) > 1), "seq_len")
-    others = [name for name in AXES if name != axis and len(_values(rows, name)) > 1]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    plot = figure.add_subplot(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=label)
-    colors: dict[tuple[object, ...], str] = {}  # a floor has the colour of what it is the floor of
-    for line_label, line in _lines(rows, [*others, "path"]).items():
-        points = sorted((row[axis], row[value]) for row in line if row[axis] is not None)
-        if not points:  # the same for every value on the axis
-            points = [(x, line[0][value]) for x in sorted(_values(rows, axis))]
-        is_floor = line[0]["name"].endswith("_floor")
-        name = line[0]["name"] if is_floor else floor_of(line[0]["name"]) or line[0]["name"]
-        group = (name, *(line[0][other] for other in others))
-        color = colors.get(group) if is_floor else None
-        (drawn,) = plot.plot(*zip(*points, strict=True), "--" if is_floor else "o-", label=line_label, color=color)
-        colors.setdefault(group, drawn.get_color())
-    plot.set_xticks(sorted(_values(rows, axis)), [f"{x:,}" for x in sorted(_values(rows, axis))], minor=False)
-    plot.minorticks_off()
-    plot.set_title(f"{result['benchmark']}, {result['model']}, {result['dtype']}")
-    plot.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside right upper")
-    figure.savefig(path, dpi=150)
-
-
-def _values(rows: Sequence[Record], name: str) -> set[int]:
+def distinct(rows: Sequence[Record], name: str) -> set[int]:
+    """Return the values of a field in these rows, None left out."""
     return {row[name] for row in rows if row[name] is not None}
-
-
-def _lines(rows: Sequence[Record], names: Sequence[str]) -> dict[str, list[Record]]:
-    """Rows that belong to one line, by its label."""
-    lines: dict[str, list[Record]] = {}
-    for row in rows:
-        parts = [str(row["name"])]
-        for name in names:
-            if row.get(name) is not None:
-                parts.append(str(row[name]) if name == "path" else f"{name}={row[name]}")
-        lines.setdefault(", ".join(parts), []).append(row)
-    return lines

@@ -18,7 +18,7 @@ from rocketkv.hf import RocketKVCache, cache_stats
 from rocketkv.hf.switch import disable, enable
 from rocketkv.hf.versions import pass_cache
 
-_LAYERS = 2  # with inputs of their own, taken in turn
+_LAYERS = 2  # layers with their own inputs, which are measured in turn
 
 
 def measure_prefill(
@@ -32,7 +32,7 @@ def measure_prefill(
         products that causal attention needs.
 
     Raises:
-        InputError: it would not fit in memory.
+        InputError: the point does not fit in memory.
     """
     seq_len, batch = point.seq_len, point.batch
     shapes = [(geometry.num_heads, geometry.head_dim), *[(geometry.num_kv_heads, geometry.head_dim)] * 2]
@@ -121,7 +121,7 @@ def measure_model_prefill(model: PreTrainedModel, point: Point, on_round: OnRoun
 
 
 def _call(work: Callable[..., None], inputs: list[tuple[Tensor, ...]]) -> Call:
-    """The work on one layer after the other, in turn."""
+    """Return a call that times the work on one layer, on another layer at each call."""
     count = 0
 
     def call() -> float:

@@ -1,4 +1,4 @@
-"""Fair timing: everything compared takes its turn in the same rounds, until the medians stand still."""
+"""Fair timing: all contenders take turns in the same rounds, until their medians are stable."""
 
 import math
 import time
@@ -8,7 +8,7 @@ from statistics import median
 from typing import TypeVar
 
 Key = TypeVar("Key")
-Call = Callable[[], float]  # does the work once and returns the milliseconds that count
+Call = Callable[[], float]  # a call does the work once and returns the milliseconds that count
 OnRound = Callable[[int], None]
 
 FLOORS = {"sparse": "sparse_floor", "rocketkv": "sparse_floor", "dense": "dense_floor"}
@@ -16,16 +16,16 @@ FLOORS = {"sparse": "sparse_floor", "rocketkv": "sparse_floor", "dense": "dense_
 LEAST_ROUNDS = 3
 STABLE_ROUNDS = 15
 MOST_ROUNDS = 200
-STABLE_WIDTH = 0.04  # width of the median's 95% interval, as a fraction of it
+STABLE_WIDTH = 0.04  # the width of the median's 95% interval, as a fraction of the median
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Says how long to measure.
+    """How long to measure.
 
     Attributes:
-        repeats: rounds; 0: until medians are stable or time is up.
-        limit_s: seconds that one row may take, at least `LEAST_ROUNDS` rounds.
+        repeats: the number of rounds; 0 measures until medians are stable or the time is up.
+        limit_s: the seconds that one row may take; it gets at least `LEAST_ROUNDS` rounds.
     """
 
     repeats: int = 0
@@ -34,12 +34,12 @@ class Pace:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a sweep: what is compared in the same rounds.
+    """One point of a sweep, whose contenders are compared in the same rounds.
 
     Attributes:
-        seq_len: tokens of context.
-        batch: rows.
-        token_budgets: budgets of our configurations, in tokens.
+        seq_len: the number of tokens of context.
+        batch: the number of rows.
+        token_budgets: the budgets of our configurations, in tokens.
         pace: the time that measuring may take.
     """
 
@@ -58,11 +58,11 @@ class Row:
 
     Attributes:
         name: the name of what was measured.
-        times_ms: every repeat; one computed value for a floor.
-        num_bytes: bytes that a call moves or holds; the benchmark says which.
-        seq_len: tokens of context.
-        token_budget: the configuration's budget in tokens; None where it plays no part.
-        batch: rows.
+        times_ms: the milliseconds of every repeat, or one computed value for a floor.
+        num_bytes: the bytes that a call moves or stores; the benchmark says which.
+        seq_len: the number of tokens of context.
+        token_budget: the configuration's budget in tokens; None for a row without one.
+        batch: the number of rows.
         details: further figures, by name.
     """
 
@@ -76,11 +76,11 @@ class Row:
 
     @property
     def median_ms(self) -> float:
-        """The median of the repeats."""
+        """The median of the repeats, in milliseconds."""
         return median(self.times_ms)
 
     def record(self) -> dict[str, object]:
-        """Give the row as JSON holds it."""
+        """Return the row as a JSON object."""
         return {
             "name": self.name,
             "seq_len": self.seq_len,
@@ -96,12 +96,12 @@ class Row:
 
 
 def floor_of(name: str) -> str | None:
-    """The row with the floor of a row; `sparse:NAME`, of another selection method, has one of its own."""
+    """Return the row with the floor of a row; each selection method, as in `sparse:NAME`, has its own floor."""
     return f"{name}_floor" if ":" in name else FLOORS.get(name)
 
 
 def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
-    """The time that reading the bytes of our rows takes at `bandwidth` bytes per second: no method can be faster."""
+    """Return rows with the time that reading the bytes of our rows takes at `bandwidth` bytes per second."""
     floors: dict[tuple[object, ...], Row] = {}
     for row in rows:
         name = floor_of(row.name)
@@ -116,7 +116,7 @@ def floor_rows(rows: Iterable[Row], bandwidth: float) -> list[Row]:
 
 
 def timed(work: Callable[[], object], device: str = "cpu") -> float:
-    """Milliseconds that `work` takes; of a GPU, those between events around it."""
+    """Return the milliseconds that `work` takes, between two events on a GPU."""
     if device != "cpu":
         return _timed_on_gpu(work)
     start = time.perf_counter()
@@ -140,8 +140,8 @@ def run_rounds(calls: Mapping[Key, Call], pace: Pace, on_round: OnRound | None =
 
     Args:
         calls: the functions to measure.
-        pace: for how long; a call whose time is up sits out the rounds that others still need.
-        on_round: told the number of each round when it is done.
+        pace: how long to measure; a call whose time is up sits out the rounds that others still need.
+        on_round: a function that is called with the number of each finished round.
 
     Returns:
         The milliseconds of every repeat of every call.
@@ -166,11 +166,11 @@ def run_rounds(calls: Mapping[Key, Call], pace: Pace, on_round: OnRound | None =
 
 
 def is_stable(times: list[float]) -> bool:
-    """Say whether a median is known well enough: by order statistics, a 95% interval of `STABLE_WIDTH` or less."""
+    """Return whether the median's 95% interval, by order statistics, is at most `STABLE_WIDTH` wide."""
     count = len(times)
     if count < STABLE_ROUNDS:
         return False
     ordered = sorted(times)
-    half = math.sqrt(count)  # 1.96 * sqrt(count) / 2, ranks either side of the middle
+    half = math.sqrt(count)  # the interval ends 1.96 * sqrt(count) / 2 ranks from the middle
     low, high = ordered[max(0, math.floor(count / 2 - half))], ordered[min(count - 1, math.ceil(count / 2 + half))]
     return high - low <= STABLE_WIDTH * median(times)

@@ -1,1 +1,1 @@
-"""The commands, a file per subject: they parse, call and print. `cli.py` puts them together."""
+"""The commands, one file per subject, which parse, call and print. `cli.py` puts them together."""

@@ -1,11 +1,11 @@
-"""Options of `rocketkv generate` and `rocketkv chat`, the streaming of an answer and the table of its cost."""
+"""What `rocketkv generate` and `rocketkv chat` share: options, the streaming of an answer and the table of its cost."""
 
 import math
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
     from rocketkv.hf.session import Answer, Session
 
-System = Annotated[str | None, typer.Option(help="System prompt; default: the chat template's own.")]
+System = Annotated[str | None, typer.Option(help="System prompt. Default: the chat template's own.")]
 DoSample = Annotated[bool, typer.Option("--do-sample", help="Draw each token instead of taking the likeliest.")]
-Temperature = Annotated[float | None, typer.Option(help="Above 1 flattens what is drawn from; default: the model's.")]
-TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability together.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens; 0: from all.")]
-Penalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens that occurred less likely.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of what is drawn: same seed, same answers. Default: a new one.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="A value above 1 makes draws more random. Default: the model's.")
+]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together have this probability.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens; 0 draws from all.")]
+Penalty = Annotated[float | None, typer.Option(help="A value above 1 makes tokens that occurred less likely.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the draws: the same seed gives the same answers. Default: a new one.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The largest number of tokens to generate.")]
 Fast = Annotated[
-    bool, typer.Option("--fast", help="Compile the decode step: its first token takes a minute, seconds in later runs.")
+    bool, typer.Option("--fast", help="Compile the decode step: the first token takes a minute, in later runs seconds.")
 ]
 
 
@@ -58,7 +62,7 @@ class Setup:
         return RocketKVConfig(
             token_budget=self.token_budget,
             window_size=self.window_size,
-            kv_dtype=cast(Literal["auto", "int8"], self.kv_dtype),  # the configuration checks the name
+            kv_dtype=self.kv_dtype,
             mode=mode,
         )
 
@@ -138,7 +142,7 @@ def _prefill_bar(stopped: Callable[[], bool] | None) -> Iterator[Callable[[int, 
 
 
 def answer_table(answers: "dict[str, Answer]") -> Table:
-    """Make the table of what each cache held and read, and of how fast it answered."""
+    """Return the table of what each cache stored and read, and of how fast each one answered."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="read: per decode step; tok/s: of decode alone")
     table.add_column("cache", no_wrap=True)
     for column in ("tokens", "held MiB", "of full", "read MiB", "less", "prefill s", "tok/s"):

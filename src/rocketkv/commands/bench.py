@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from rocketkv.bench.geometries import find_geometry
-from rocketkv.bench.output import check_plot, print_json, print_result, save_plot
+from rocketkv.bench.output import print_json, print_result
+from rocketkv.bench.plot import check_plot, save_plot
 from rocketkv.bench.timing import OnRound, Pace, Point, Row, floor_rows
 from rocketkv.commands.options import AsJson, WeightDtype, numbers
 from rocketkv.commands.terminal import err, load_model, passing_bar
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 GeometryName = Annotated[str, typer.Option("--geometry", "-g", help="Sizes of a known model, such as llama-3.1-8b.")]
-SeqLens = Annotated[str, typer.Option("--seq-len", help="Tokens of context, separated by commas.")]
+SeqLens = Annotated[str, typer.Option("--seq-len", help="Numbers of tokens of context, separated by commas.")]
 TokenBudgets = Annotated[str, typer.Option("--token-budget", "-t", help="Token budgets, separated by commas.")]
 Batches = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16, or the model's own.")]
-Repeats = Annotated[int, typer.Option(min=0, help="Rounds; 0: until the medians are stable.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is bfloat16, or the model's own.")]
+Repeats = Annotated[int, typer.Option(min=0, help="Number of rounds; 0 measures until the medians are stable.")]
 TimeLimit = Annotated[float, typer.Option(min=0, help="Seconds that a row may take, unless --repeats is given.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda for a GPU, which is timed by its own events.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the result into this file, .png or .svg.")]
@@ -49,7 +50,7 @@ class Sweep:
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """The dtype of that name; auto: bfloat16."""
+        """Return the dtype of that name; auto stands for bfloat16."""
         import torch
 
         from rocketkv.hf.models import find_dtype
@@ -58,7 +59,7 @@ class Sweep:
         return dtype
 
     def axes(self) -> tuple[list[int], list[int], list[int]]:
-        """Lengths, batches and budgets, checked with all that can be before anything is measured."""
+        """Return lengths, batches and budgets, after every check that is possible before anything is measured."""
         find_geometry(self.geometry)
         check_plot(self.plot)
         lengths, batches = numbers("seq-len", self.seq_len), numbers("batch", self.batch)
@@ -102,7 +103,7 @@ class TimedSweep(Sweep):
     device: Device = "cpu"
 
     def points(self) -> list[Point]:
-        """Every length with every batch."""
+        """Return a point for every length with every batch."""
         from rocketkv.bench.device import check_device
 
         lengths, batches, budgets = self.axes()
@@ -113,13 +114,13 @@ class TimedSweep(Sweep):
 
 def attention(
     sweep: TimedSweep = TimedSweep(geometry="llama-3.1-8b", time_limit=20.0),
-    cold_mib: Annotated[int, typer.Option(min=0, help="MiB read before a layer is met again.")] = 256,
+    cold_mib: Annotated[int, typer.Option(min=0, help="MiB that are read before a layer is used again.")] = 256,
     selection: Annotated[
         str | None,
         typer.Option(help="Selection methods, separated by commas, instead of the default; lowbit:int8 with 8 bits."),
     ] = None,
 ) -> None:
-    """Time one layer's decode step: ours, torch's, transformers', and the floor that memory sets."""
+    """Time one layer's decode step with our attention, torch's and transformers', beside the floor that memory sets."""
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.attention import measure_attention
     from rocketkv.bench.tensors import sparse_config
@@ -128,7 +129,7 @@ def attention(
     names = (selection or DEFAULT_SELECTION).split(",")
     selections = list(dict.fromkeys(name.strip() for name in names))
     for name in selections:
-        sparse_config(min(todo[0].token_budgets), name)  # or refuse it by name
+        sparse_config(min(todo[0].token_budgets), name)  # this refuses an unknown name
     rows: list[Row] = []
     bandwidths: list[float] = []
     with _counted("attention", todo) as points:
@@ -148,9 +149,9 @@ def decode(
         str | None, typer.Option("--model", "-m", help="A real model instead: hub id, folder, GGUF file, smollm2.")
     ] = None,
     weight_dtype: WeightDtype = None,
-    paths: Annotated[str, typer.Option(help="Ways to run the model: eager, as transformers does; fast, compiled.")] = (
-        "eager,fast"
-    ),
+    paths: Annotated[
+        str, typer.Option(help="Ways to run the model: eager runs it as transformers does, fast compiles it.")
+    ] = ("eager,fast"),
 ) -> None:
     """Time whole decode steps of a transformers model, and say how much of Amdahl's limit is reached."""
     todo = sweep.points()
@@ -212,11 +213,11 @@ def prefill(
 def memory(
     sweep: Sweep = Sweep(),
     prefill_len: Annotated[
-        str, typer.Option(help="Tokens to prefill, separated by commas: these are computed.")
+        str, typer.Option(help="Numbers of tokens to prefill, separated by commas; these prompts are computed.")
     ] = "4096",
     phases: Annotated[str, typer.Option(help="prefill, decode or both, separated by a comma.")] = "prefill,decode",
 ) -> None:
-    """Measure peak memory and KV bytes, full and compressed, each in a process of its own."""
+    """Measure peak memory and KV bytes of the full and the compressed cache, each in its own process."""
     from rocketkv.bench.memory import PHASES, cases, measure_memory
 
     lengths, batches, budgets = sweep.axes()
@@ -233,7 +234,7 @@ def memory(
 
 
 def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
-    """A model of the geometry, behind a spinner."""
+    """Return a model of the geometry, and show a spinner while it is built."""
     geometry, dtype = find_geometry(sweep.geometry), sweep.torch_dtype
     from rocketkv.bench.device import check_memory
     from rocketkv.bench.model import build_model
@@ -248,7 +249,7 @@ def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
 
 @contextmanager
 def _counted(title: str, items: Sequence[Item]) -> Iterator[Iterator[tuple[Item, OnRound]]]:
-    """The items behind a bar on standard error, each with what tells the bar of its rounds."""
+    """Yield the items behind a bar on standard error, each with the function that tells the bar of its rounds."""
     progress = passing_bar()
     task = progress.add_task(title, total=len(items))
 

@@ -1,7 +1,7 @@
-"""`rocketkv budget`."""
+"""The command `rocketkv budget`: what a token budget buys."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -11,10 +11,12 @@ from rocketkv.commands.terminal import out
 
 
 def budget(
-    seq_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")],
+    seq_len: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")],
     token_budget: TokenBudget = 256,
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a key.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens expected to be generated; 0: unknown.")] = 0,
+    head_dim: Annotated[int, typer.Option(min=1, help="Number of channels of a key.")] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(help="Number of tokens expected to be generated; 0 if it is not known.")
+    ] = 0,
     window_size: WindowSize = 32,
     selection: Selection = None,
     kv_dtype: KvDtype = "auto",
@@ -25,8 +27,13 @@ def budget(
 
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
 
-    options: dict[str, Any] = {"selection": selection or DEFAULT_SELECTION, "kv_dtype": kv_dtype}
-    config = RocketKVConfig(token_budget=token_budget, window_size=window_size, new_tokens=new_tokens, **options)
+    config = RocketKVConfig(
+        token_budget=token_budget,
+        window_size=window_size,
+        new_tokens=new_tokens,
+        selection=selection or DEFAULT_SELECTION,
+        kv_dtype=kv_dtype,
+    )
     split = config.budget_for(seq_len, head_dim)
     split = split._replace(top_k=min(split.top_k, split.kept_tokens + new_tokens))
     if as_json:
@@ -41,7 +48,7 @@ def budget(
     scored_bytes = config.selection_method().scored_bytes(
         tensor([[kept]]), tensor([[split.page_size]]), tensor([[split.num_channels]]), head_dim, 2
     )
-    token_bytes = 2 * 2 * head_dim  # keys and values of 16 bits
+    token_bytes = 2 * 2 * head_dim  # for keys and values in 16 bits
     scoring = int(scored_bytes) / token_bytes
     attending = split.top_k * config.format.token_bytes(head_dim, 2) / token_bytes
     scored = f"{kept} tokens" if split.page_size == 1 else f"{pages} pages of {split.page_size} tokens"

@@ -1,4 +1,4 @@
-"""`rocketkv chat`."""
+"""The command `rocketkv chat`: a conversation about a document."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,12 +26,13 @@ def chat(
     setup: Setup = Setup(),
     sampling: Sampling = Sampling(),
 ) -> None:
-    """Talk about a document over several turns (multi-turn cache). /stats, /reset and /quit do what they say.
+    """Talk about a document over several turns, with a multi-turn cache.
 
-    Ctrl-C ends an answer; where nothing is being answered, it ends the program.
+    /stats prints what the cache stores and reads, /reset forgets the conversation, and /quit ends the program.
+    Ctrl-C ends an answer; while nothing is being answered, Ctrl-C ends the program.
     """
     if file == STANDARD_INPUT:
-        raise InputError("chat reads your questions from standard input, so --file - is taken; give a file instead.")
+        raise InputError("chat reads your questions from standard input, so --file cannot be -; give a file instead.")
     config, options = setup.config("multi_turn"), {"system": setup.system, **sampling.options()}
     text = read_text(file)
     loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, fast=setup.fast)
@@ -39,7 +40,7 @@ def chat(
 
     session = Session(loaded, config, setup.max_new_tokens, **options)
     answer: Answer | None = None
-    out.print(f"Ask about {file.name}. /stats, /reset, /quit.", style="dim")
+    out.print(f"Ask about {file.name}. Commands: /stats, /reset, /quit.", style="dim")
     while True:
         message = read_line("[bold]> [/]")
         if message in (None, "/quit"):
@@ -60,7 +61,9 @@ def chat(
                 with deferring_interrupts() as stopped:
                     answer = ask(session, asked, title=None, quiet=False, stopped=stopped)
                 if stopped():
-                    out.print("Interrupted: the answer ends here, and stays in the conversation as it is.", style="dim")
+                    out.print(
+                        "Interrupted: the answer ends here; what was answered stays in the conversation.", style="dim"
+                    )
             except KeyboardInterrupt:
                 answer = None
                 out.print(

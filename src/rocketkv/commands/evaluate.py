@@ -1,4 +1,4 @@
-"""The commands of `rocketkv eval`."""
+"""The commands of `rocketkv eval`: they run methods on a suite and report."""
 
 import shlex
 import sys
@@ -18,9 +18,9 @@ from rocketkv.errors import InputError
 if TYPE_CHECKING:
     from rocketkv.eval.run.journal import Shard
 
-FIDELITY = "fidelity"  # the suite without questions
-PARITIES = ("rocketkv",)  # whose published settings a suite can follow
-Folder = Annotated[Path, typer.Option("--out", help="Folder for the results; a run into it goes on where one stopped.")]
+FIDELITY = "fidelity"  # the suite that has no questions
+PARITIES = ("rocketkv",)  # the papers whose published settings a suite can follow
+Folder = Annotated[Path, typer.Option("--out", help="Folder for the results; a stopped run into this folder goes on.")]
 
 
 def run(
@@ -28,29 +28,38 @@ def run(
     folder: Folder,
     model: Model = "smollm2",
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; rocketkv:window_size=16 is one with an option.")
+        str, typer.Option(help="Methods, separated by commas; rocketkv:window_size=16 is a method with an option.")
     ] = "full,rocketkv",
     budgets: Annotated[str, typer.Option(help="Token budgets, separated by commas.")] = "256",
-    lengths: Annotated[str | None, typer.Option(help="Lengths, separated by commas; default: the suite's.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples per task and length; default: all.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, separated by commas; default: all.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths, separated by commas. Default: the suite's.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Number of samples per task and length. Default: all.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, separated by commas. Default: all.")] = None,
     data: Annotated[
         str | None, typer.Option(help="File or folder with the suite's data, or hf://datasets/OWNER/NAME@COMMIT.")
     ] = None,
-    haystack: Annotated[Path | None, typer.Option(help="Prose to hide things in; default: Python's help.")] = None,
-    parity: Annotated[str | None, typer.Option(help="rocketkv: everything as published, to the letter.")] = None,
-    mode: Annotated[str, typer.Option(help="multi_turn or multi_request, of samples with several.")] = "multi_turn",
-    shard: Annotated[str, typer.Option(help="i/n: only every n-th sample, from the i-th on.")] = "1/1",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 42,
+    haystack: Annotated[
+        Path | None, typer.Option(help="File with prose to hide needles in. Default: the texts of Python's help.")
+    ] = None,
+    parity: Annotated[str | None, typer.Option(help="rocketkv makes every setting as the paper published it.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="multi_turn or multi_request, for samples with several questions.")
+    ] = "multi_turn",
+    shard: Annotated[str, typer.Option(help="i/n runs only every n-th sample, from the i-th on.")] = "1/1",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn at random.")] = 42,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a text at most, its middle left out; default: what fits.")
+        int | None,
+        typer.Option(min=2, help="The most tokens of a text; a longer text loses its middle. Default: what fits."),
     ] = None,
     dtype: Dtype = "auto",
     weight_dtype: WeightDtype = None,
 ) -> None:
-    """Let methods answer the samples of a suite, one prefill for all of them.
+    """Let methods answer the samples of a suite, with one prefill for all methods.
 
-    Exits with 1 if some samples could not be evaluated; they are named in OUT/faults.jsonl.
+    The command exits with 1 if some samples could not be evaluated, and names them in OUT/faults.jsonl.
     """
     from rocketkv.eval.data.dialogue import MODES
     from rocketkv.eval.data.haystack import default_text
@@ -127,10 +136,10 @@ def run(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="What `rocketkv eval run` was given as --out.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `rocketkv eval run` was given as --out.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the report and its plots.")] = Path("report"),
 ) -> None:
-    """Write one report of several runs: tables, intervals, plots, as Markdown and as one HTML file."""
+    """Write one report of several runs, with tables, intervals and plots, as Markdown and as one HTML file."""
     from rocketkv.eval.report.write import write_report
 
     for path in write_report(folders, folder):
@@ -138,7 +147,7 @@ def report(
 
 
 def _shard(text: str) -> "Shard":
-    """Two numbers as in 2/3."""
+    """Return the two numbers of a text like 2/3."""
     from rocketkv.eval.run.journal import Shard
 
     index, _, count = text.partition("/")
@@ -148,7 +157,7 @@ def _shard(text: str) -> "Shard":
 
 
 def _summarize(records: Sequence[Mapping[str, Any]]) -> None:
-    """A short table, and what one prefill for all methods saved."""
+    """Print a short table, and what one prefill for all methods saved."""
     groups: dict[tuple[str, int | None], list[Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["method"], record["token_budget"]), []).append(record)

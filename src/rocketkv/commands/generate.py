@@ -1,4 +1,4 @@
-"""`rocketkv generate`."""
+"""The command `rocketkv generate`: one question about a long text."""
 
 import json
 from dataclasses import asdict
@@ -19,10 +19,10 @@ def generate(
     prompt_file: Annotated[
         Path, typer.Option("--prompt-file", "-f", help="The long text, UTF-8; - for standard input.")
     ],
-    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="The question to ask about the text.")],
     setup: Setup = Setup(),
     sampling: Sampling = Sampling(),
-    compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about a long text with a compressed cache."""

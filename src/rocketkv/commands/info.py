@@ -1,4 +1,4 @@
-"""`rocketkv info`: what a bug report needs, what the kernels take, and which way a model's decode steps go."""
+"""The command `rocketkv info`: facts for a bug report, and which backend would run a model's decode steps."""
 
 import json
 from collections import Counter
@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
     from rocketkv.hf.versions import Dependency
 
-_HEAD_DIM = 128  # channels of a key for which it is told who attends a prompt
+_HEAD_DIM = 128  # channels of a key for which `info` says who attends a prompt
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Say how this model would decode; it is not loaded.")]
-GeometryName = Annotated[str | None, typer.Option("--geometry", "-g", help="The same of a known model's sizes.")]
-Mode = Annotated[Literal["single_turn", "multi_turn"], typer.Option(help="Of its cache.")]
-Backend = Annotated[str, typer.Option(help="What is to decode: auto, reference or a backend's name.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Say how this model would decode, without loading its weights.")
+]
+GeometryName = Annotated[
+    str | None, typer.Option("--geometry", "-g", help="Say how a model of these known sizes would decode.")
+]
+Mode = Annotated[
+    Literal["single_turn", "multi_turn"], typer.Option(help="The mode of the cache: single_turn or multi_turn.")
+]
+Backend = Annotated[str, typer.Option(help="The backend to decode with: auto, reference or a backend's name.")]
 
 
 def info(
@@ -34,7 +40,7 @@ def info(
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Print what a bug report needs: versions, kernels, threads, models; and how a given model would decode."""
+    """Print what a bug report needs, versions, kernels, threads and models, and how a given model would decode."""
     import platform
     from importlib.metadata import version
 
@@ -66,8 +72,7 @@ def info(
     }
     if model or geometry:
         chosen = selection or DEFAULT_SELECTION
-        options: dict[str, Any] = {"selection": chosen, "backend": backend, "kv_dtype": kv_dtype}
-        config = RocketKVConfig(token_budget=256, mode=mode, **options)
+        config = RocketKVConfig(token_budget=256, mode=mode, selection=chosen, backend=backend, kv_dtype=kv_dtype)
         facts |= _decoding(_meta_model(model, geometry, dtype), config)
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -79,7 +84,7 @@ def info(
 
 
 def _compared(found: "Dependency") -> str:
-    """The version at hand, and whether it is a tested one."""
+    """Return the version at hand, and whether it is a tested one."""
     return f"{found.installed} ({'tested' if found.is_tested else 'not tested; tested are'}: {found.tested})"
 
 
@@ -111,7 +116,7 @@ def _taken() -> dict[str, Any]:
 
 
 def _meta_model(model: str | None, geometry: str | None, dtype: str) -> "PreTrainedModel":
-    """The model in question, without weights."""
+    """Return the model in question, without weights."""
     quieten()
     if model is not None:
         from rocketkv.hf.models import load_meta
@@ -128,7 +133,7 @@ def _meta_model(model: str | None, geometry: str | None, dtype: str) -> "PreTrai
 
 
 def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, Any]:
-    """Which way the decode steps of each kind of layer go, and why, as `LayerCache` would decide."""
+    """Return which backend decodes in each kind of layer, and why, as `LayerCache` would decide."""
     from rocketkv.backends import BACKENDS, Spec, find_backend
     from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
     from rocketkv.hf.switch import enable

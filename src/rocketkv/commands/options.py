@@ -1,4 +1,4 @@
-"""Options that several commands have, and how a command takes them as one dataclass."""
+"""Options that several commands share, and how a command takes them as one dataclass."""
 
 import inspect
 from collections.abc import Callable
@@ -11,16 +11,19 @@ import typer
 from rocketkv.errors import InputError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, GGUF file, smollm2 or gemma3-270m.")]
-TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="Tokens' worth of KV traffic per decode step.")]
-WindowSize = Annotated[int, typer.Option(help="Last prompt tokens that decide what is kept.")]
+TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="KV traffic per decode step, in tokens.")]
+WindowSize = Annotated[int, typer.Option(help="Number of last prompt tokens that decide which tokens stay.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 WeightDtype = Annotated[
-    str | None, typer.Option(help="int8 or int4: hold the weights so; the rest is bfloat16. Default: as --dtype says.")
+    str | None, typer.Option(help="int8 or int4: the format of linear layers' weights. Default: the one of --dtype.")
 ]
 Selection = Annotated[
-    str | None, typer.Option(help="Stage 2: lowbit, hybrid, dense or another method. Default: what the library uses.")
+    str | None,
+    typer.Option(help="Selection method, stage 2: lowbit, hybrid, dense or another. Default: the library's."),
 ]
-KvDtype = Annotated[str, typer.Option(help="auto, or int8: hold keys and values so, and attend to twice as many.")]
+KvDtype = Annotated[
+    str, typer.Option(help="auto, or int8: store keys and values in 8 bits and attend to twice as many.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
@@ -58,7 +61,7 @@ def numbers(name: str, text: str) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{name}={text!r} is no list of numbers; separate them by commas, as in 128,256.") from None
+        raise InputError(f"{name}={text!r} is no list of numbers; separate numbers by commas, as in 128,256.") from None
     if min(found) < 1:
         raise InputError(f"{name}={text!r} has a number below 1; give positive ones.")
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""`rocketkv recommend`."""
+"""The command `rocketkv recommend`: which token budget a model needs on a text."""
 
 import json
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ def recommend(
     model: Model = "smollm2",
     budgets: Annotated[
         str | None,
-        typer.Option(help="Token budgets, separated by commas; default: those of 128,256,512,1024 below --length."),
+        typer.Option(help="Token budgets, separated by commas. Default: those of 128,256,512,1024 below --length."),
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a prompt; default: as many as text and model have, at most 4096."),
+        typer.Option(min=2, help="Number of tokens of a prompt. Default: all that text and model allow, at most 4096."),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Passages of the text; default: 2, or 1 if it is short.")
+        int | None, typer.Option(min=1, help="Number of passages of the text. Default: 2, or 1 if the text is short.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to predict after each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to predict after each prompt.")] = 128,
     target: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the full cache's next tokens to keep, 0 to 1.")
     ] = 0.9,
@@ -48,7 +48,7 @@ def recommend(
     chosen = selection or DEFAULT_SELECTION
     method = f"rocketkv:selection={chosen}:kv_dtype={kv_dtype}"
     asked = list(BUDGETS) if budgets is None else numbers("budgets", budgets)
-    make_arms([method], asked)  # refuses what does not fit before the model is loaded
+    make_arms([method], asked)  # this refuses bad budgets and options before the model is loaded
     text = read_text(file)
     loaded = load_model(model, dtype)
     passages = cut_passages(loaded.tokenizer, text, loaded.context_length, new_tokens, length, samples)

@@ -1,4 +1,4 @@
-"""Reads and prints for all commands: consoles, bars, errors, texts and models."""
+"""What all commands share: consoles, bars, errors, and the reading of texts and models."""
 
 import errno
 import signal
@@ -33,9 +33,9 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
         except RocketKVError as error:
             print_error(error)
             raise typer.Exit(2) from None
-        except BrokenPipeError:  # who reads has read enough, as `head` does
+        except BrokenPipeError:  # the reader has closed the pipe, as `head` does
             raise typer.Exit(1) from None
-        except OSError as error:  # files of ours raise a RocketKVError: what is left is mostly a stream
+        except OSError as error:  # our own files raise a RocketKVError, so this error is mostly a stream's
             print_error(explain(error))
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
@@ -46,19 +46,19 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def print_error(error: RocketKVError) -> None:
-    """One sentence on standard error."""
+    """Print one sentence on standard error."""
     err.print("error:", str(error), style="red", markup=False, soft_wrap=True)
 
 
 def explain(error: OSError) -> InputError:
-    """Say what an error of the operating system means to who called the command."""
+    """Return an InputError that says what an error of the operating system means for the command."""
     if error.filename is None:
         return InputError(f"standard output cannot be written ({error.strerror or error}); send it somewhere else.")
     return InputError(f"{error.filename} cannot be used ({error.strerror}); see that it can be read and written.")
 
 
 def passing_bar(*columns: ProgressColumn) -> Progress:
-    """A bar on standard error that goes away when it is done; nothing where that is no terminal."""
+    """Return a bar on standard error that goes away when it is done, and is not shown where that is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -72,7 +72,7 @@ def passing_bar(*columns: ProgressColumn) -> Progress:
 
 
 def lasting_bar() -> Progress:
-    """A bar on standard error that says how long it will take, and stays."""
+    """Return a bar on standard error that shows the time left, and stays."""
     return Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=err)
 
 
@@ -80,10 +80,10 @@ STANDARD_INPUT = Path("-")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or of standard input if the path is `-`.
+    """Return the text of a file, or of standard input if the path is `-`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such file, or it is not UTF-8 text, cannot be read or is empty.
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
@@ -101,10 +101,10 @@ def read_text(path: Path) -> str:
 
 
 def read_line(prompt: str) -> str | None:
-    """The next line of standard input, stripped; None at its end.
+    """Return the next line of standard input, stripped; None at its end.
 
     Raises:
-        InputError: it is closed or cannot be read.
+        InputError: standard input is closed or cannot be read.
     """
     _standard_input()
     try:
@@ -112,7 +112,7 @@ def read_line(prompt: str) -> str | None:
     except EOFError:
         return None
     except OSError as error:
-        if error.errno in (errno.EPIPE, errno.ENOSPC):  # of the prompt, on standard output
+        if error.errno in (errno.EPIPE, errno.ENOSPC):  # this ends the line of the prompt on standard output
             raise
         raise InputError(
             f"standard input cannot be read ({error.strerror}); give a terminal, a file or a pipe."
@@ -127,7 +127,7 @@ def _standard_input() -> TextIO:
 
 @contextmanager
 def deferring_interrupts() -> Iterator[Callable[[], bool]]:
-    """While it lasts, the first Ctrl-C is but noted, in the function it gives; a second one interrupts at once."""
+    """Defer the first Ctrl-C inside the block, and yield a function that says whether it came."""
     noted = Event()
 
     def note(*_: object) -> None:
@@ -143,7 +143,7 @@ def deferring_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def quieten() -> None:
-    """Put the libraries' own bars and warnings out of the way."""
+    """Switch the libraries' own bars and warnings off."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -153,7 +153,7 @@ def quieten() -> None:
 
 
 def load_model(name: str, dtype: str, weight_dtype: str | None = None, *, fast: bool = False) -> "LoadedModel":
-    """Load a model behind a spinner."""
+    """Load a model, and show a spinner meanwhile."""
     from rocketkv.hf.models import load
 
     quieten()

@@ -1,1 +1,1 @@
-"""Measurements of accuracy: every method runs on the one path that users run."""
+"""Measurements of accuracy, in which every method runs the code that users run."""

@@ -1,9 +1,9 @@
-"""Any task of lm-eval, EleutherAI's harness, with any of our methods: `--model rocketkv`.
+"""Runs any task of lm-eval, EleutherAI's harness, with any of our methods, as `--model rocketkv`.
 
     python -m rocketkv.eval.harness --model rocketkv --model_args method=rocketkv,token_budget=256 --tasks ...
 
 runs lm-eval's own command line with our model known to it. Versions of lm-eval that look for models in installed
-packages find it by themselves.
+packages find our model by themselves.
 """
 
 import sys
@@ -24,7 +24,7 @@ from rocketkv.hf.models import load
 from rocketkv.hf.switch import enable
 from rocketkv.hf.versions import pass_cache
 
-Request = tuple[tuple[str, str] | None, list[int], list[int]]  # what it is cached under, context, continuation
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # lm-eval's cache key, context, continuation
 
 
 @register_model("rocketkv")
@@ -39,9 +39,9 @@ class RocketKVLM(HFLM):
         pretrained: as `--model` of the command line: a hub id, a folder, a GGUF file, `smollm2` or `gemma3-270m`.
         method: one of the names that `--methods` of `rocketkv eval run` takes.
         token_budget: see `RocketKVConfig`.
-        dtype: what `--dtype` takes.
-        weight_dtype: what `--weight-dtype` takes.
-        options: of lm-eval's `HFLM`: `batch_size` (of generation; likelihoods are taken one by one), `max_length`,
+        dtype: a value of `--dtype`.
+        weight_dtype: a value of `--weight-dtype`; None leaves the weights as they are.
+        options: options of lm-eval's `HFLM`: `batch_size` (for generation; likelihoods run one by one), `max_length`,
             `add_bos_token` and so on.
 
     Raises:
@@ -61,7 +61,7 @@ class RocketKVLM(HFLM):
     ) -> None:
         config = method_config(method, token_budget)
         loaded = load(pretrained, dtype, weight_dtype)
-        device = options.pop("device", None)  # lm-eval always passes one on
+        device = options.pop("device", None)  # lm-eval always passes a device
         if device is not None and torch.device(device).type != loaded.model.device.type:
             raise UnsupportedError(f"the model is on {loaded.model.device}, not on {device}; leave out --device.")
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **options)
@@ -78,7 +78,7 @@ class RocketKVLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log likelihoods of continuations, and whether each is what greedy decoding gives; one prefill per context."""
+        """Return log likelihoods of continuations, and whether each is the greedy one; prefill each context once."""
         found: dict[int, tuple[float, bool]] = {}
         cut = [(key, *self._cut(context, continuation)) for key, context, continuation in requests]
         order = sorted(range(len(cut)), key=lambda i: cut[i][1])
@@ -95,7 +95,7 @@ class RocketKVLM(HFLM):
         return [found[i] for i in range(len(cut))]
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Without the context's first tokens where both are too long, as `HFLM` cuts them."""
+        """Return both texts, the context without its first tokens where both are too long, as `HFLM` cuts them."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise InputError(
@@ -105,7 +105,7 @@ class RocketKVLM(HFLM):
         return context[-room:], continuation
 
     def _likelihood(self, cache: RocketKVCache, logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-        """Measure the tokens that follow what `cache` has seen, whose last logits `[1, V]` are given."""
+        """Return the log likelihood of the tokens that follow those seen by `cache`, whose last logits are `[1, V]`."""
         total, is_greedy = 0.0, True
         for place, token in enumerate(continuation):
             total += float(logits[0].float().log_softmax(-1)[token])
@@ -116,7 +116,7 @@ class RocketKVLM(HFLM):
 
 
 def main() -> None:
-    """lm-eval's own command line."""
+    """Run lm-eval's own command line."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

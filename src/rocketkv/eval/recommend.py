@@ -1,4 +1,4 @@
-"""Which token budget a model needs on a text: fidelity at a few budgets beside the oracle, and advice in words."""
+"""Measures which token budget a model needs on a text, beside the oracle, and puts the result into a sentence."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,24 +14,24 @@ from rocketkv.hf.switch import enable
 from rocketkv.hf.text import PlainText
 
 ORACLE = "exact_topk"
-BUDGETS = (128, 256, 512, 1024)  # tokens, where no others are asked for
-LENGTH = 4096  # tokens of a prompt at most, where no length is asked for
-SAMPLES = 2  # passages at most, where no number is asked for
-PLATEAU = 0.01  # of agreement: what a larger budget must gain to be worth a word
-LARGE_GAP = 0.05  # of agreement with the full cache, between the oracle and ours ...
-LARGE_RATIO = 3.0  # ... and of our KL divergence to the oracle's: beyond both, the method fails the model
+BUDGETS = (128, 256, 512, 1024)  # the budgets in tokens, if the user gives none
+LENGTH = 4096  # the most tokens of a prompt, if the user gives no length
+SAMPLES = 2  # the most passages, if the user gives no number
+PLATEAU = 0.01  # the least gain in agreement for which a larger budget is named
+LARGE_GAP = 0.05  # the least gap in agreement between the oracle and ours ...
+LARGE_RATIO = 3.0  # ... and the least ratio of KL divergences that together make a warning
 
 
 class Measured(NamedTuple):
-    """Ours and the oracle at one budget, against the full cache; means over all decoded tokens.
+    """The figures of our method and of the oracle at one budget, as means over all decoded tokens.
 
     Attributes:
-        token_budget: tokens.
-        agreement: share of the full cache's next tokens that ours predicts too, 0 to 1.
-        oracle_agreement: the same of the oracle.
-        kl: KL divergence of our predictions from the full cache's, in nats, >= 0.
-        oracle_kl: the same of the oracle.
-        read_fraction: bytes that our last decode step read, of what a full cache reads.
+        token_budget: the budget in tokens.
+        agreement: the share of the full cache's next tokens that our method predicts, too, 0 to 1.
+        oracle_agreement: the same share for the oracle.
+        kl: the KL divergence of our predictions from the full cache's, in nats, >= 0.
+        oracle_kl: the same divergence for the oracle.
+        read_fraction: the bytes that our last decode step read, as a fraction of those that a full cache reads.
     """
 
     token_budget: int
@@ -43,11 +43,11 @@ class Measured(NamedTuple):
 
 
 class Passages(NamedTuple):
-    """Pieces of one text, in token ids.
+    """Passages of one text, in token ids.
 
     Attributes:
-        length: tokens of each to prefill.
-        token_ids: of each piece `length` to prefill, then those to decode, and one more to predict.
+        length: the number of tokens of each passage to prefill.
+        token_ids: for each passage `length` tokens to prefill, then those to decode, and one more to predict.
     """
 
     length: int
@@ -64,22 +64,22 @@ def cut_passages(
 ) -> Passages:
     """Cut passages out of a text at even distances, so that no token to decode is in two of them.
 
-    Each begins with the token that the tokenizer puts before a text, if it has one.
+    Each passage begins with the token that the tokenizer puts before a text, if there is one.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         text: the text to cut.
-        context_length: tokens that the model was made for.
-        new_tokens: tokens to decode after each prompt, >= 1.
-        length: tokens of a prompt, >= 2; None: as many as text and model have, `LENGTH` at most.
-        samples: how many passages, >= 1; None: as many as the text has room for, `SAMPLES` at most.
+        context_length: the number of tokens that the model was made for.
+        new_tokens: the number of tokens to decode after each prompt, >= 1.
+        length: the number of tokens of a prompt, >= 2; None takes all that text and model allow, at most `LENGTH`.
+        samples: the number of passages, >= 1; None takes all that the text has room for, at most `SAMPLES`.
 
     Raises:
         InputError: the text is too short, or the length too long for the model.
     """
     plain = PlainText(tokenizer)
     start, token_ids = plain.start, plain.encode(plain.hide(text))
-    room = len(token_ids) + len(start) - new_tokens - 1  # tokens of the longest prompt
+    room = len(token_ids) + len(start) - new_tokens - 1  # the tokens of the longest prompt that fits
     most = context_length - new_tokens
     wanted = length or min(LENGTH, most, room)
     if wanted > most:
@@ -108,14 +108,14 @@ def cut_passages(
 def measure(
     loaded: LoadedModel, passages: Passages, method: str, budgets: Sequence[int], on_progress: OnProgress
 ) -> list[Measured]:
-    """A method and the oracle at every budget, from one prefill per passage.
+    """Measure a method and the oracle at every budget, from one prefill per passage.
 
     Args:
-        loaded: its model gets enabled.
+        loaded: the model, which is then enabled, and its tokenizer.
         passages: the texts to predict.
         method: a name of `rocketkv.eval.run.methods.METHODS`, with options after it or not.
-        budgets: token budgets, each once.
-        on_progress: called with the part done, of how much.
+        budgets: the token budgets, each once.
+        on_progress: a function that is called with the work done and all of the work.
 
     Returns:
         The means over all passages, by rising budget.
@@ -148,16 +148,16 @@ def measure(
 
 
 def find_budget(measured: Sequence[Measured], target: float) -> int | None:
-    """The smallest budget whose agreement is `target` or more; None if there is none."""
+    """Return the smallest budget whose agreement is `target` or more; None if there is none."""
     return next((one.token_budget for one in measured if one.agreement >= target), None)
 
 
 def advise(measured: Sequence[Measured], target: float) -> str:
-    """One line of advice.
+    """Return one line of advice.
 
     Args:
-        measured: one budget at least, by rising budget.
-        target: agreement that is aimed at, 0 to 1.
+        measured: the figures of at least one budget, by rising budget.
+        target: the agreement to reach, 0 to 1.
     """
     chosen = find_budget(measured, target)
     if chosen is None:
@@ -179,7 +179,7 @@ def advise(measured: Sequence[Measured], target: float) -> str:
 
 
 def warn(measured: Sequence[Measured]) -> str | None:
-    """One sentence if the oracle keeps far more than ours at some budget, about where the gap is largest."""
+    """Return one sentence, about the largest gap, if the oracle keeps far more than ours at some budget."""
     failing = [
         one
         for one in measured

@@ -1,4 +1,4 @@
-"""Stage 1, once after each prefill: which prompt tokens stay. One policy per file; a new one is a file and an entry."""
+"""Stage 1, which decides after each prefill which tokens stay. A new policy is one file and one entry here."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 
 class EvictionPolicy(Protocol):
-    """What stage 1 asks of a policy; any object with this method will do."""
+    """The interface of an eviction policy; any object with this method is one."""
 
     def keep(
         self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
     ) -> Tensor | None:
-        """Mark the tokens to keep; called only when some row holds more than it may.
+        """Mark the tokens to keep. Stage 1 calls this method only if some row has more tokens than it may keep.
 
         Args:
             query: `[B, Hq, T, D]` float, the prompt's queries, right aligned.
             keys: `[B, Hkv, S, D]` float, every key of the row, left aligned, undefined beyond the lengths.
-            lengths: `[B, Hkv]` int64, tokens in each row.
-            num_queries: `[B]` int64, how many of the T query columns are real, the last ones.
-            num_tokens: `[B]` int64, tokens each row should keep.
-            scale: factor on the dot products.
+            lengths: `[B, Hkv]` int64, the number of tokens in each row.
+            num_queries: `[B]` int64, how many of the T query columns, the last ones, are no padding.
+            num_tokens: `[B]` int64, the number of tokens that each row should keep.
+            scale: the factor on the dot products.
 
         Returns:
-            `[B, Hkv, S]` bool, at least one True per row and head and none beyond the lengths; None keeps everything.
-            Heads may keep different numbers.
+            `[B, Hkv, S]` bool with at least one True per row and head; values beyond the lengths are ignored. None
+            keeps every token. Heads may keep different numbers of tokens.
         """
         ...
 

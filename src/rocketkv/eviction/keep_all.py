@@ -1,4 +1,4 @@
-"""No eviction: every token stays."""
+"""The eviction policy that evicts nothing."""
 
 from typing import TYPE_CHECKING, Self
 
@@ -13,11 +13,11 @@ class KeepAll:
 
     @classmethod
     def from_config(cls, config: "RocketKVConfig") -> Self:
-        """The policy as this configuration asks for it."""
+        """Return the policy with the options of this configuration."""
         return cls()
 
     def keep(
         self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
     ) -> Tensor | None:
-        """Keep everything; see `EvictionPolicy.keep`."""
+        """Keep every token; see `EvictionPolicy.keep`."""
         return None

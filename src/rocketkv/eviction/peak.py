@@ -1,4 +1,4 @@
-"""SnapKV with another vote, ours: a token stays if any query of the window, in any head, looked hard at it."""
+"""SnapKV with a vote of our own: a token stays if any query of the window attends to it strongly in any head."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,10 +8,10 @@ from rocketkv.eviction.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class Peak(SnapKV):
-    """Score a token by the largest attention that one query gave it; the rest is SnapKV's.
+    """Score a token by the largest attention that one query gives it; all else is as in SnapKV.
 
-    In a sum over the window and the heads of a group, tokens that every query looks at a little outvote a token that
-    one query looks at alone, such as one of several values that a question asks for (docs/lowbit.md).
+    In a sum over the window and the heads of a group, tokens to which every query attends a little outvote a token to
+    which one query alone attends, such as one of several values that a question asks for (docs/lowbit.md).
     """
 
     by_peak: ClassVar[bool] = True

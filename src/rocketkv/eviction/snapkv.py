@@ -1,4 +1,4 @@
-"""SnapKV (arXiv:2404.14469) as RocketKV uses it: keep what the end of the prompt looked at, per KV head."""
+"""SnapKV (arXiv:2404.14469) as RocketKV uses it: each KV head keeps the tokens that the prompt's end attends to."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 class SnapKV:
     """Score tokens by the attention of the last queries, smooth by max-pooling, keep the best and the window itself.
 
+    Source: SnapKV, and RocketKV (arXiv:2502.14051), section "SnapKV with GQA support".
+
     Attributes:
-        window_size: last prompt tokens that vote and always stay, >= 1.
-        kernel_size: width of the max-pooling over the sequence, odd, >= 1.
-        by_peak: whether the query that looks hardest at a token decides, not all queries together.
+        window_size: the number of last prompt tokens that vote and always stay, >= 1.
+        kernel_size: the width, in tokens, of the max-pooling over the sequence, odd, >= 1.
+        by_peak: True scores a token by its largest attention weight, False by the sum of the weights of all queries.
     """
 
     by_peak: ClassVar[bool] = False
@@ -30,20 +32,20 @@ class SnapKV:
 
     @classmethod
     def from_config(cls, config: "RocketKVConfig") -> Self:
-        """The policy as this configuration asks for it."""
+        """Return the policy with the options of this configuration."""
         return cls(config.window_size, config.kernel_size)
 
     def keep(
         self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
     ) -> Tensor | None:
-        """Keep the window and the best of what lies before it; see `EvictionPolicy.keep`."""
+        """Keep the window and the best tokens before it; see `EvictionPolicy.keep`."""
         window = num_queries.clamp(max=self.window_size)  # [B]
         last = query[:, :, -self.window_size :]
         scores = score_window(last, keys, lengths=lengths, num_queries=window, scale=scale, by_peak=self.by_peak)
-        before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv] tokens before the window
+        before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv], the number of tokens before the window
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)
         scores = max_pool1d(scores, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        stays = window.minimum(num_tokens)  # a budget smaller than the window keeps the window's end
+        stays = window.minimum(num_tokens)  # if the row may keep fewer tokens than the window, the window's end stays
         in_window = (slots >= (lengths - stays[:, None])[..., None]) & (slots < lengths[..., None])
         return topk_mask(scores, candidates=before, num_tokens=num_tokens - stays) | in_window

@@ -12,17 +12,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamingLLM:
-    """Keep by position alone.
+    """Keep tokens by position alone.
 
     Attributes:
-        num_sinks: first tokens kept, >= 0; 4 in the paper (section "Rolling KV Cache with Attention Sinks").
+        num_sinks: the number of first tokens that stay, >= 0; it is 4 in the paper (section "Rolling KV Cache with
+            Attention Sinks").
     """
 
     num_sinks: int = 4
 
     @classmethod
     def from_config(cls, config: "RocketKVConfig") -> Self:
-        """The policy as this configuration asks for it."""
+        """Return the policy with the options of this configuration."""
         return cls()
 
     def keep(

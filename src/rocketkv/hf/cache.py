@@ -1,6 +1,7 @@
 """RocketKV as a cache of transformers: the object that users hand to `generate`.
 
-`switch.py` hangs the cache into a model, `support.py` says which models fit, `history.py` holds the tokens seen so far.
+`switch.py` hangs the cache into a model, `support.py` says which models fit, `history.py` holds the tokens seen so far,
+`saved.py` has `save` and `load`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +24,12 @@ from rocketkv.hf.layout import check_same_layout
 from rocketkv.hf.passes import Pass, announce, find_plain_layers
 from rocketkv.hf.plain import plain_stats
 from rocketkv.hf.rewind import rewind_to as rewind_cache
+from rocketkv.hf.saved import SavedCache
 from rocketkv.hf.support import check_config
 from rocketkv.stats import CacheStats
 
 
-class RocketKVCache(DynamicCache):
+class RocketKVCache(SavedCache, DynamicCache):
     """A compressed cache for `model.generate(..., cache=cache)` of an enabled model.
 
     Versions of transformers before 5.24 call the argument `past_key_values`.
@@ -62,7 +64,7 @@ class RocketKVCache(DynamicCache):
         self.layers[:] = [compress(layer, config, rocketkv_config, keep_queries) for layer in self.layers]
         self.history = History()
         self.noted: tuple[Tensor | None, Any] = (None, None)
-        self._pass: Pass | None = None  # announced and not finished
+        self._pass: Pass | None = None  # the pass that was announced and has not finished
         self._decoder: ref[PreTrainedModel] | None = None  # the one that filled the cache; None if it is not known
 
     @property
@@ -195,7 +197,7 @@ class RocketKVCache(DynamicCache):
         self.compressed_layers[0].activate_past_recording()
 
     def check_decoder(self, decoder: PreTrainedModel) -> None:
-        """Refuse a decoder that this cache was not made for, or that is not the one whose tokens the cache holds.
+        """Refuse a decoder that this cache was not made for, or that is not the one whose tokens the cache has seen.
 
         Raises:
             InputError: layers, windows, KV heads or head_dim differ, or another model has filled the cache.

@@ -87,7 +87,7 @@ class History:
         """Raise an `InputError` if the columns seen have another number of rows."""
         if self.num_rows not in (None, rows):
             raise InputError(
-                f"the cache holds {self.num_rows} rows, but {rows} came; give as many (after beams or "
+                f"the cache has {self.num_rows} rows, but {rows} came; give as many (after beams or "
                 "num_return_sequences the cache has a row for each), choose some by "
                 "cache.batch_select_indices(torch.tensor([0])), or call cache.reset()."
             )

@@ -40,7 +40,7 @@ def before_model(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     if running is not None and running.model is model and cache is not running.cache:
         if kwargs.get(CACHE_ARGUMENT) is not None or running.cache.get_seq_length() > 0:
             raise _left_unused(model, kwargs.get(CACHE_ARGUMENT))
-        cache = running.cache  # transformers dropped it for the tokens it may hold, but it is empty
+        cache = running.cache  # transformers dropped the cache, which may have tokens, but this one is empty
         kwargs = {**kwargs, CACHE_ARGUMENT: cache}
     if cache is None:
         return None

@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls by the name of our implementation."""
+"""The attention function and the mask function, which transformers calls by the name of our implementation."""
 
 from typing import Any
 
@@ -67,27 +67,13 @@ def attention(
         )
     if not rocketkv_pass.waits[index]:
         raise unsupported(type(module).__name__, "it attends without updating its cache")
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = layer.cache.dtype or torch.get_autocast_dtype(query.device.type)
-        output = _attend_under_autocast(rocketkv_pass, index, query, key, value, scaling, dtype)
+    if torch.is_autocast_enabled(device := query.device.type):  # an empty cache gets autocast's dtype, as SDPA does
+        dtype = layer.cache.dtype or torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            output = rocketkv_pass.attend(index, *(x.to(dtype) for x in (query, key, value)), scaling).to(query.dtype)
     else:
         output = rocketkv_pass.attend(index, query, key, value, scaling)
     return output.transpose(1, 2).contiguous(), None
-
-
-def _attend_under_autocast(
-    current: Pass,
-    index: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Attend in the dtype of the cache; an empty cache gets autocast's dtype, as SDPA does."""
-    with torch.autocast(query.device.type, enabled=False):
-        output: Tensor = current.attend(index, query.to(dtype), key.to(dtype), value.to(dtype), scaling)
-    return output.to(query.dtype)
 
 
 def mask(*args: Any, kv_length: int, **kwargs: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""One compressed layer of a model's cache: what transformers asks of a layer, answered by a `LayerCache`."""
+"""One compressed layer of a model's cache: the layer methods that transformers calls, over a `LayerCache`."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""From a name (hub id, folder, GGUF file or the embedded default) to a model and a tokenizer that can be trusted."""
+"""Load a model and a checked tokenizer by name: a hub id, a folder, a GGUF file or an embedded model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,6 +214,6 @@ def _converted(name: str) -> Path:
         try:
             fresh.rename(checkpoint)
         except OSError:
-            if not checkpoint.is_dir():  # another process was not faster
+            if not checkpoint.is_dir():  # no other process has put its checkpoint there first
                 raise
     return checkpoint

@@ -3,7 +3,6 @@
 A column is a token's index in the padded batch, where padding counts too. These functions know of no cache.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,26 +80,3 @@ def read(attention_mask: object, seen: int, seen_mask: Tensor | None, *, num_row
     is_left = bool((new[:, 1:] >= new[:, :-1]).all())  # else a token of the last answer stands before the padding
     order = None if is_left else new.to(torch.uint8).argsort(dim=1, stable=True)
     return Padding(num_new - new.sum(1), order, mask)
-
-
-def check_positions(position_ids: Tensor, row_seen: Sequence[int], num_new: int, counts: Tensor | None) -> None:
-    """Refuse new tokens at positions where the cache has seen others.
-
-    Args:
-        position_ids: `[B, T]` or `[1, T]` integers; tensors of other shapes, which some models take, are not checked.
-        row_seen: the number of tokens that each row has seen, padding left out.
-        num_new: T.
-        counts: as in `Padding`.
-
-    Raises:
-        InputError: a row's last position is less than its number of tokens allows.
-    """
-    if position_ids.dim() != 2:
-        return
-    seen = torch.tensor(row_seen, device=position_ids.device)
-    last = seen + num_new - 1 - (0 if counts is None else counts.to(seen.device))
-    if bool((position_ids[:, -1] < last).any()):
-        raise InputError(
-            f"position_ids end at {position_ids[:, -1].tolist()}, but the cache has seen {seen.tolist()} tokens "
-            f"and {num_new} came; give the new tokens only, or call cache.reset() to take in the text anew."
-        )

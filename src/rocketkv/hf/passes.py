@@ -1,6 +1,7 @@
 """A forward pass: what is checked before it begins, and the object that goes from layer to layer."""
 
 import warnings
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -12,7 +13,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.hf.history import UNKNOWN, History
 from rocketkv.hf.layer import RocketKVLayer
-from rocketkv.hf.padding import Padding, check_positions
+from rocketkv.hf.padding import Padding
 from rocketkv.hf.padding import read as read_padding
 
 
@@ -132,3 +133,26 @@ def announce(
 def find_plain_layers(layers: list[Any]) -> dict[int, DynamicLayer]:
     """Return those layers that are transformers' own, by index."""
     return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, RocketKVLayer)}
+
+
+def check_positions(position_ids: Tensor, row_seen: Sequence[int], num_new: int, counts: Tensor | None) -> None:
+    """Refuse new tokens at positions where the cache has seen others.
+
+    Args:
+        position_ids: `[B, T]` or `[1, T]` integers; tensors of other shapes, which some models take, are not checked.
+        row_seen: the number of tokens that each row has seen, padding left out.
+        num_new: T.
+        counts: as in `Padding`.
+
+    Raises:
+        InputError: a row's last position is less than its number of tokens allows.
+    """
+    if position_ids.dim() != 2:
+        return
+    seen = torch.tensor(row_seen, device=position_ids.device)
+    last = seen + num_new - 1 - (0 if counts is None else counts.to(seen.device))
+    if bool((position_ids[:, -1] < last).any()):
+        raise InputError(
+            f"position_ids end at {position_ids[:, -1].tolist()}, but the cache has seen {seen.tolist()} tokens "
+            f"and {num_new} came; give the new tokens only, or call cache.reset() to take in the text anew."
+        )

@@ -10,7 +10,7 @@ from rocketkv.stats import LayerStats
 
 
 def first_columns(layer: DynamicLayer, num_columns: int) -> DynamicLayer:
-    """Return a layer that has seen only the first `num_columns` of a layer that still holds all of its columns."""
+    """Return a layer that has seen only the first `num_columns` of a layer that still has all of its columns."""
     if layer.get_seq_length() == num_columns:
         return layer
     first = copy(layer)

@@ -29,7 +29,7 @@ def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
         raise InputError("rewind_to takes the ids of a text, a tensor of integers [B, L]; give those for generate.")
     rows = cache.history.num_rows
     if rows not in (None, ids.shape[0]):
-        raise InputError(f"the cache holds {rows} rows, not {ids.shape[0]}; give as many.")
+        raise InputError(f"the cache has {rows} rows, not {ids.shape[0]}; give as many.")
     if rows is None:
         cache.reset()
         return 0

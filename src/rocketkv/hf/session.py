@@ -89,8 +89,8 @@ class Session:
             DynamicCache(config=model_config) if self.config is None else RocketKVCache(model_config, self.config)
         )
         self.messages: list[dict[str, str]] = []
-        self._token_ids: list[int] = []  # all that was prefilled or generated
-        self._rendered = ""  # the text of the same, the last answer left out
+        self._token_ids: list[int] = []  # every token that was prefilled or generated
+        self._rendered = ""  # the rendered text of those tokens, without the last answer
         self._end_of_turn = ""  # the special token that ended the last answer, if one did
 
     def send(
@@ -101,17 +101,17 @@ class Session:
         on_layer: OnLayer | None = None,
         stopped: Stopped | None = None,
     ) -> Answer:
-        """Ask and answer.
+        """Send a message to the model and return its answer.
 
         Args:
             text: the user's message; special tokens that are written out in it are text.
-            on_text: called with each finished piece of the answer.
-            on_layer: called with the layers prefilled so far and their number.
-            stopped: called after each token; where it returns True, the answer ends there.
+            on_text: a function that is called with each finished piece of the answer.
+            on_layer: a function that is called with the number of layers prefilled so far and the number of all layers.
+            stopped: a function that is called after each token; the answer ends where the function returns True.
 
         Returns:
-            The answer; the conversation has grown by the message and by it, also where it was stopped: the cache has
-            seen the answer so far. Any exception during a generation, one of `on_text` too, resets the conversation.
+            The answer. The conversation has grown by the message and the answer, also where the answer was stopped.
+            Any exception during a generation, one of `on_text` too, resets the conversation.
 
         Raises:
             InputError: the conversation does not fit in the model's context or chat template; it stays as it was.
@@ -126,7 +126,7 @@ class Session:
             )
         try:
             return self._generate(messages, rendered, new_ids, on_text, on_layer, stopped)
-        except BaseException:  # the cache has seen more than the conversation says
+        except BaseException:  # the cache may have seen tokens that are not in the conversation
             self.reset()
             raise
 
@@ -208,7 +208,7 @@ class Session:
 
 
 class _TimedStreamer(TextStreamer):
-    """Hands finished text on and notes when each token came."""
+    """Hands finished text on and records when each token came."""
 
     def __init__(self, tokenizer: object, on_text: OnText | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -226,7 +226,7 @@ class _TimedStreamer(TextStreamer):
 
 
 class _Stop(StoppingCriteria):
-    """Ends every row where a function returns True: between two passes, so that none breaks off half way."""
+    """Ends every row once a function returns True; it is called between two passes, so that no pass breaks off."""
 
     def __init__(self, stopped: Stopped) -> None:
         self.stopped = stopped

@@ -134,7 +134,7 @@ class QuantizedLinear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rows `[..., I]` to `[..., O]`."""
+        """Map rows `[..., I]` to `[..., O]`."""
         output: Tensor = torch.ops.rocketkv.packed_linear(x, self.packed, self.scales, self.weight_dtype)
         return output if self.bias is None else output + self.bias
 

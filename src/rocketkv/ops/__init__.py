@@ -1,4 +1,4 @@
-"""The few pure tensor operations the method is made of; each docstring is its specification."""
+"""The few pure tensor operations that the method is made of; each docstring specifies its operation."""
 
 from rocketkv.ops.attention import decode_densely, decode_sparsely, prefill_densely
 from rocketkv.ops.gather import take_tokens

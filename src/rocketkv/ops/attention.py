@@ -1,4 +1,4 @@
-"""Exact attention: dense with causality, and over chosen tokens only."""
+"""Exact attention: causal and dense over all tokens, or over chosen tokens only."""
 
 import torch
 from torch import Tensor
@@ -18,17 +18,17 @@ def prefill_densely(
     num_queries: Tensor | None = None,
     scale: float,
 ) -> Tensor:
-    """Causal attention of a row's last tokens to all its tokens.
+    """Compute the causal attention of each row's last tokens to all tokens of the row.
 
     Distances are counted from the end of each row, so earlier turns, left padding and ragged heads are one case.
 
     Args:
-        query: `[B, Hq, T, D]` float; right aligned, a row's last column is its last token.
-        keys: `[B, Hkv, S, D]` float; left aligned; the T newest tokens included.
+        query: `[B, Hq, T, D]` float, right aligned: a row's last column is its last token.
+        keys: `[B, Hkv, S, D]` float, left aligned, the T newest tokens included.
         values: like `keys`.
-        lengths: `[B, Hkv]` int64, tokens in each row; None: all S of them, and T equals S.
-        num_queries: `[B]` int64, how many of the T query columns are real, the last ones; None: all.
-        scale: factor on the dot products.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row; None means all S, and T must equal S.
+        num_queries: `[B]` int64, how many of the T query columns, the last ones, are no padding; None means all.
+        scale: the factor on the dot products.
 
     Returns:
         `[B, Hq, T, D]` in the dtype of `query`; zero in padded columns.
@@ -70,17 +70,17 @@ def prefill_densely(
 def decode_sparsely(
     query: Tensor, keys: Tensor, values: Tensor, *, slots: Tensor, counts: Tensor, scale: float
 ) -> Tensor:
-    """Exact attention of one token to the chosen tokens only.
+    """Compute the exact attention of one token per row to the chosen tokens only.
 
-    RocketKV, section "Hybrid Sparse Attention", step 3.
+    Source: RocketKV, section "Hybrid Sparse Attention", step 3.
 
     Args:
         query: `[B, Hq, 1, D]` float.
         keys: `[B, Hkv, S, D]` float.
         values: like `keys`.
-        slots: `[B, Hkv, K]` int64, the chosen tokens, shared by the query heads of a KV head.
-        counts: `[B, Hkv]` int64, how many of the K are chosen, the first ones, >= 1.
-        scale: factor on the dot products.
+        slots: `[B, Hkv, K]` int64, the slots of the chosen tokens; all query heads of a KV head share them.
+        counts: `[B, Hkv]` int64, 1 to K; only the first `counts` of the K slots are chosen.
+        scale: the factor on the dot products.
 
     Returns:
         `[B, Hq, 1, D]` in the dtype of `query`.
@@ -88,7 +88,7 @@ def decode_sparsely(
     Reads `2 * B * Hkv * K * D` elements; dense attention reads `2 * B * Hkv * S * D`.
     """
     is_chosen = torch.arange(slots.shape[2], device=slots.device) < counts[..., None]  # [B, Hkv, K]
-    slots = slots.where(is_chosen, slots[..., :1])  # beyond the counts memory may be undefined
+    slots = slots.where(is_chosen, slots[..., :1])  # slots beyond the counts may point to undefined memory
     grouped = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])  # [B, Hkv, G, D]
     output = scaled_dot_product_attention(
         grouped, take_tokens(keys, slots), take_tokens(values, slots), attn_mask=is_chosen[:, :, None], scale=scale
@@ -97,19 +97,19 @@ def decode_sparsely(
 
 
 def decode_densely(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor | None, scale: float) -> Tensor:
-    """Exact attention of one token to every token of its row.
+    """Compute the exact attention of one token per row to every token of the row.
 
     Args:
         query: `[B, Hq, 1, D]` float.
         keys: `[B, Hkv, S, D]` float.
         values: like `keys`.
-        lengths: `[B, Hkv]` int64, tokens in each row; None: all S.
-        scale: factor on the dot products.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row; None means all S.
+        scale: the factor on the dot products.
 
     Returns:
         `[B, Hq, 1, D]` in the dtype of `query`.
 
-    Reads `2 * B * Hkv * S * D` elements, once for all query heads of a KV head: this is what dense attention reads.
+    Reads `2 * B * Hkv * S * D` elements, once for all query heads of a KV head.
     """
     mask = None
     if lengths is not None:
@@ -120,6 +120,6 @@ def decode_densely(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tens
 
 
 def _zero_beyond(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Zero what lies beyond `[B, Hkv]` lengths: undefined memory may hold NaN, which no mask removes."""
+    """Zero the tokens beyond `[B, Hkv]` lengths: undefined memory may contain NaN, which no mask removes."""
     beyond = torch.arange(tokens.shape[2], device=tokens.device) >= lengths[..., None]
     return tokens.masked_fill(beyond[..., None], 0.0)

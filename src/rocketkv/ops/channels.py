@@ -1,24 +1,25 @@
-"""Which channels of a query say most about its products with any key."""
+"""The choice of the channels of a query that matter most for its dot products with the keys."""
 
 import torch
 from torch import Tensor
 
 
 def largest_channels(query: Tensor, num_channels: Tensor, spread: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The channels in which the query heads of a KV head are largest together; of equal ones the lower.
+    """Choose the channels in which the query heads of a KV head are largest together; of equal ones the lower.
 
-    SparQ (arXiv:2312.04985), step 1, over a group of heads as in RocketKV, section "Hybrid Sparse Attention". With a
-    spread, which is ours, the size of a channel is the heads' |q| times the spread of its keys: how far its part of the
-    logits can differ between keys. It stays where keys are multiplied and queries divided by a number (docs/method.md).
+    Source: SparQ (arXiv:2312.04985), step 1, over a group of heads as in RocketKV, section "Hybrid Sparse Attention".
+    The spread is our addition. With it the size of a channel is the sum of the heads' |q| times the spread of the
+    channel's keys, which tells how far the channel's part of the logits can differ between keys. This size does not
+    change if a channel's keys are multiplied and its queries divided by the same number (docs/method.md).
 
     Args:
         query: `[B, Hkv, G, D]` float32, the query heads of each KV head.
-        num_channels: `[B]` int64, channels to read, 1 to D.
-        spread: `[B, Hkv, D]` float32, >= 0, of each channel's keys; None: all alike, as published.
+        num_channels: `[B]` int64, the number of channels to read, 1 to D.
+        spread: `[B, Hkv, D]` float32, >= 0, the spread of each channel's keys; None takes |q| alone, as published.
 
     Returns:
-        The channels, `[B, Hkv, R]` int64, R the most that a row reads, the largest first; and the queries along them,
-        `[B, Hkv, G, R]`, 0 where a row reads fewer.
+        The channels, `[B, Hkv, R]` int64, the largest first, where R is the largest of `num_channels`; and the queries
+        along these channels, `[B, Hkv, G, R]` float32, which are 0 where a row reads fewer channels.
 
     Reads the `D` numbers of the spread, if there is one.
     """
@@ -32,11 +33,11 @@ def largest_channels(query: Tensor, num_channels: Tensor, spread: Tensor | None 
 
 
 def add_runs(spread: Tensor, ranges: Tensor, is_closed: Tensor) -> None:
-    """Add the ranges of closed runs of keys to the spread, in place, one after the other: every backend rounds alike.
+    """Add the ranges of closed runs of keys to the spread, in place, in order, so that all backends round alike.
 
     Args:
         spread: `[B, Hkv, D]` float32.
-        ranges: `[B, Hkv, runs, D]` float; of runs that are not closed: undefined.
+        ranges: `[B, Hkv, runs, D]` float, the range of the keys of each run; undefined for runs that are not closed.
         is_closed: `[B, Hkv, runs]` bool.
     """
     for run in range(ranges.shape[2]):

@@ -1,4 +1,4 @@
-"""Gathering tokens row by row."""
+"""The gathering of tokens, row by row."""
 
 from torch import Tensor
 

@@ -1,14 +1,14 @@
 """Low-bit keys, an index of stage 2: the kept keys in 4 bits, channel by channel.
 
 GROUP consecutive tokens of a channel share a least value and a step; a key is the least value plus a whole number of
-steps, 0 to LEVELS. The last group of a row is open until it is full: its keys stand as they are.
+steps, 0 to LEVELS. The last group of a row is open until it is full; an open group stores its keys as they come.
 
-- Codes are `[B, Hkv, blocks, D, GROUPS_PER_BLOCK, GROUP // 2]` uint8, token i of a group in the low and token
-  i + GROUP // 2 in the high half of byte i; channel-major, so that an unread channel is memory not read.
+- Codes are `[B, Hkv, blocks, D, GROUPS_PER_BLOCK, GROUP // 2]` uint8. The low half of byte i has token i of a group,
+  the high half token i + GROUP // 2. Codes are channel-major, so that no memory of unread channels is touched.
 - Ranges are `[B, Hkv, blocks, D, GROUPS_PER_BLOCK, 2]`, least value and step, in the dtype of the keys.
 - Open keys are `[B, Hkv, D, GROUP]`, channel-major too.
-- The spread is `[B, Hkv, D]` float32; channels are chosen by it. It is the sum of the steps of a row's whole groups,
-  added up in order; in a row without any, the range of its keys.
+- The spread is `[B, Hkv, D]` float32, by which channels are chosen. It is the sum of the steps of a row's whole
+  groups, added up in order; in a row without a whole group it is the range of the keys.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ from torch import Tensor
 from rocketkv.ops.channels import add_runs, largest_channels
 from rocketkv.ops.gather import take_tokens
 
-GROUP = 64  # tokens: their range adds half a bit to the 4 of each in 16 bits
-GROUPS_PER_BLOCK = 16  # one cache line of ranges of a channel in 16 bits; csrc/kernels.h has the same numbers
+GROUP = 64  # tokens per group; with keys in 16 bits the shared range adds half a bit to the 4 bits of each
+GROUPS_PER_BLOCK = 16  # one cache line has a channel's ranges of a block in 16 bits; csrc/kernels.h has both numbers
 LEVELS = 15
 _HALF = GROUP // 2
 _BLOCK = GROUPS_PER_BLOCK * GROUP
@@ -41,7 +41,7 @@ def quantize_groups(keys: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Codes `[..., D, GROUP // 2]` uint8 and ranges `[..., D, 2]` in the dtype of `keys`.
 
-    As in KIVI (arXiv:2402.02750, asymmetric, keys per channel). Reads every key once.
+    Source: KIVI (arXiv:2402.02750), whose quantization of keys is asymmetric and per channel. Reads every key once.
     """
     low, high = keys.amin(-2), keys.amax(-2)  # [..., D]
     step = ((high.float() - low.float()) / LEVELS).to(keys.dtype)
@@ -54,9 +54,9 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
     """Let an empty index take in all keys, in place.
 
     Args:
-        index: with room for all.
-        keys: `[B, Hkv, S, D]` in its dtype.
-        lengths: `[B, Hkv]` int64; keys at slots beyond are undefined, and so is what the index says of them.
+        index: the index, with room for S tokens.
+        keys: `[B, Hkv, S, D]` in the dtype of the index's ranges.
+        lengths: `[B, Hkv]` int64; keys at slots beyond are undefined, and so are their codes in the index.
 
     Reads `B * Hkv * S * D` elements.
     """
@@ -77,12 +77,12 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
 
 
 def append_lowbit(index: LowBitKeys, key: Tensor, slots: Tensor) -> None:
-    """Let the open group of every row take in one key, in place, and close it if it is full; the spread follows.
+    """Add one key to the open group of every row, in place; quantize full groups, and update the spread.
 
     Args:
-        index: with room for it.
-        key: `[B, Hkv, 1, D]` in its dtype.
-        slots: `[B, Hkv]` int64, where the keys stand in their rows.
+        index: the index, with room for one more token per row.
+        key: `[B, Hkv, 1, D]` in the dtype of the index's ranges.
+        slots: `[B, Hkv]` int64, the slots of the keys in their rows.
     """
     place = slots % GROUP
     where = place[..., None, None].expand(-1, -1, key.shape[3], 1)
@@ -92,13 +92,15 @@ def append_lowbit(index: LowBitKeys, key: Tensor, slots: Tensor) -> None:
     codes, ranges = quantize_groups(index.open_keys[row, head].transpose(1, 2))
     for stored, new in zip(index[:2], (codes, ranges), strict=True):
         stored[row, head, block, :, group] = new
-    earlier = index.spread[row, head].where(slots[row, head, None] >= GROUP, 0.0)  # the first group's step replaces
+    earlier = index.spread[row, head].where(
+        slots[row, head, None] >= GROUP, 0.0
+    )  # the first group's step replaces the range
     index.spread[row, head] = earlier + ranges[..., 1].float()
     _spread_open_keys(index, slots + 1)
 
 
 def _spread_open_keys(index: LowBitKeys, lengths: Tensor) -> None:
-    """Let the spread be the range of all keys in rows of `lengths` (`[B, Hkv]` int64) without a whole group."""
+    """Set the spread to the range of all keys in those rows of `lengths` (`[B, Hkv]` int64) with no whole group."""
     beyond = torch.arange(GROUP, device=lengths.device) >= lengths[..., None, None]  # [B, Hkv, 1, GROUP]
     high = index.open_keys.masked_fill(beyond, -torch.inf).amax(3).float()
     low = index.open_keys.masked_fill(beyond, torch.inf).amin(3).float()
@@ -112,20 +114,20 @@ def lowbit_logits(
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
-        index: of the keys, with the spread from before the newest one.
-        lengths: `[B, Hkv]` int64, tokens in each row.
-        num_tokens: S, tokens to give a logit to.
-        num_channels: `[B]` int64, channels to read, 1 to D.
-        scale: factor on the dot products.
+        index: the index of the keys, with the spread from before the newest key.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row.
+        num_tokens: S, the number of tokens to give a logit to.
+        num_channels: `[B]` int64, the number of channels to read, 1 to D.
+        scale: the factor on the dot products.
 
     Returns:
         `[B, Hkv, G, S]` float32, undefined beyond a row's length.
 
-    A key's product with a query is that of the least values plus that of the codes with weights, the steps times the
-    query, rounded to bfloat16 if the keys are bfloat16.
+    The dot product of a query and a key is that of the query and the least values, plus that of the codes and the
+    weights. The weights are the steps times the query, rounded to bfloat16 if the keys are bfloat16.
 
-    Reads, for each of the `num_channels`: `GROUP // 2` bytes and two elements per whole group, an element per token of
-    the open one; and the spread, `D` float32 numbers.
+    Reads, for each of the `num_channels` channels, `GROUP // 2` bytes and two elements per whole group and one element
+    per token of the open group; and the spread, `D` float32 numbers.
     """
     channels, chosen = largest_channels(query.float(), num_channels, index.spread)  # [B, Hkv, R], [B, Hkv, G, R]
     num_blocks, num_read = index.codes.shape[2], channels.shape[2]
@@ -140,6 +142,6 @@ def lowbit_logits(
     logits = (torch.einsum("bhkgrs,bhkrsi->bhgksi", weights, codes) + offsets[..., None]).flatten(3)
     open_keys = index.open_keys.gather(2, channels[..., None].expand(-1, -1, num_read, GROUP)).float()
     slots = (lengths // GROUP * GROUP)[..., None] + torch.arange(GROUP, device=query.device)
-    logits = torch.nn.functional.pad(logits, (0, GROUP))  # all blocks may be full
+    logits = torch.nn.functional.pad(logits, (0, GROUP))  # the open group may begin where the last block ends
     logits.scatter_(3, slots[:, :, None].expand(-1, -1, query.shape[2], -1), chosen @ open_keys)
     return logits[..., :num_tokens] * scale

@@ -1,13 +1,13 @@
-"""Memory that outlives the call it is made in."""
+"""The allocation of tensors that outlive the call in which they are made."""
 
 import torch
 from torch import Tensor
 
 
 def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Allocate `shape` in `dtype`, or that of `like`, on its device, undefined.
+    """Return an undefined tensor of `shape` on the device of `like`, in `dtype` or, with None, in the dtype of `like`.
 
-    The tensor may be written to under `torch.inference_mode` and outside of it alike.
+    The tensor may be written to with `torch.inference_mode` on or off.
     """
     with torch.inference_mode(False):
         return like.new_empty(shape, dtype=dtype)

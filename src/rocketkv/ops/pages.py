@@ -1,11 +1,11 @@
-"""Page bounds, the index of stage 2: what the keys of a page can be at most and at least, channel by channel.
+"""Page bounds, an index of stage 2: the minimum and maximum of the keys of each page, channel by channel.
 
-Bounds are `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]`: minima of all channels, then maxima, channel-major within a block
-of pages, so that an unread channel is memory not read. Where every page holds one token, minima and maxima are the keys
-themselves and stored once: `[B, Hkv, blocks, D, PAGES_PER_BLOCK]`.
+Bounds are `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]`: minima of all channels, then maxima. They are channel-major
+within a block of pages, so that no memory of unread channels is touched. Where every page has one token, minima and
+maxima are the keys themselves and are stored once, as `[B, Hkv, blocks, D, PAGES_PER_BLOCK]`.
 
-The spread, if channels are chosen by it, is `[B, Hkv, D]` float32: the ranges of the keys in each full block of pages,
-added up in order; in a row without any, the range of all of its keys.
+The spread, if channels are chosen by it, is `[B, Hkv, D]` float32. It is the sum of the ranges of the keys in each full
+block of pages, added up in order; in a row without a full block it is the range of all keys.
 """
 
 from typing import NamedTuple
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from rocketkv.ops.channels import add_runs, largest_channels
 
-PAGES_PER_BLOCK = 32  # one cache line of a channel in 16 bits; csrc/kernels.h has the same number
+PAGES_PER_BLOCK = 32  # one cache line has a channel's bounds of a block in 16 bits; csrc/kernels.h has the same number
 
 
 class PageBounds(NamedTuple):
-    """The index of a layer.
+    """The tensors of the index of a layer.
 
     Attributes:
         bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float.
-        page_size: `[B]` int64, tokens per page.
-        spread: `[B, Hkv, D]` float32; None: channels are chosen by the query alone.
+        page_size: `[B]` int64, the tokens per page.
+        spread: `[B, Hkv, D]` float32; None if channels are chosen by the query alone.
     """
 
     bounds: Tensor
@@ -36,9 +36,9 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
     """Let an empty index take in all keys, in place.
 
     Args:
-        index: bounds of pages without tokens, +inf and -inf, and a spread with undefined numbers, or None.
+        index: the index, whose minima are +inf and maxima -inf, with an undefined spread, or None for it.
         keys: `[B, Hkv, S, D]` in the dtype of the bounds.
-        lengths: `[B, Hkv]` int64; keys at slots beyond are left out.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row; keys at slots beyond are left out.
 
     Reads `B * Hkv * S * D` elements.
     """
@@ -48,8 +48,8 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
     if spread is None:
         return
     blocks = torch.arange(bounds.shape[2], device=keys.device)
-    tokens = (page_size * PAGES_PER_BLOCK)[:, None, None]  # of a block
-    left = lengths[..., None] - blocks * tokens  # [B, Hkv, blocks], tokens from a block on
+    tokens = (page_size * PAGES_PER_BLOCK)[:, None, None]  # the tokens of a full block
+    left = lengths[..., None] - blocks * tokens  # [B, Hkv, blocks], the tokens from the start of each block on
     ranges = _ranges(bounds, keys.shape[3], -(-left // page_size[:, None, None]))
     add_runs(spread.zero_(), ranges, (left >= tokens) | (blocks == 0))
 
@@ -57,14 +57,14 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
 def fold_into_pages(
     bounds: Tensor, keys: Tensor, *, slots: Tensor, page_size: Tensor, lengths: Tensor | None = None
 ) -> None:
-    """Let the bounds of each key's page take in the key, in place.
+    """Widen the bounds of each key's page to include the key, in place.
 
     Args:
-        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float; of a page without tokens: +inf and -inf.
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float; a page without tokens has +inf and -inf.
         keys: `[B, Hkv, T, D]` in the dtype of `bounds`.
-        slots: `[B, Hkv, T]` int64, where the keys stand in their rows.
-        page_size: `[B]` int64, tokens per page.
-        lengths: `[B, Hkv]` int64; keys at slots beyond are left out; None: all are taken in.
+        slots: `[B, Hkv, T]` int64, the slots of the keys in their rows.
+        page_size: `[B]` int64, the tokens per page.
+        lengths: `[B, Hkv]` int64; keys at slots beyond are left out; None takes in all keys.
 
     Reads `B * Hkv * T * D` elements.
     """
@@ -84,19 +84,19 @@ def fold_into_pages(
 
 
 def extend_spread(spread: Tensor, bounds: Tensor, *, lengths: Tensor, page_size: Tensor) -> None:
-    """Let the spread take in the block of pages that a row's newest token filled, in place.
+    """Add the range of a block of pages to the spread, in place, if the row's newest token filled that block.
 
-    While a row has no full block, the spread becomes the range of all of its keys.
+    While a row has no full block, its spread is set to the range of all its keys.
 
     Args:
         spread: `[B, Hkv, D]` float32.
-        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float, of the newest token, too.
-        lengths: `[B, Hkv]` int64, tokens in each row, the newest one included.
-        page_size: `[B]` int64, tokens per page.
+        bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float, with the newest token taken in.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row, the newest one included.
+        page_size: `[B]` int64, the tokens per page.
 
     Reads one block of each row.
     """
-    tokens = page_size[:, None] * PAGES_PER_BLOCK  # of a block
+    tokens = page_size[:, None] * PAGES_PER_BLOCK  # the tokens of a full block
     block = (lengths - 1) // tokens  # [B, Hkv]
     newest = bounds.gather(2, block[..., None, None, None].expand(-1, -1, 1, *bounds.shape[3:]))
     left = lengths - block * tokens
@@ -106,11 +106,14 @@ def extend_spread(spread: Tensor, bounds: Tensor, *, lengths: Tensor, page_size:
 
 
 def _ranges(bounds: Tensor, head_dim: int, num_pages: Tensor) -> Tensor:
-    """Ranges of keys, `[B, Hkv, blocks, D]` float32, in the first `num_pages` `[B, Hkv, blocks]` of each block."""
+    """Return the ranges of the keys, `[B, Hkv, blocks, D]` float32, in the first `num_pages` pages of each block.
+
+    `num_pages` is `[B, Hkv, blocks]` int64.
+    """
     beyond = torch.arange(PAGES_PER_BLOCK, device=bounds.device) >= num_pages[..., None, None]
     high = bounds[..., -head_dim:, :].masked_fill(beyond, -torch.inf).amax(4).float()
     low = bounds[..., :head_dim, :].masked_fill(beyond, torch.inf).amin(4).float()
-    return (high - low).clamp_min(0.0)  # of no keys: 0
+    return (high - low).clamp_min(0.0)  # the range of no keys is 0
 
 
 def hybrid_logits(
@@ -123,19 +126,19 @@ def hybrid_logits(
     scale: float,
     spread: Tensor | None = None,
 ) -> Tensor:
-    """Approximate the logit of every token by its page, along the query's largest channels only.
+    """Approximate the logit of every token by its page's bounds, along the query's largest channels only.
 
-    RocketKV, section "Hybrid Sparse Attention"; the temperature is SparQ's (section "SparQ Attention", step 1). With a
-    spread, channels are chosen and shared out by |q| times the spread.
+    Source: RocketKV, section "Hybrid Sparse Attention"; the temperature is that of SparQ (section "SparQ Attention",
+    step 1). With a spread, |q| times the spread replaces |q| in the choice of channels and in the temperature.
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
         bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float.
-        page_size: `[B]` int64, tokens per page.
-        num_tokens: S, tokens to give a logit to.
-        num_channels: `[B]` int64, channels to read, 1 to D.
-        scale: factor on the dot products.
-        spread: `[B, Hkv, D]` float32, from before the newest token; None: as published.
+        page_size: `[B]` int64, the tokens per page.
+        num_tokens: S, the number of tokens to give a logit to.
+        num_channels: `[B]` int64, the number of channels to read, 1 to D.
+        scale: the factor on the dot products.
+        spread: `[B, Hkv, D]` float32, the spread from before the newest token; None takes |q| alone, as published.
 
     Returns:
         `[B, Hkv, G, S]` float32, undefined beyond a row's length.
@@ -151,8 +154,8 @@ def hybrid_logits(
         sizes = sizes * spread[:, :, None]
         chosen_sizes = chosen_sizes * spread.gather(2, channels)[:, :, None]
     share = chosen_sizes.sum(3, keepdim=True) / sizes.sum(3, keepdim=True)
-    share = share.where(share > 0, 1.0)  # where all sizes are zero, or one is no number
-    if bounds.shape[3] > head_dim:  # the maximum where the heads together are positive, otherwise the minimum
+    share = share.where(share > 0, 1.0)  # the share is 0 or NaN where all sizes are zero, or where one is NaN
+    if bounds.shape[3] > head_dim:  # the maximum is read where the sum of the heads is positive, else the minimum
         channels = channels + head_dim * (query.sum(2).gather(2, channels) > 0)
     rows = channels[:, :, None, :, None].expand(-1, -1, bounds.shape[2], -1, PAGES_PER_BLOCK)
     bound = bounds.gather(3, rows).float()  # [B, Hkv, blocks, R, PAGES_PER_BLOCK]
@@ -160,16 +163,16 @@ def hybrid_logits(
 
 
 def bound_logits(query: Tensor, bounds: Tensor, *, page_size: Tensor, num_tokens: int, scale: float) -> Tensor:
-    """Bound the logit of every token from above by its page, along all channels, each query head for itself.
+    """Bound the logit of every token from above by its page's bounds, along all channels, for each query head alone.
 
-    Quest (arXiv:2406.10774), section "Dynamically Estimating Token Criticality".
+    Source: Quest (arXiv:2406.10774), section "Dynamically Estimating Token Criticality".
 
     Args:
         query: `[B, Hkv, G, D]` float, the query heads of each KV head.
         bounds: `[B, Hkv, blocks, D or 2 * D, PAGES_PER_BLOCK]` float.
-        page_size: `[B]` int64, tokens per page.
-        num_tokens: S, tokens to give a logit to.
-        scale: factor on the dot products, > 0.
+        page_size: `[B]` int64, the tokens per page.
+        num_tokens: S, the number of tokens to give a logit to.
+        scale: the factor on the dot products, > 0.
 
     Returns:
         `[B, Hkv, G, S]` float32, undefined beyond a row's length.
@@ -184,12 +187,12 @@ def bound_logits(query: Tensor, bounds: Tensor, *, page_size: Tensor, num_tokens
 
 
 def _dot(query: Tensor, bounds: Tensor) -> Tensor:
-    """Products of `[B, Hkv, G, R]` with every page of `[B, Hkv, blocks, R, PAGES_PER_BLOCK]`: `[B, Hkv, G, P]`."""
+    """Multiply `[B, Hkv, G, R]` with every page of `[B, Hkv, blocks, R, PAGES_PER_BLOCK]`; return `[B, Hkv, G, P]`."""
     return (query[:, :, None] @ bounds).transpose(2, 3).flatten(3)
 
 
 def _of_tokens(page_logits: Tensor, page_size: Tensor, num_tokens: int) -> Tensor:
     """Give each of `num_tokens` tokens the logit of its page: `[B, Hkv, G, P]` to `[B, Hkv, G, S]`."""
     page = torch.arange(num_tokens, device=page_logits.device) // page_size[:, None]  # [B, S]
-    page = page.clamp(max=page_logits.shape[3] - 1)  # beyond a row's length there may be no page
+    page = page.clamp(max=page_logits.shape[3] - 1)  # slots beyond a row's length may have no page
     return page_logits.gather(3, page[:, None, None].expand(*page_logits.shape[:3], -1))

@@ -1,32 +1,32 @@
-"""From logits to decisions: attention mass of the observation window, and the best tokens of a row."""
+"""Scores of tokens and the choice of the best: for stage 1 from the observation window, for stage 2 from logits."""
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 20  # float32 logits held at once while scoring a window: 4 MiB
+BLOCK_ELEMENTS = 1 << 20  # the most float32 logits, 4 MiB, in memory at a time while a window is scored
 
 
 def score_window(
     query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
 ) -> Tensor:
-    """Attention that a row's last queries give to each of its tokens.
+    """Compute the attention that a row's last queries give to each of its tokens.
 
-    SnapKV as RocketKV uses it (section "SnapKV with GQA support"): softmax over all tokens in float32, causal inside
-    the window, summed over the window's queries and over the query heads of a KV head; with `by_peak`, the largest
-    instead of the sum.
+    Source: SnapKV as RocketKV uses it (section "SnapKV with GQA support"). The softmax runs over all tokens in float32
+    and is causal inside the window; its weights are summed over the window's queries and over the query heads of a KV
+    head. With `by_peak`, which is our addition, the largest weight replaces the sum.
 
     Args:
         query: `[B, Hq, W, D]` float, right aligned.
         keys: `[B, Hkv, S, D]` float, left aligned, the window's own keys included.
-        lengths: `[B, Hkv]` int64, tokens in each row.
-        num_queries: `[B]` int64, how many of the W columns count, the last ones.
-        scale: factor on the dot products.
-        by_peak: whether a token's score is the most that any query gives it, not what all give it together.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row.
+        num_queries: `[B]` int64, how many of the W columns, the last ones, are no padding.
+        scale: the factor on the dot products.
+        by_peak: True makes a token's score the largest weight that any query gives it, False the sum of the weights.
 
     Returns:
         `[B, Hkv, S]` float32, zero beyond the lengths.
 
-    Reads `B * Hkv * S * D` elements of keys for each block of queries; holds `BLOCK_ELEMENTS` logits at a time.
+    Reads `B * Hkv * S * D` elements of keys for each block of queries, which has `BLOCK_ELEMENTS` logits or fewer.
     """
     batch, num_heads, window, head_dim = query.shape
     num_kv_heads, num_tokens = keys.shape[1:3]
@@ -44,7 +44,7 @@ def score_window(
             visible &= (query_from_end < num_queries[:, None])[..., None]
             logits = (queries.flatten(1, 2) @ transposed).reshape(*queries.shape[:3], num_tokens)  # [B, G, w, S]
             logits.mul_(scale).masked_fill_(~visible[:, None], -torch.inf)
-            shares = logits.softmax(-1).nan_to_num_(0.0)  # NaN: a padded query sees nothing
+            shares = logits.softmax(-1).nan_to_num_(0.0)  # a padded query sees no token, and its softmax is NaN
             if by_peak:
                 scores[:, head] = scores[:, head].maximum(shares.amax((1, 2)))
             else:
@@ -55,13 +55,13 @@ def score_window(
 def topk_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tensor:
     """Mark the best of each row's first tokens; of equal scores those that `torch.topk` takes.
 
-    Max-pooling makes plateaus, so ties are common; they are broken as in the published results, row by row, and thus
-    in a batch as alone.
+    Max-pooling gives neighbours equal scores, so ties are common. `torch.topk` breaks them as in the published results;
+    it runs row by row, so that a row in a batch gets the same tokens as alone.
 
     Args:
         scores: `[B, Hkv, S]` float.
-        candidates: `[B, Hkv]` int64, how many tokens compete, the first ones.
-        num_tokens: `[B]` int64, how many to mark; all candidates if they are fewer.
+        candidates: `[B, Hkv]` int64, how many tokens, the first ones, can be marked.
+        num_tokens: `[B]` int64, how many tokens to mark; where a row has fewer candidates, all of them are marked.
 
     Returns:
         `[B, Hkv, S]` bool.
@@ -77,12 +77,12 @@ def topk_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tens
 def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
     """Turn logits into the score of each token: softmax per query head, mean over the heads of a KV head.
 
-    Equal logits give equal scores. A logit that is no number, or infinite, has all of its head's score, so that its
-    token is chosen and shows in the output.
+    Equal logits give equal scores. A token whose logit is NaN or infinite gets all of its head's score, so that the
+    token is chosen and the output shows it.
 
     Args:
-        logits: `[B, Hkv, G, S]` float; anything beyond the lengths.
-        lengths: `[B, Hkv]` int64.
+        logits: `[B, Hkv, G, S]` float, undefined beyond the lengths.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row.
 
     Returns:
         `[B, Hkv, S]` float32, zero beyond the lengths.
@@ -91,7 +91,7 @@ def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
     largest = torch.finfo(torch.float32).max
     logits = logits.float().nan_to_num(largest, largest).masked_fill_(beyond[:, :, None], -torch.inf)
     scores, *others = logits.softmax(-1).unbind(2)
-    for other in others:  # head by head: torch's mean adds in another order where a row ends than before
+    for other in others:  # torch's mean would add the heads of the last tokens in another order than the others
         scores = scores + other
     return scores / logits.shape[2]
 
@@ -99,17 +99,17 @@ def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
 def choose_tokens(scores: Tensor, *, lengths: Tensor, top_k: Tensor, sinks: Tensor, recents: Tensor) -> Tensor:
     """Choose the tokens to attend to: the pinned ones, then the best scores; of equal scores the earlier token wins.
 
-    With page scores this walks pages from best to worst and takes their tokens in order.
+    With the scores of pages the choice goes from the best page to the worst and takes each page's tokens in order.
 
     Args:
         scores: `[B, Hkv, S]` float, >= 0.
-        lengths: `[B, Hkv]` int64, tokens in each row.
-        top_k: `[B]` int64, tokens to choose, the pinned ones included.
-        sinks: `[B]` int64, first tokens pinned.
-        recents: `[B]` int64, last tokens pinned.
+        lengths: `[B, Hkv]` int64, the number of tokens in each row.
+        top_k: `[B]` int64, the number of tokens to choose, the pinned ones included.
+        sinks: `[B]` int64, the number of first tokens that are pinned.
+        recents: `[B]` int64, the number of last tokens that are pinned.
 
     Returns:
-        `[B, Hkv, max(top_k)]` int64 slots; row b's choice is its first `min(top_k[b], lengths[b, h])`.
+        Ranks, `[B, Hkv, max(top_k)]` int64; the choice of row b and head h is the first `min(top_k[b], lengths[b, h])`.
     """
     slots = torch.arange(scores.shape[2], device=scores.device)
     pinned = (slots < sinks[:, None, None]) | (slots >= lengths[..., None] - recents[:, None, None])

@@ -1,4 +1,4 @@
-"""Stage 2, at every decode step: which kept tokens to attend to. One method per file; a new one: a file, an entry."""
+"""Stage 2, which chooses the kept tokens that a decode step attends to. A new method is one file and one entry here."""
 
 from rocketkv.selection.base import SelectionMethod
 from rocketkv.selection.dense import Dense

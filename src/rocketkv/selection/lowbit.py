@@ -1,4 +1,4 @@
-"""Ours: every kept token scored by a low-bit copy of its key, along the channels that matter most to this query."""
+"""Our selection method: it scores every kept token by a 4-bit copy of its key, along the query's main channels."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -15,20 +15,20 @@ from rocketkv.selection.base import SPREAD_BYTES, SelectionMethod
 if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
 
-CHANNEL_SHARE = 0.5 / 2 + 2 / GROUP  # of a 16-bit element: what one channel of one token takes, its range included
+CHANNEL_SHARE = 0.5 / 2 + 2 / GROUP  # size of a token's channel, its share of the range included, in 16-bit elements
 
 
 @dataclass(frozen=True)
 class LowBit(SelectionMethod):
-    """Score tokens, not pages: the bytes that page bounds take tell more as 4-bit keys (docs/lowbit.md).
+    """Score tokens rather than pages: keys in 4 bits tell more than page bounds of the same bytes (docs/lowbit.md).
 
-    The idea stands between SparQ (arXiv:2312.04985: few channels of full keys), KIVI (arXiv:2402.02750: low-bit keys
-    per channel) and Double Sparsity (arXiv:2408.07092: low-bit copies of channels fixed in advance).
+    Sources: SparQ (arXiv:2312.04985) reads few channels of full keys, KIVI (arXiv:2402.02750) stores low-bit keys per
+    channel, and Double Sparsity (arXiv:2408.07092) reads low-bit copies of channels that are fixed in advance.
 
     Attributes:
-        kept_factor: stage 1 keeps this multiple of the paper's number of tokens, >= 1. The paper's number suits page
-            bounds, which get poorer the more tokens they cover.
-        scoring_share: fraction of the token budget that is spent on scoring, 0 to 1.
+        kept_factor: stage 1 keeps this multiple, >= 1, of the paper's number of tokens. The paper's number suits page
+            bounds, which say less the more tokens they cover.
+        scoring_share: the fraction of the token budget that is spent on scoring, 0 to 1.
     """
 
     scoring = Scoring.LOWBIT
@@ -37,33 +37,33 @@ class LowBit(SelectionMethod):
 
     @classmethod
     def from_config(cls, config: "RocketKVConfig") -> Self:
-        """With half the bytes per token, more tokens are worth keeping and scoring may take more."""
+        """Return the method with larger shares for 8-bit storage, which halves the bytes per token."""
         return cls(2.0, 1 / 3) if config.kv_dtype == "int8" else cls()
 
     def kept_tokens(self, seq_len: int, token_budget: int) -> int:
-        """More than the paper's formula says: what stage 1 evicts no index can find (docs/lowbit.md)."""
+        """Keep more tokens than the paper's formula, because no index can find an evicted token (docs/lowbit.md)."""
         return min(seq_len, int(self.kept_factor * super().kept_tokens(seq_len, token_budget)))
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
-        """A share of the budget scores, the spread included, or less where that reads all channels; the rest attends.
+        """Spend `scoring_share` of the budget, or less if that reads all channels, on scoring; the rest on attending.
 
-        One channel is read at least, so that a step over more than
-        `7 * (scoring_share * token_budget - 1) * head_dim` tokens reads more than the budget.
+        The scoring's share includes the bytes of the spread. A step reads at least one channel, so a step over more
+        than `7 * (scoring_share * token_budget - 1) * head_dim` tokens reads more than the budget.
         """
-        num_open = min(num_tokens, GROUP - 1)  # at most
-        scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in keys of 16 bits
+        num_open = min(num_tokens, GROUP - 1)  # the most tokens that the open group can have
+        scored = (num_tokens - num_open) * CHANNEL_SHARE + num_open  # in 16-bit elements per channel
         num_channels = min(max(1, int(2 * (self.scoring_share * token_budget - 1) * head_dim / scored)), head_dim)
-        scoring = scored * num_channels / (2 * head_dim) + 1  # in tokens of keys and values: one is the spread
+        scoring = scored * num_channels / (2 * head_dim) + 1  # in tokens with key and value; the spread counts as one
         attended = max(int((1 - self.scoring_share) * token_budget), int(token_budget - scoring))
         return Split(1, num_channels, max(1, attended))
 
     def build_index(self, working: WorkingSet, page_size: Tensor) -> LowBitIndex:
-        """Low-bit copies of all keys; see `SelectionMethod`."""
+        """Return the 4-bit copies of all kept keys; see `SelectionMethod`."""
         return LowBitIndex(working.keys_and_values()[0], working.lengths)
 
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
     ) -> Tensor:
-        """Half a byte per token and channel, two elements per group, one per open token, and the spread."""
+        """Count, per channel, half a byte per token, two elements per group, one per open token; and the spread."""
         groups = lengths // GROUP * (GROUP // 2 + 2 * element_size)
         return num_channels * (groups + lengths % GROUP * element_size) + SPREAD_BYTES * head_dim

@@ -1,4 +1,4 @@
-"""Quest (arXiv:2406.10774): an upper bound of each page's logit from its minima and maxima, along all channels."""
+"""Quest (arXiv:2406.10774): a page's score is the upper bound of its logits, from both bounds along all channels."""
 
 import math
 
@@ -17,16 +17,16 @@ class Quest(PublishedHybrid):
     scoring = Scoring.BOUNDS
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
-        """Half of the budget scores: one page's two bounds cost one token; see `SelectionMethod`."""
+        """Spend half of the budget on scoring, where a page's two bounds cost one token; see `SelectionMethod`."""
         return Split(max(1, math.ceil(2 * num_tokens / token_budget)), head_dim, max(1, token_budget // 2))
 
     def build_index(self, working: WorkingSet, page_size: Tensor) -> QuestIndex:
-        """Bounds of every page; see `SelectionMethod`."""
+        """Return the bounds of every page; see `SelectionMethod`."""
         return QuestIndex(working.keys_and_values()[0], working.lengths, page_size)
 
     def scored_bytes(
         self, lengths: Tensor, page_size: Tensor, num_channels: Tensor, head_dim: int, element_size: int
     ) -> Tensor:
-        """Both bounds of every page, one if all pages hold one token; see `SelectionMethod`."""
+        """Count both bounds of every page, or one bound if every page has one token; see `SelectionMethod`."""
         per_page = head_dim if bool((page_size == 1).all()) else 2 * head_dim
         return (lengths + page_size - 1) // page_size * per_page * element_size

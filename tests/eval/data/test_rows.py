@@ -1,4 +1,4 @@
-"""Rows of our own schema: read back as they were written, and refused by name where they are broken."""
+"""Tests of rows in our own schema: they read back as written, and broken ones are refused by name."""
 
 import gzip
 import json
@@ -170,7 +170,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A revision of a dataset as the hub's client keeps it, and no way to the hub."""
+    """Make a revision of a dataset as the hub's client stores it, without access to the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "datasets--some--rows" / "snapshots" / COMMIT

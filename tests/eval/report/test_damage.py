@@ -1,4 +1,4 @@
-"""Records that are damaged are refused in a sentence that names the line and the field."""
+"""Tests that damaged records are refused in a sentence that names the line and the field."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The official metrics on written-out examples; every number is computed by hand from the official definition."""
+"""Tests of the official metrics on examples whose numbers are computed by hand from the definitions."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""What the report's plots draw."""
+"""Tests of what the report's plots draw."""
 
 from typing import Any
 

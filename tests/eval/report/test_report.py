@@ -1,4 +1,4 @@
-"""The report's files: whole, the same to the byte, and of whatever was run."""
+"""Tests of the report's files: they are complete and the same to the byte, for whatever was run."""
 
 import base64
 import gzip
@@ -21,7 +21,7 @@ from rocketkv.eval.report.runs import read_runs
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Two runs: planted facts, and questions in turn with a fault; full cache, two methods, two budgets."""
+    """Make two runs, one of planted facts and one of several turns with a fault, with three methods."""
     generator = np.random.default_rng(0)
     variants = [("full", None), *((method, budget) for budget in (64, 256) for method in ("quest", "rocketkv"))]
     facts, turns, fidelity = [], [], []
@@ -49,7 +49,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 class Reader(HTMLParser):
-    """Collects what a page refers to and says, and sees that its tags match."""
+    """A parser that collects links and text of a page, and checks that its tags match."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

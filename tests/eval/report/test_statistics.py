@@ -1,4 +1,4 @@
-"""The report's statistics against known values."""
+"""Tests of the report's statistics against known values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The report's tables and plots against records written out by hand."""
+"""Tests of the report's tables and plots against records written by hand."""
 
 import re
 

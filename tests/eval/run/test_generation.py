@@ -31,7 +31,7 @@ def configs() -> list[RocketKVConfig]:
 
 
 def alone(model: Any, config: RocketKVConfig, pieces: list[list[int]], new: int) -> list[list[int]]:
-    """What a cache of one's own answers after each piece, the answers left out of the past."""
+    """Return what a cache of its own answers after each piece, with answers left out of the past."""
     cache, answers = RocketKVCache(model.config, config), []
     for piece in pieces:
         cache.end_turn()

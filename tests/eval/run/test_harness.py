@@ -29,7 +29,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks over a local file, as users write them."""
+    """Make tasks over a local file, as users write them."""
     path = tmp_path_factory.mktemp("tasks")
     rows = [{"text": f"{PROSE[start : start + 1200]}\n\nThe capital of France is"} for start in (20_000, 60_000)]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(model: Any, folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """What the model answered, task by task."""
+    """Return the model's answers, task by task."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

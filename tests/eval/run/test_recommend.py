@@ -47,7 +47,7 @@ def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def figures(*agreements: float, oracle: float = 1.0, ratio: float = 1.0) -> list[Measured]:
-    """Budgets from 128 on, each twice the one before."""
+    """Return figures for budgets from 128 on, each twice the one before."""
     return [Measured(128 << i, x, oracle, 0.02 * ratio, 0.02, 0.1) for i, x in enumerate(agreements)]
 
 

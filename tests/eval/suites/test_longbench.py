@@ -45,7 +45,7 @@ ANSWERS = {"passage_retrieval_en": "Paragraph 3", "passage_retrieval_zh": "æ®µè
 
 
 def make_row(task: str, **changes: Any) -> dict[str, Any]:
-    """A row of the official format."""
+    """Return a row of the official format."""
     row = {
         "input": "INPUT",
         "context": "CONTEXT",

@@ -1,188 +1,17 @@
-"""SCBench: prompts of both modes to the letter, scores, the data's rows, and generated ones."""
-
-# ruff: noqa: RUF001
+"""SCBench's scores, the data's rows, and generated ones."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval_inputs import byte_tokenizer, make_request, write_lines
+from eval_inputs import make_request, write_lines
 from rocketkv.errors import InputError
 from rocketkv.eval.data.samples import Fault, Sample
 from rocketkv.eval.suites.scbench import SUITE, TASKS
-
-REPOQA_HEAD = (
-    "Based on the function description and code context, please retrieve and repeat the exact described function "
-    "from the code context in a code block wrapped by ```:\n\nCONTEXT"
-)
-THE_CORRECT = "The " + "the correct answer is"  # twice, as released
-F1 = "def first(a, b):\n    total = a + b\n    return total * 2"
-F2 = "def second(x):\n    for y in x:\n        print(y)\n    return None"
-
-
-def row(*turns: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    return {"id": 7, "context": "CONTEXT", "multi_turns": list(turns)} | changes
-
-
-def turn(text: str, answer: Any = "gold", **more: Any) -> dict[str, Any]:
-    return {"input": text, "answer": answer, **more}
-
-
-PLAIN = row(turn("ONE"), turn("TWO"), turn("THREE"))
-ROWS: dict[str, dict[str, Any]] = {
-    "scbench_kv": PLAIN,
-    "scbench_prefix_suffix": PLAIN,
-    "scbench_vt": {"input": "CONTEXT", "multi_turns": [turn("ONE", ["AB", "CD"]), turn("TWO", ["EF"])]},
-    "scbench_repoqa": row(turn("ONE", F1, name="first"), turn("TWO", F2, name="second"), repo="r", lang="python"),
-    "scbench_qa_eng": PLAIN,
-    "scbench_qa_chn": PLAIN,
-    "scbench_choice_eng": row(turn("ONE", "w", options=list("wxyz")), turn("TWO", "z", options=list("wxyz"))),
-    "scbench_many_shot": row(turn("ONE", "(A)"), turn("TWO", "(B)")),
-    "scbench_summary": PLAIN,
-    "scbench_mf": row(
-        turn("The largest number is", 9), turn("The median is", 5), turn("The smallest is", 1), context=[1, 5, 9]
-    ),
-    "scbench_summary_with_needles": row(
-        turn("ONE", task="scbench_summary"), turn("TWO", "12345", task="scbench_passkey")
-    ),
-    "scbench_repoqa_and_kv": row(
-        turn("ONE", F1, name="first", task="scbench_repoqa"),
-        turn("TWO", "v", task="scbench_kv"),
-        repo="r",
-        lang="python",
-    ),
-}
-
-
-def read(folder: Path, task: str, rows: Sequence[Any], **changes: Any) -> list[Sample | Fault]:
-    path = write_lines(folder / f"{task}.jsonl", rows)
-    return list(SUITE.samples(make_request(data=path, **changes)))
-
-
-def read_one(folder: Path, task: str, **changes: Any) -> Sample:
-    (sample,) = read(folder, task, [ROWS[task]], **changes)
-    assert isinstance(sample, Sample)
-    return sample
-
-
-def written(sample: Sample) -> list[str]:
-    """The first prompt whole, then what follows each answer."""
-    first, *later = sample.turns
-    return [sample.context + first.question, *(turn.question for turn in later)]
-
-
-CHOICES = "\nA. w\nB. x\nC. y\nD. z\n\n"
-KV_HEAD = "Extract the value corresponding to the specified key in the JSON object below.\n\nCONTEXT"
-BOOK = "Read the book and answer the question."
-
-# Task: the first prompt and what follows the later answers; in chat and, where it differs, without.
-MULTI_TURN: dict[str, list[str]] = {
-    "scbench_kv": [KV_HEAD + "\n\nONE", "TWO", "THREE"],
-    "scbench_prefix_suffix": ["CONTEXT\n\nONE", "TWO", "THREE"],
-    "scbench_vt": ["CONTEXT\n\nONE", "TWO"],
-    "scbench_repoqa": [REPOQA_HEAD + "\n\nONE", "TWO"],
-    "scbench_qa_eng": [
-        BOOK + " Be very concise in your answer.\n\nCONTEXT\n\nQuestion: ONE\nAnswer:",
-        "Question: TWO\nAnswer:",
-        "Question: THREE\nAnswer:",
-    ],
-    "scbench_qa_chn": [
-        "阅读以下书籍然后回答问题。\n\nCONTEXT\n\n问题：ONE\n答案：",
-        "问题：TWO\n答案：",
-        "问题：THREE\n答案：",
-    ],
-    "scbench_choice_eng": [
-        BOOK + "\n\nCONTEXT\n\nQuestion: ONE" + CHOICES + THE_CORRECT,
-        "Question: TWO" + CHOICES + THE_CORRECT,
-    ],
-    "scbench_many_shot": ["CONTEXT\n\nONE", "TWO"],
-    "scbench_summary": ["CONTEXT\n\nONE", "TWO", "THREE"],
-    "scbench_mf": [
-        "What is the largest number?\n\n[1, 5, 9]\n\nThe largest number is",
-        "What is the median?\n\nThe median is",
-        "What is the smallest?\n\nThe smallest is",
-    ],
-    "scbench_summary_with_needles": ["CONTEXT\n\nONE", "TWO"],
-    "scbench_repoqa_and_kv": ["CONTEXT\n\nONE", "TWO"],
-}
-MULTI_REQUEST = {
-    "scbench_kv": (KV_HEAD, ["ONE", "TWO", "THREE"]),
-    "scbench_prefix_suffix": ("CONTEXT", ["ONE", "TWO", "THREE"]),
-    "scbench_vt": ("CONTEXT", ["ONE", "TWO"]),
-    "scbench_repoqa": (REPOQA_HEAD, ["ONE", "TWO"]),
-    "scbench_qa_eng": (
-        BOOK + " Be very concise in your answer.\n\nCONTEXT",
-        ["Question: ONE\nAnswer:", "Question: TWO\nAnswer:", "Question: THREE\nAnswer:"],
-    ),
-    "scbench_qa_chn": (
-        "阅读以下书籍然后回答问题。\n\nCONTEXT",
-        ["问题：ONE\n答案：", "问题：TWO\n答案：", "问题：THREE\n答案："],
-    ),
-    "scbench_choice_eng": (
-        BOOK + "\n\nCONTEXT",
-        ["Question: ONE" + CHOICES + THE_CORRECT, "Question: TWO" + CHOICES + THE_CORRECT],
-    ),
-    "scbench_many_shot": ("CONTEXT", ["ONE", "TWO"]),
-    "scbench_summary": ("CONTEXT", ["ONE", "TWO", "THREE"]),
-    "scbench_mf": (
-        "The largest number is\n\n[1, 5, 9]",
-        [
-            "What is the largest number?\n\nThe largest number is",
-            "What is the median?\n\nThe median is",
-            "What is the smallest?\n\nThe smallest is",
-        ],
-    ),
-    "scbench_summary_with_needles": ("CONTEXT", ["ONE", "TWO"]),
-    "scbench_repoqa_and_kv": ("CONTEXT", ["ONE", "TWO"]),
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_multi_turn_prompts_are_the_official_ones_to_the_letter(task: str, tmp_path: Path) -> None:
-    chat = read_one(tmp_path, task)
-    assert chat.chat
-    assert written(chat) == MULTI_TURN[task]
-    plain = read_one(tmp_path, task, tokenizer=byte_tokenizer(chat_template=None))
-    assert not plain.chat
-    first, *later = MULTI_TURN[task]
-    later = [text.replace(THE_CORRECT, "The letter of the correct answer is") for text in later]
-    assert written(plain) == [first, *(f"\n\n{text}" for text in later)]
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_multi_request_prompts_are_the_official_ones_to_the_letter(task: str, tmp_path: Path) -> None:
-    for template in ("x", None):
-        sample = read_one(tmp_path, task, mode="multi_request", tokenizer=byte_tokenizer(template))
-        context, questions = MULTI_REQUEST[task]
-        assert sample.context == context
-        assert [turn.question for turn in sample.turns] == questions
-        assert not any(turn.answer_prefix for turn in sample.turns)
-
-
-def test_later_summaries_are_begun_in_chat(tmp_path: Path) -> None:
-    assert [turn.answer_prefix for turn in read_one(tmp_path, "scbench_summary").turns] == [
-        "",
-        "This paper",
-        "This paper",
-    ]
-    plain = read_one(tmp_path, "scbench_summary", tokenizer=byte_tokenizer(None))
-    assert not any(turn.answer_prefix for turn in plain.turns)
-    assert not any(turn.answer_prefix for turn in read_one(tmp_path, "scbench_summary_with_needles").turns)
-
-
-def test_parity_repeats_what_the_released_code_asks_for_in_chat(tmp_path: Path) -> None:
-    sample = read_one(tmp_path, "scbench_mf", parity=True)
-    assert written(sample) == [
-        MULTI_TURN["scbench_mf"][0],
-        "What is the smallest?\n\nThe median is",
-        "What is the smallest?\n\nThe smallest is",
-    ]
-    plain = read_one(tmp_path, "scbench_mf", parity=True, tokenizer=byte_tokenizer(None))
-    assert plain.turns[1].question == "\n\nWhat is the median?\n\nThe median is"
+from scbench_rows import F1, F2, PLAIN, ROWS, read, read_one, row, turn
 
 
 def test_answer_lengths_and_subtasks(tmp_path: Path) -> None:
@@ -324,36 +153,36 @@ def test_generated_rows_are_as_long_as_asked_and_the_same_again(task: str) -> No
 def test_generated_key_value_pairs_hold_the_answers() -> None:
     for sample in generated("scbench_kv", 4000):
         pairs = json.loads(sample.context.partition("below.\n\n")[2])
-        for turn in sample.turns:
-            (key,) = re.findall(r'^Key: "(.+)"\nThe value associated with the specified key is:$', turn.question)
-            assert turn.answers == (pairs[key],)
-        assert len({turn.question for turn in sample.turns}) == len(sample.turns) == 5
+        for asked in sample.turns:
+            (key,) = re.findall(r'^Key: "(.+)"\nThe value associated with the specified key is:$', asked.question)
+            assert asked.answers == (pairs[key],)
+        assert len({asked.question for asked in sample.turns}) == len(sample.turns) == 5
 
 
 def test_generated_words_are_told_by_prefix_and_suffix() -> None:
     for sample in generated("scbench_prefix_suffix", 4000):
         words = json.loads(sample.context.removeprefix("Dictionary = "))
         assert all(65 <= len(word) < 123 for word in words)
-        for turn in sample.turns:
-            prefix, suffix = re.findall(r"^Prefix: (\w+); Suffix: (\w+)\. The word with both", turn.question)[0]
-            assert [word for word in words if word.startswith(prefix) and word.endswith(suffix)] == list(turn.answers)
+        for asked in sample.turns:
+            prefix, suffix = re.findall(r"^Prefix: (\w+); Suffix: (\w+)\. The word with both", asked.question)[0]
+            assert [word for word in words if word.startswith(prefix) and word.endswith(suffix)] == list(asked.answers)
 
 
 def test_generated_variables_follow_from_the_value() -> None:
     for sample in generated("scbench_vt", 4000):
         assigned = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", sample.context))
         assert len(assigned) == 6
-        for turn in sample.turns:
-            (value,) = re.findall(r"assigned the value (\d+) in", turn.question)
+        for asked in sample.turns:
+            (value,) = re.findall(r"assigned the value (\d+) in", asked.question)
             expected = []
             known = {value}
             for name, source in assigned.items():  # in order of appearance
                 if source in known:
                     known.add(name)
                     expected.append(name)
-            assert turn.answers == (str(expected), *expected)
+            assert asked.answers == (str(expected), *expected)
             assert len(expected) == 3
-            assert SUITE.score(sample, sample.turns.index(turn), " ".join(expected)) == {"score": 1.0}
+            assert SUITE.score(sample, sample.turns.index(asked), " ".join(expected)) == {"score": 1.0}
 
 
 def test_without_data_there_are_three_tasks() -> None:

@@ -1,11 +1,11 @@
 """The GPU backend: kernels in Triton, compiled for the device when they are first used.
 
-- A decode step: `step.py` starts the kernels in `append_score.py`, `choose.py` and `attend.py`.
-- What a prefill leaves to the backend: stage 1's scores (`window.py`) and building an index (`build.py`).
-- What kernels share: `common.py`, and a file for each idea of `ops`, `channels.py`, `int8.py`, `lowbit.py`, `pages.py`.
+- In a decode step `step.py` starts the kernels in `append_score.py`, `choose.py` and `attend.py`.
+- After a prefill `window.py` computes stage 1's scores, and `build.py` builds an index.
+- All kernels share `common.py`; `channels.py`, `int8.py`, `lowbit.py` and `pages.py` each have one idea of `ops`.
 
-Triton need not be installed: this file imports the kernels when they are asked for.
-With TRITON_INTERPRET=1 the kernels run on the CPU, slowly; they are tested so where there is no GPU.
+Triton need not be installed, because this file imports the kernels only when a function needs them.
+With TRITON_INTERPRET=1 the kernels run on the CPU, slowly; without a GPU the tests run them in this way.
 """
 
 from functools import cache
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from rocketkv.backends.triton.step import TritonStep
 
 NAME = "triton"
-DEVICES: tuple[str, ...] = ("cuda",)  # torch calls AMD's devices so, too
+DEVICES: tuple[str, ...] = ("cuda",)  # torch has this name for AMD's devices, too
 SCORINGS: tuple[Scoring, ...] = tuple(Scoring)
 
 
 def decline(spec: Spec) -> str | None:
-    """Say why tokens of this kind are not for this backend; None: it takes them."""
+    """Return why this backend does not accept tokens of this kind; None if it accepts them."""
     kernels = _load()
     if isinstance(kernels, str):
         return kernels
@@ -38,13 +38,13 @@ def decline(spec: Spec) -> str | None:
         return f"it runs on {wanted}{hint}, not on {spec.device}"
     if reason := decline_numbers(spec):
         return reason
-    if spec.kv_dtype == "int8" and spec.dtype == torch.float32:  # their tiles would not fit in registers
+    if spec.kv_dtype == "int8" and spec.dtype == torch.float32:  # dequantized float32 tiles would not fit in registers
         return "it takes keys and values in 8 bits for 16-bit dtypes only"
     return None
 
 
 def bind(layer: LayerTensors) -> "TritonStep":
-    """Return a decode step over this storage."""
+    """Return a decode step over the buffers of `layer`."""
     from rocketkv.backends.triton.step import TritonStep
 
     return TritonStep(layer)
@@ -75,7 +75,7 @@ def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
 
 @cache
 def _load() -> ModuleType | str:
-    """Import Triton with what the kernels share; return that module, or a sentence saying why it does not load."""
+    """Import and return `common.py`, and Triton with it; or return a sentence that says why Triton does not load."""
     try:
         return import_module("rocketkv.backends.triton.common")
     except ImportError as error:

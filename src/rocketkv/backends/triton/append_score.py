@@ -1,6 +1,6 @@
 """The first launch of a decode step: store the new token, then score the units of a head, part by part.
 
-step.py says what the tensors are. A unit is what has a score: a page, or a token where each token is scored.
+step.py describes the tensors. A unit is what has a score: a page, or a token where each token is scored.
 """
 
 import triton
@@ -21,13 +21,13 @@ def append_and_score(
     D: tl.constexpr, NUM_ROWS: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr, PART: tl.constexpr,
     WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Store the new token; give `PART` units of a head their logits, `WIDTH` channels at once. Grid: heads, parts.
+    """Store the new token; compute the logits of `PART` units of a head, `WIDTH` channels at once. Grid: heads, parts.
 
-    Reads what the scoring reads of the index (or of the keys), and the query once for each part.
+    The kernel reads what the scoring reads of the index (or of the keys), and the query once for each part.
     """
     head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = head // HKV
-    rank = tl.load(lengths + head).to(tl.int32)  # of the new token
+    rank = tl.load(lengths + head).to(tl.int32)  # the new token's rank
     size = tl.load(page_size + row).to(tl.int32) if page_size is not None else 1
     own = rank // size  # the new token's unit
     if part == (0 if SCORING == "dense" else own // PART):
@@ -64,7 +64,7 @@ def append_and_score(
                     slots = tl.load(at, mask=unit < length, other=0).to(tl.int64)
                 products = _score_exact(q, keys, head * token_capacity + slots, unit < length, scale, D, D_PAD)
             else:
-                is_there = unit // PAGES_PER_BLOCK * PAGES_PER_BLOCK < units  # whole blocks, to read rows in one go
+                is_there = unit // PAGES_PER_BLOCK * PAGES_PER_BLOCK < units  # whole blocks make the reads contiguous
                 start = page_start(head, unit, num_blocks, NUM_ROWS)
                 if SCORING == "pages":
                     is_read = are_largest(channel_sizes, head, 0, most_channels, D, D_PAD, D_PAD)
@@ -81,7 +81,7 @@ def _store_token(
     key, value, keys, values, exponents, archive_lengths, head, rank, token_capacity, D: tl.constexpr,
     D_PAD: tl.constexpr
 ):  # fmt: skip
-    """Store a head's new key and value behind all others; return the key as it will be read, `[D_PAD]`."""
+    """Store a head's new key and value behind all others; return the key `[D_PAD]` as later steps will read it."""
     channel = tl.arange(0, D_PAD)
     is_channel = channel < D
     new_key = tl.load(key + head * D + channel, mask=is_channel, other=0.0)
@@ -101,7 +101,7 @@ def _store_token(
 def _append_lowbit(
     codes, ranges, open_keys, new_key, head, rank, group, num_blocks, D: tl.constexpr, D_PAD: tl.constexpr
 ):
-    """Let the open group take in a key, and close the group if it is full; the spread is left to `choose`."""
+    """Add a key to the open group, and quantize the group if it is full; `choose` updates the spread."""
     channel = tl.arange(0, D_PAD)
     tl.store(open_keys + (head * D + channel) * GROUP + rank % GROUP, new_key, mask=channel < D)
     if rank % GROUP == GROUP - 1:
@@ -124,7 +124,7 @@ def _score_lowbit(
     query, codes, ranges, open_keys, channel_sizes, head, group, length, num_channels, num_blocks, scale,
     G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Return the logits, `[G_PAD, GROUP]`, of a group's keys along the channels that are read: a part is a group."""
+    """Return the logits, `[G_PAD, GROUP]`, of a group's keys along the channels that are read; a part is a group."""
     first, is_closed = group_start(head, group, num_blocks, D), length >= (group + 1) * GROUP
     products = tl.zeros([G_PAD, GROUP], tl.float32)
     for start in range(0, D_PAD, WIDTH):
@@ -154,13 +154,13 @@ def _score_pages(
     if spread is not None:
         own_sizes *= tl.load(spread + head * D + channel, mask=channel < D, other=0.0)[None, :]
     share = tl.sum(tl.where(is_read[None, :], own_sizes, 0.0), 1) / tl.sum(own_sizes, 1)
-    temperature = scale / tl.sqrt(tl.where(share > 0, share, 1.0))  # all sizes may be zero
-    return product(q, tile) * temperature[:, None]  # where nothing is read the tile is zero
+    temperature = scale / tl.sqrt(tl.where(share > 0, share, 1.0))  # the share is NaN where all sizes are zero
+    return product(q, tile) * temperature[:, None]  # the tile is zero where nothing was read
 
 
 @triton.jit
 def _score_bounds(q, bounds, start, is_there, scale, NUM_ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Return the most, `[G_PAD, PART]`, that the logits in each page can be; see `bound_logits` in ops/pages.py."""
+    """Return upper bounds, `[G_PAD, PART]`, of the logits in each page; see `bound_logits` in ops/pages.py."""
     channel = tl.arange(0, D_PAD)
     q32 = q.to(tl.float32)
     products = tl.zeros([q.shape[0], start.shape[0]], tl.float32)
@@ -171,7 +171,7 @@ def _score_bounds(q, bounds, start, is_there, scale, NUM_ROWS: tl.constexpr, D: 
             other=0.0,
         )
         read = q
-        if NUM_ROWS > D:  # minima where the query is negative, maxima where it is positive
+        if NUM_ROWS > D:  # minima count where the query is negative, maxima where it is positive
             read = tl.where(q32 > 0 if first_row == 0 else q32 < 0, 0.0, q)
         products += product(read, tile) * scale
     return products

@@ -1,6 +1,6 @@
 """The last launch of a decode step: attend to the chosen tokens in pieces, merge the pieces, count the new token.
 
-step.py says what the tensors are.
+step.py describes the tensors.
 """
 
 import triton
@@ -20,13 +20,13 @@ def attend(
 ):  # fmt: skip
     """Attend to the chosen tokens of a head, or to all, in pieces that the last program merges. Grid: heads, pieces.
 
-    Reads `2 * D` elements for each token attended to, or their codes and exponents.
+    The kernel reads `2 * D` elements for each token attended to, or their codes and exponents.
     """
     head, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = head // HKV
     length = tl.load(lengths + head) + 1
     selects = False
-    count = length  # tokens attended to
+    count = length  # the number of tokens attended to
     if SCORING != "dense":
         selects = length > tl.load(dense_lengths + row)
         count = tl.where(selects, tl.load(top_k + row), length)
@@ -61,7 +61,7 @@ def attend(
         higher = tl.maximum(best, tl.max(logits, 1))
         weights = rounded(tl.exp(logits - higher[:, None]), v.dtype)
         shrunk = tl.exp(best - higher)
-        total = total * shrunk + tl.sum(weights.to(tl.float32), 1)  # of the weights as rounded
+        total = total * shrunk + tl.sum(weights.to(tl.float32), 1)  # the sum counts the weights as rounded
         sums = sums * shrunk[:, None] + product(weights, v)
         best = higher
 
@@ -73,7 +73,7 @@ def attend(
     tl.store(states + own * (2 * G) + group, best, mask=is_own)
     tl.store(states + own * (2 * G) + G + group, total, mask=is_own)
     tl.debug_barrier()
-    if tl.atomic_add(pieces_done + head, 1, sem="acq_rel") < num_pieces - 1:  # all have read the length
+    if tl.atomic_add(pieces_done + head, 1, sem="acq_rel") < num_pieces - 1:  # the last program goes on
         return
 
     mean = rounded(_merge(pieces, states, head, num_pieces, used_pieces, G, D, G_PAD, D_PAD), output.dtype.element_ty)
@@ -100,7 +100,7 @@ def _merge(
     pieces, states, head, num_pieces, used_pieces, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr,
     D_PAD: tl.constexpr
 ):  # fmt: skip
-    """Return the weighted mean of a head's values, `[G_PAD, D_PAD]` float32, of what all programs have stored."""
+    """Merge the pieces of a head into the weighted mean of its values, `[G_PAD, D_PAD]` float32."""
     channel, group = tl.arange(0, D_PAD), tl.arange(0, G_PAD)
     is_head = group < G
     is_out = is_head[:, None] & (channel < D)[None, :]

@@ -1,6 +1,6 @@
-"""Building an index after a prefill: `build_lowbit` and `build_pages` in ops are the specification.
+"""The kernels that build an index after a prefill, as `build_lowbit` and `build_pages` in ops specify it.
 
-Keys are `[B, Hkv, S, D]` with strides of their own over rows and heads.
+Keys are `[B, Hkv, S, D]`, in which rows and heads may have any stride.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ def sum_lowbit_spread_kernel(lengths, ranges, open_keys, spread, num_blocks, D: 
 
 
 def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
-    """See `build_lowbit` in ops/lowbit.py: two launches."""
+    """Build the index in two launches; see `build_lowbit` in ops/lowbit.py."""
     num_groups = -(-keys.shape[2] // GROUP.value)
     arguments = index._asdict() | {"num_blocks": index.codes.shape[2]}
     _build(build_lowbit_kernel, num_groups, sum_lowbit_spread_kernel, keys, lengths, arguments)
@@ -96,7 +96,7 @@ def build_pages_kernel(
             token = page * size + i
             mask = is_channel & (token < length)[None, :]
             key = tl.load(keys + token[None, :] * D + channel[:, None], mask=mask, other=0.0).to(tl.float32)
-            low = tl.where(mask & ((key < low) | (key != key)), key, low)  # NaN stays
+            low = tl.where(mask & ((key < low) | (key != key)), key, low)  # a NaN stays
             high = tl.where(mask & ((key > high) | (key != key)), key, high)
         at = bounds + ((head * num_blocks + block) * NUM_ROWS + channel[:, None]) * PAGES_PER_BLOCK
         at += tl.arange(0, PAGES_PER_BLOCK)[None, :]
@@ -129,7 +129,7 @@ def sum_page_spread_kernel(
 
 
 def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
-    """See `build_pages` in ops/pages.py: a launch, and another if there is a spread."""
+    """Build the index in one launch, and its spread, if there is one, in another; see `build_pages` in ops/pages.py."""
     num_blocks, num_rows = index.bounds.shape[2:4]
     arguments = index._asdict() | {"num_blocks": num_blocks, "NUM_ROWS": num_rows}
     arguments["page_size"] = index.page_size.contiguous()

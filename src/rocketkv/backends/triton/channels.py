@@ -1,4 +1,4 @@
-"""Which channels a head reads, on the device; `largest_channels` in ops/channels.py is the specification."""
+"""The choice of the channels that a head reads, as `largest_channels` in ops/channels.py specifies it."""
 
 import triton
 import triton.language as tl
@@ -10,10 +10,10 @@ from rocketkv.backends.triton.common import CHANNELS, load_query, ordered
 def store_channel_sizes(
     channel_sizes, query, spread, head, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr
 ):
-    """Store how large a head's queries are along each channel: |q| over the group times the spread, if there is one.
+    """Store the size of a head's queries along each channel: the group's sum of |q|, times the spread if there is one.
 
-    Every program of a head stores the same. Sums that differ in layout differ in their last bits, so the sizes are
-    compared as they are stored.
+    Every program of a head stores the same sizes. Later code compares the stored sizes, because sums computed in
+    another layout would differ in their last bits.
     """
     STEP: tl.constexpr = min(D_PAD, CHANNELS)
     for start in range(0, D_PAD, STEP):
@@ -29,7 +29,7 @@ def store_channel_sizes(
 def are_largest(channel_sizes, head, start, num_channels, D: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
     """Mark the channels that are read among the `WIDTH` from `start` on: `[WIDTH]` bool.
 
-    The `num_channels` channels with the largest stored sizes are read. A channel is among them if fewer come before it.
+    The `num_channels` channels with the largest stored sizes are read, which are those with fewer channels before them.
     """
     order = _channel_order(channel_sizes, head, start, D, D_PAD, WIDTH)
     num_before = tl.zeros([WIDTH], tl.int32)

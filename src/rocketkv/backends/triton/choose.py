@@ -1,6 +1,6 @@
-"""The second launch of a decode step: make one score per unit of the logits, then choose the tokens to attend to.
+"""The second launch of a decode step: turn the logits into one score per unit, then choose the tokens to attend to.
 
-step.py says what the tensors are. `score_tokens` and `choose_tokens` in ops/scores.py are the specification.
+step.py describes the tensors; `score_tokens` and `choose_tokens` in ops/scores.py specify the results.
 """
 
 import triton
@@ -18,15 +18,15 @@ def choose(
     D: tl.constexpr, NUM_ROWS: tl.constexpr, D_PAD: tl.constexpr, G_POW: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr, WAYS_BITS: tl.constexpr
 ):  # fmt: skip
-    """Choose a head's tokens, after the head's spread, if there is one, has taken in the new token. Grid: heads.
+    """Update a head's spread, if there is one, with the new token; then choose the head's tokens. Grid: heads.
 
-    Reads the logits once and the scores `32 / WAYS_BITS + 2` times at most, of one head in cache.
+    The kernel reads the logits once and the scores at most `32 / WAYS_BITS + 2` times, mostly from the cache.
     """
     head = tl.program_id(0).to(tl.int64)
     row = head // HKV
     length = tl.load(lengths + head).to(tl.int32) + 1
     size = tl.load(page_size + row).to(tl.int32) if page_size is not None else 1
-    if spread is not None:  # all programs of the first launch have chosen their channels
+    if spread is not None:  # no program still chooses channels by the earlier spread
         _extend_spread(spread, bounds, ranges, open_keys, head, length, size, num_blocks, NUM_ROWS, D, D_PAD)
     if length <= tl.load(dense_lengths + row):
         return
@@ -45,8 +45,8 @@ def _extend_spread(
     spread, bounds, ranges, open_keys, head, length, size, num_blocks, NUM_ROWS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr
 ):  # fmt: skip
-    """Let the spread of a head take in its newest token; see `append_lowbit` and `extend_spread` in ops."""
-    tokens = GROUP if bounds is None else PAGES_PER_BLOCK * size  # of a run
+    """Update the spread of a head with its newest token; see `append_lowbit` and `extend_spread` in ops."""
+    tokens = GROUP if bounds is None else PAGES_PER_BLOCK * size  # the tokens of a run, a group or a block of pages
     run = (length - 1) // tokens
     if (run == 0) | (length % tokens == 0):
         STEP: tl.constexpr = min(D_PAD, CHANNELS)
@@ -90,13 +90,13 @@ def _store_scores(
 
 @triton.jit
 def _find_cut(scores, head, units, num_units, size, first, end, wanted, BLOCK: tl.constexpr, WAYS_BITS: tl.constexpr):
-    """Return the largest number, as `ordered`, such that at least `wanted` open tokens have a score not below it.
+    """Return the cut: the largest number, as `ordered`, such that at least `wanted` open tokens are not below it.
 
-    Open tokens are those with ranks from `first` to before `end`: they are chosen by their scores alone. The number is
-    found `WAYS_BITS` bits at a time; a smaller one is returned as soon as exactly `wanted` tokens are not below it.
+    Open tokens have ranks from `first` to before `end` and are chosen by their scores alone. The search finds
+    `WAYS_BITS` bits of the cut at a time, and ends early once exactly `wanted` tokens are not below the number so far.
     """
     cut = tl.full([], 0, tl.uint32)
-    from_cut = tl.full([], -1, tl.int32)  # open tokens with a score not below the cut
+    from_cut = tl.full([], -1, tl.int32)  # the number of open tokens with a score not below the cut
     way = tl.arange(0, 2**WAYS_BITS)
     shift = 32 - WAYS_BITS
     while (shift >= 0) & (from_cut != wanted):

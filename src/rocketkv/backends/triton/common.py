@@ -1,12 +1,12 @@
-"""What all kernels share: how the interpreter is told apart, products and roundings, and the loading of queries."""
+"""What all kernels share: the test for the interpreter, products, roundings, and the loading of queries."""
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-CHANNELS = tl.constexpr(32)  # looked at together, so that registers hold them
+CHANNELS = tl.constexpr(32)  # channels that a kernel handles at a time, so that they fit in registers
 
-# Sizes that Triton must not compile in: they change as buffers grow.
+# These sizes change as buffers grow, so Triton must not compile their values in.
 UNSPECIALIZED = (
     "token_capacity",
     "position_capacity",
@@ -27,14 +27,14 @@ def ordered(numbers):
 @triton.jit
 def product(a, b):
     """Multiply `[M, K]` with `[K, N]`, summed in float32."""
-    if INTERPRETED:  # the interpreter takes the bits of bfloat16 for integers
+    if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def rounded(numbers, dtype: tl.constexpr):
-    """Round float32 numbers to the nearest of another dtype; the interpreter would cut off what bfloat16 lacks."""
+    """Round float32 numbers to the nearest of another dtype; alone, the interpreter would truncate to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = numbers.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -44,10 +44,10 @@ def rounded(numbers, dtype: tl.constexpr):
 
 @triton.jit
 def range_of(least, most, mask):
-    """Subtract, along dim 1, the least number that `mask` counts from the largest: float32, 0 of none, NaN stays."""
+    """Return the largest less the least of the masked numbers along dim 1, float32; 0 of no numbers, NaN with a NaN."""
     low = tl.where(mask, least.to(tl.float32), float("inf"))
     high = tl.where(mask, most.to(tl.float32), -float("inf"))
-    is_broken = tl.sum(((low != low) | (high != high)).to(tl.int32), 1) > 0  # minima pass over NaN
+    is_broken = tl.sum(((low != low) | (high != high)).to(tl.int32), 1) > 0  # tl.min and tl.max skip NaN
     span = tl.max(high, 1) - tl.min(low, 1)
     return tl.where(is_broken, float("nan"), tl.where(span < 0, 0.0, span))
 

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits, on the device; ops/int8.py is the specification and says how codes and exponents lie."""
+"""Keys and values in 8 bits on the device; ops/int8.py specifies the format and describes codes and exponents."""
 
 import triton
 import triton.language as tl
@@ -8,12 +8,12 @@ from rocketkv.ops import int8
 
 STEP_CHANNELS = tl.constexpr(int8.STEP_CHANNELS)
 NOT_FINITE = tl.constexpr(int8.NOT_FINITE)
-num_steps = triton.constexpr_function(int8.num_steps)  # counted while compiling
+num_steps = triton.constexpr_function(int8.num_steps)  # Triton evaluates the function while it compiles
 
 
 @triton.jit
 def store_in_8_bits(codes, exponents, row, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Quantize and store a row, `[D_PAD]`, zero beyond D, as `quantize_rows` does; return the row as restored."""
+    """Quantize and store a row, `[D_PAD]`, zero beyond D, as `quantize_rows` does; return the row dequantized."""
     WIDTH: tl.constexpr = min(D_PAD, STEP_CHANNELS)
     least: tl.constexpr = -24 if row.dtype == tl.float16 else -126
     blocks = row.to(tl.float32).reshape(D_PAD // WIDTH, WIDTH)
@@ -21,7 +21,7 @@ def store_in_8_bits(codes, exponents, row, D: tl.constexpr, D_PAD: tl.constexpr)
     exponent = tl.where(raised == 255, NOT_FINITE, tl.maximum(raised - (127 + 6), least))
     step = tl.broadcast_to(_step(exponent)[:, None], blocks.shape)
     code = tl.minimum(tl.maximum(tl.div_rn(blocks, step), -127.0), 127.0)
-    code = tl.where((raised == 255)[:, None], 0.0, (code + 12582912.0) - 12582912.0)  # 1.5 * 2**23: rounds
+    code = tl.where((raised == 255)[:, None], 0.0, (code + 12582912.0) - 12582912.0)  # adding 1.5 * 2**23 rounds
     channel, block = tl.arange(0, D_PAD), tl.arange(0, D_PAD // WIDTH)
     tl.store(codes + channel, code.to(tl.int8).reshape(D_PAD), mask=channel < D)
     tl.store(exponents + block, exponent.to(tl.int8), mask=block * WIDTH < D)
@@ -34,8 +34,8 @@ def load_rows(
 ):
     """Load the keys or the values of some tokens, `[TILE, D_PAD]` in `dtype`, zero beyond D.
 
-    `offsets`, `[TILE, D_PAD]`, say where their numbers lie in `rows`. With `exponents` the numbers are codes; `first`
-    says where the exponents of keys or of values begin among those of a token, which lie at `slots`, `[TILE]`.
+    `offsets`, `[TILE, D_PAD]`, are the places of the numbers in `rows`. With `exponents` the numbers are codes of the
+    tokens at `slots`, `[TILE]`, and `first` is the place of a row's first exponent among the exponents of its token.
     """
     mask = is_token[:, None] & (tl.arange(0, D_PAD) < D)[None, :]
     tile = tl.load(rows + offsets, mask=mask, other=0)

@@ -1,4 +1,4 @@
-"""How the kernels are started. This file needs no Triton."""
+"""The launch of kernels. This file needs no Triton."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,20 +10,20 @@ from rocketkv.backends.triton import sizes
 
 
 class Launch:
-    """A kernel, the programs that it is started with, and its arguments but for those of a token.
+    """A kernel with its grid and all arguments that stay the same from token to token.
 
     Attributes:
-        kernel: a function in Triton's language.
-        grid: how many programs there are along each axis.
-        arguments: the kernel's arguments by name, all but those given when it is called.
-        options: how the kernel is compiled.
+        kernel: the kernel, a function in Triton's language.
+        grid: the number of programs along each axis.
+        arguments: the kernel's arguments by name, without those given at each call.
+        options: the options with which the kernel is compiled.
         device: the device of the tensors.
     """
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, device: torch.device, num_warps: int = 4
     ) -> None:
-        """Take those of the `arguments` that the kernel has; others may be for other kernels."""
+        """Take the `arguments` that the kernel has, and ignore those that only other kernels have."""
         self.kernel = kernel
         self.grid = grid
         self.arguments = {name: arguments[name] for name in kernel.arg_names if name in arguments}
@@ -37,7 +37,7 @@ class Launch:
 
 
 def key_arguments(keys: Tensor) -> dict[str, Any]:
-    """Return what every kernel of a prefill is told of keys, `[B, Hkv, S, D]`; they are copied if rows lie apart."""
+    """Return the arguments of a prefill's kernels for keys, `[B, Hkv, S, D]`, made contiguous along S and D."""
     num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
     keys = keys if keys.stride()[2:] == (head_dim, 1) else keys.contiguous()
     return {
@@ -58,5 +58,5 @@ def num_cores(device: torch.device) -> int:
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one: launches go to the current GPU, which need not be that of the tensors."""
+    """Make a device the current one, because launches go to the current GPU, whatever the tensors' device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,4 +1,4 @@
-"""The low-bit keys of an index, on the device; ops/lowbit.py is the specification and says how codes and ranges lie."""
+"""The low-bit keys of an index on the device; ops/lowbit.py specifies them and describes codes and ranges."""
 
 import triton
 import triton.language as tl
@@ -14,14 +14,14 @@ HALF = tl.constexpr(lowbit.GROUP // 2)  # tokens whose codes are the low halves 
 
 @triton.jit
 def group_start(head, group, num_blocks, D: tl.constexpr):
-    """Return where channel 0 of a group of tokens lies, counted in groups of one channel."""
+    """Return the place of channel 0 of a group of tokens, counted in groups of one channel."""
     block = group // GROUPS_PER_BLOCK
     return (head * num_blocks + block) * (D * GROUPS_PER_BLOCK) + (group - block * GROUPS_PER_BLOCK)
 
 
 @triton.jit
 def lowbit_range(ranges, open_keys, head, group, length, num_blocks, channel, D: tl.constexpr):
-    """Return what a group adds to the spread of these channels: its steps, or the range of its keys if it is open."""
+    """Return what a group adds to the spread of these channels: its steps, or, if open, the range of its keys."""
     is_channel = channel < D
     if length >= (group + 1) * GROUP:
         row = group_start(head, group, num_blocks, D) + channel * GROUPS_PER_BLOCK
@@ -44,7 +44,7 @@ def close_group(codes, ranges, keys, channel_stride, token_stride, first, D: tl.
         at = keys + channel[:, None] * channel_stride + token[None, :] * token_stride
         early = tl.load(at, mask=is_channel[:, None], other=0.0).to(tl.float32)
         late = tl.load(at + HALF * token_stride, mask=is_channel[:, None], other=0.0).to(tl.float32)
-        is_broken = tl.sum(((early != early) | (late != late)).to(tl.int32), 1) > 0  # minima pass over NaN
+        is_broken = tl.sum(((early != early) | (late != late)).to(tl.int32), 1) > 0  # tl.min and tl.max skip NaN
         low = tl.where(is_broken, float("nan"), tl.minimum(tl.min(early, 1), tl.min(late, 1)))
         high = tl.maximum(tl.max(early, 1), tl.max(late, 1))
         step = rounded(tl.div_rn(high - low, tl.full([CHANNELS], LEVELS, tl.float32)), ranges.dtype.element_ty)
@@ -57,19 +57,18 @@ def close_group(codes, ranges, keys, channel_stride, token_stride, first, D: tl.
 
 @triton.jit
 def _codes(keys, low, step):
-    """Count the steps, 0 to LEVELS, from `low` to each key of `[CHANNELS, HALF]`; 0 where all keys are alike."""
+    """Return the steps, 0 to LEVELS, from `low` to each key of `[CHANNELS, HALF]`; 0 where all keys are alike."""
     width = tl.broadcast_to(step.to(tl.float32)[:, None], keys.shape)
     steps = tl.div_rn(keys - low[:, None], width)
     steps = tl.where(steps == steps, tl.minimum(tl.maximum(steps, 0.0), LEVELS), 0.0)
-    return ((steps + 8388608.0) - 8388608.0).to(tl.int32)  # 2**23: beyond it there are whole numbers only
+    return ((steps + 8388608.0) - 8388608.0).to(tl.int32)  # adding 2**23 rounds: float32 has no fractions beyond
 
 
 @triton.jit
 def lowbit_products(q, is_read, codes, ranges, open_keys, head, first, start, is_closed, D: tl.constexpr):
-    """Multiply queries with a group's keys as `lowbit_logits` does; without the scale.
+    """Multiply queries with a group's keys as `lowbit_logits` does, without the scale; return `[G_PAD, GROUP]` float32.
 
-    `q`, `[G_PAD, WIDTH]`, are the queries' channels from `start` on, of which those are read that `is_read` marks.
-    Returns `[G_PAD, GROUP]` float32.
+    `q`, `[G_PAD, WIDTH]`, has the queries' channels from `start` on; those that `is_read` marks are read.
     """
     WIDTH: tl.constexpr = q.shape[1]
     channel, token = start + tl.arange(0, WIDTH), tl.arange(0, HALF)

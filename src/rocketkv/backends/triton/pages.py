@@ -1,4 +1,4 @@
-"""The page bounds of an index, on the device; ops/pages.py is the specification and says how bounds lie."""
+"""The page bounds of an index on the device; ops/pages.py specifies them and describes their layout."""
 
 import triton
 import triton.language as tl
@@ -11,14 +11,14 @@ PAGES_PER_BLOCK = tl.constexpr(ops.PAGES_PER_BLOCK)
 
 @triton.jit
 def page_start(head, page, num_blocks, NUM_ROWS: tl.constexpr):
-    """Return where the first bound of a page lies, counted in bounds; the next lies PAGES_PER_BLOCK further."""
+    """Return the place of a page's first bound, counted in bounds; its next bound is PAGES_PER_BLOCK further."""
     block = page // PAGES_PER_BLOCK
     return (head * num_blocks + block) * (NUM_ROWS * PAGES_PER_BLOCK) + page % PAGES_PER_BLOCK
 
 
 @triton.jit
 def page_range(bounds, head, block, length, size, num_blocks, channel, NUM_ROWS: tl.constexpr, D: tl.constexpr):
-    """Return what a block of pages adds to the spread of these channels: the range of its keys."""
+    """Return the range of a block's keys along these channels, which the block adds to the spread."""
     page = tl.arange(0, PAGES_PER_BLOCK)
     mask = (channel < D)[:, None] & ((page + block * PAGES_PER_BLOCK) * size < length)[None, :]
     at = bounds + ((head * num_blocks + block) * NUM_ROWS + channel[:, None]) * PAGES_PER_BLOCK + page[None, :]
@@ -29,7 +29,7 @@ def page_range(bounds, head, block, length, size, num_blocks, channel, NUM_ROWS:
 
 @triton.jit
 def fold_key(bounds, key, first, NUM_ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Let the page whose bounds begin at `first` take in a key, `[D_PAD]`; see `fold_into_pages`."""
+    """Widen the bounds that begin at `first` to include a key, `[D_PAD]`; see `fold_into_pages`."""
     channel = tl.arange(0, D_PAD)
     for start in tl.static_range(0, NUM_ROWS, D):
         at = bounds + first + (start + channel) * PAGES_PER_BLOCK

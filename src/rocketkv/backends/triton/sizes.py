@@ -1,21 +1,21 @@
-"""How much a program of the Triton kernels works on. This file needs no Triton."""
+"""The sizes of the work of one program of the Triton kernels. This file needs no Triton."""
 
-TILE_BYTES = 1 << 14  # of what a program reads at once, so that registers hold it
-PART = 64  # units scored by a program, at most
-TILE = 32  # tokens attended to at once, at most
-BLOCK = 512  # units looked at together while choosing
-WAYS_BITS = 4  # bits of the cut found in one pass over the scores
-LEAST_DOT = 16  # rows of a matrix product: fewer query heads are filled up
-LEAST_WINDOW_PART = 1024  # tokens that a program scores for stage 1, about
-PROGRAMS_PER_CORE = 2  # of attention, aimed at where there are fewer heads than that
-CORES_OF_CPU = 4  # of the interpreter, which runs one program after the other: few pieces, but several
+TILE_BYTES = 1 << 14  # the most bytes that a program loads at a time, so that they fit in registers
+PART = 64  # the most units that a program scores
+TILE = 32  # the most tokens that a program attends to at a time
+BLOCK = 512  # units that a program reads at a time while it chooses
+WAYS_BITS = 4  # bits of the cut that one pass over the scores finds
+LEAST_DOT = 16  # the least rows and columns of a matrix product in Triton; smaller ones are padded
+LEAST_WINDOW_PART = 1024  # tokens that a program scores for stage 1, rounded down to whole tiles
+PROGRAMS_PER_CORE = 2  # the number of attention programs per core to aim at where there are few heads
+CORES_OF_CPU = 4  # cores assumed for the interpreter, so that tests have several pieces, but few
 
 
 def power_of_two(number: int) -> int:
-    """Return the least power of two that is not below a number."""
+    """Return the least power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def padded(number: int) -> int:
-    """Return how many rows or columns a matrix product has that needs so many."""
+    """Return the rows or columns of a matrix product that has to have `number` of them, padding included."""
     return max(LEAST_DOT, power_of_two(number))

@@ -1,25 +1,25 @@
 """One decode step of one layer in three launches: append and score, choose, attend.
 
-The host neither waits for the device nor does work that depends on what is there. Grids follow from capacities, and
-lengths are read on the device; programs beyond a length have nothing to do. So a step can be captured in a CUDA graph.
+The host neither waits for the device nor reads any number from it, so a step can be captured in a CUDA graph: grids
+follow from capacities, the kernels read the lengths on the device, and programs beyond a length do nothing.
 The new token counts as stored from the first kernel on; the last kernel adds it to the lengths.
 
-The kernels take the dense tensors of `LayerTensors` and these, which live between launches (scratch). A unit is what
-has a score: a page, or a token where each token is scored.
+The kernels take the dense tensors of `LayerTensors` and the scratch tensors below, which pass results from launch to
+launch. A unit is what has a score: a page, or a token where each token is scored.
 
-- `channel_sizes`, `[B, Hkv, D_PAD]` float32: how large the queries are along each channel; channels are chosen by them.
+- `channel_sizes`, `[B, Hkv, D_PAD]` float32: the size of the queries along each channel, by which channels are chosen.
 - `logits`, `[B, Hkv, G, units]` float32.
 - `partials`, `[B, Hkv, parts, 2, G]` float32: a part's largest logit, and its tokens' sum of exponentials relative to
   that logit.
 - `scores`, `[B, Hkv, units]` float32.
 - `chosen`, `[B, Hkv, top_k]` int32: ranks, ascending.
-- `pieces`, `[B, Hkv, pieces, G, D]` float32: weighted values.
+- `pieces`, `[B, Hkv, pieces, G, D]` float32: the sum of the weighted values of a piece.
 - `states`, `[B, Hkv, pieces, 2, G]` float32: the largest logit of a piece, and its sum of weights.
-- `pieces_done`, `[B, Hkv]` int32: zero between steps.
-- `read_bytes`, `[B, Hkv]` int64: what the step has read.
+- `pieces_done`, `[B, Hkv]` int32: the number of finished pieces, zero between steps.
+- `read_bytes`, `[B, Hkv]` int64: the bytes that the step has read.
 
-The spread of an index, if there is one, is `[B, Hkv, D]` float32. The first launch reads it as it was before the new
-token; `choose` lets it take in that token.
+The spread of an index, if there is one, is `[B, Hkv, D]` float32. The first launch reads the spread from before the new
+token; `choose` updates the spread with the new token.
 """
 
 from typing import Any
@@ -40,15 +40,15 @@ class TritonStep:
     """One decode step as two or three launches; see `Step`.
 
     Attributes:
-        launches: what a step starts, in order.
+        launches: the launches of a step, in order.
     """
 
     def __init__(self, layer: LayerTensors) -> None:
         device, head_dim = layer.keys.device, layer.keys.shape[3]
-        # While there is no index, nothing is selected.
+        # Without an index a step attends to all tokens.
         scoring = layer.scoring if layer.index or layer.scoring == Scoring.EXACT else Scoring.DENSE
         head_dim_padded = sizes.padded(head_dim)
-        rows = sizes.TILE_BYTES // (head_dim_padded * layer.dtype.itemsize)  # of a tile
+        rows = sizes.TILE_BYTES // (head_dim_padded * layer.dtype.itemsize)  # the rows of a tile
         arguments = _storage(layer) | _dimensions(layer, scoring, rows) | _index(layer)
         arguments |= _scratch(layer, arguments)
         num_heads, num_parts, num_pieces = layer.lengths.numel(), arguments["num_parts"], arguments["num_pieces"]
@@ -58,7 +58,8 @@ class TritonStep:
         self._choose = None
         if scoring != Scoring.DENSE:
             self._choose = Launch(choose, (num_heads,), arguments, device=device, num_warps=8)
-        # Few rows are wide ones, and a wide output wants registers; Triton 3.8 spills without selection, too.
+        # Eight warps have the registers for a wide head_dim, where a tile has few rows, and for dense attention, where
+        # Triton 3.8 would spill registers to memory.
         num_warps = 8 if rows < sizes.TILE or scoring == Scoring.DENSE else 4
         self._attend = Launch(attend, (num_heads, num_pieces), arguments, device=device, num_warps=num_warps)
         launches = (self._append_and_score, self._choose, self._attend)
@@ -77,7 +78,7 @@ class TritonStep:
 
 
 def _storage(layer: LayerTensors) -> dict[str, Any]:
-    """Name the stored tensors and the plan of each row."""
+    """Return the stored tensors and the plan of each row as arguments by name."""
     return {
         "keys": layer.keys,
         "values": layer.values,
@@ -98,7 +99,7 @@ def _storage(layer: LayerTensors) -> dict[str, Any]:
 
 
 def _index(layer: LayerTensors) -> dict[str, Any]:
-    """Name the tensors of the index, None for those that this index lacks."""
+    """Return the tensors of the index as arguments by name, with None for those that this index lacks."""
     bounds, page_size, spread = layer.pages or (None, None, None)
     codes, ranges, open_keys, spread = layer.lowbit or (None, None, None, spread)
     return {
@@ -115,14 +116,14 @@ def _index(layer: LayerTensors) -> dict[str, Any]:
 
 
 def _dimensions(layer: LayerTensors, scoring: Scoring, rows: int) -> dict[str, Any]:
-    """Decide how the work is cut for programs that hold so many `rows` of keys at once."""
+    """Return the sizes of the work, as arguments by name, for programs that load `rows` rows of keys at a time."""
     batch, num_kv_heads, _, head_dim = layer.keys.shape
     group, capacity = layer.num_heads // num_kv_heads, layer.positions.shape[2]
     head_dim_padded = sizes.padded(head_dim)
     part = GROUP if scoring == Scoring.LOWBIT else min(sizes.PART, rows)
     tile = min(sizes.TILE, rows)
     is_dense = scoring == Scoring.DENSE
-    num_units = 0 if is_dense else capacity  # there are at most as many pages
+    num_units = 0 if is_dense else capacity  # there are at most as many pages as tokens
     most_chosen = 0 if is_dense else min(int(layer.top_k.max()), capacity)
     most_dense = capacity if is_dense else min(int(layer.dense_lengths.max()), capacity)
     programs = sizes.PROGRAMS_PER_CORE * num_cores(layer.keys.device)
@@ -147,7 +148,7 @@ def _dimensions(layer: LayerTensors, scoring: Scoring, rows: int) -> dict[str, A
 
 
 def _scratch(layer: LayerTensors, dimensions: dict[str, Any]) -> dict[str, Tensor]:
-    """Make what lives between launches, all zero."""
+    """Return the scratch tensors as arguments by name, filled with zeros."""
     group, head_dim, pieces = dimensions["G"], dimensions["D"], dimensions["num_pieces"]
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

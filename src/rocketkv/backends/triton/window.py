@@ -1,8 +1,8 @@
-"""Stage 1's scores of a prefill: `score_window` in ops/scores.py is the specification.
+"""The kernels of stage 1's scores, as `score_window` in ops/scores.py specifies them.
 
-Keys are `[B, Hkv, S, D]` with strides of their own over rows and heads. What lives between the two launches is
-`partials`, `[B, Hkv, parts, 2, G * W]` float32: each query's largest logit in a part, and its sum of exponentials
-relative to that logit.
+Keys are `[B, Hkv, S, D]`, in which rows and heads may have any stride. The first launch passes `partials` to the
+second, `[B, Hkv, parts, 2, G * W]` float32: each query's largest logit in a part, and its sum of exponentials relative
+to that logit.
 """
 
 import torch
@@ -23,7 +23,7 @@ def sum_window_kernel(
 ):  # fmt: skip
     """Store each query's largest logit in a part of a head's tokens, and its sum of exponentials relative to that.
 
-    Grid: heads, parts, groups of `R_PAD` queries. Reads the part's keys.
+    Grid: heads, parts, groups of `R_PAD` queries. The kernel reads the part's keys.
     """
     head, part, first_row = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * R_PAD
     ROWS: tl.constexpr = G * W
@@ -37,7 +37,7 @@ def sum_window_kernel(
             query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, R_PAD, D_PAD, TILE
         )
         higher = tl.maximum(best, tl.max(logits, 1))
-        safe = tl.where(higher > -float("inf"), higher, 0.0)  # rows that see nothing yet
+        safe = tl.where(higher > -float("inf"), higher, 0.0)  # a query may have seen no token yet
         total = total * tl.exp(best - safe) + tl.sum(tl.exp(logits - safe[:, None]), 1)
         best = higher
     row = first_row + tl.arange(0, R_PAD)
@@ -52,7 +52,7 @@ def score_window_kernel(
     head_stride, BY_PEAK: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
     R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Store what `R_PAD` queries give to a part's tokens, together or at most; see `score_window` in ops/scores.py.
+    """Store the sum or the largest of the weights that `R_PAD` queries give to each token of a part.
 
     Grid: heads, parts, groups of `R_PAD` queries. Reads the part's keys.
     """
@@ -72,7 +72,7 @@ def score_window_kernel(
         total = total * tl.exp(best - safe) + part_total * tl.exp(part_best - safe)
         best = higher
     safe = tl.where(best > -float("inf"), best, 0.0)
-    share = tl.where(total > 0, 1.0 / total, 0.0)  # a padded query sees nothing, and NaN is worth nothing
+    share = tl.where(total > 0, 1.0 / total, 0.0)  # a padded query sees no token; the weights of NaN count as 0
     scores += (head * tl.num_programs(2) + tl.program_id(2)) * num_tokens
     begin = part * part_size
     end = tl.minimum(begin + part_size, num_tokens)
@@ -88,7 +88,7 @@ def score_window_kernel(
 def score_window(
     query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
 ) -> Tensor:
-    """See `score_window` in ops/scores.py: two launches, which hold no logits but a tile's."""
+    """Compute the scores in two launches, in which a program has one tile's logits; see `score_window` in ops."""
     batch, num_heads, window, head_dim = query.shape
     num_kv_heads, num_tokens = keys.shape[1:3]
     group = num_heads // num_kv_heads
@@ -124,7 +124,7 @@ def _window_logits(
     query, keys, head, length, num_queries, first_row, start, scale, ROWS: tl.constexpr, W: tl.constexpr,
     D: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Return the logits, `[R_PAD, TILE]`, of some queries for the tokens from `start` on; -inf where unseen."""
+    """Return the logits, `[R_PAD, TILE]`, of some queries for the tokens from `start` on; -inf for unseen tokens."""
     row, channel, token = first_row + tl.arange(0, R_PAD), tl.arange(0, D_PAD), start + tl.arange(0, TILE)
     is_channel = channel < D
     q = tl.load(

@@ -1,1 +1,1 @@
-"""Texts to measure on: files of data sets, samples, documents and how a sample is asked."""
+"""Texts to measure on: the files of data sets, samples, documents, and how a sample is asked."""

@@ -1,4 +1,4 @@
-"""From a sample to what the model takes in: the context, the questions, and in between the answers as they should be.
+"""Turns a sample into tokens: the context, the questions, and between the questions the right answers.
 
 Pieces are encoded one by one, as the turns of a conversation are, so that a turn never changes the tokens before it.
 """
@@ -21,21 +21,21 @@ class Dialogue:
     """A sample in tokens.
 
     Attributes:
-        head: the context, taken in before any question; empty where each piece follows the one before.
-        pieces: what each turn adds: to `head`, or to all that came before, the right answers included.
+        head: the tokens of the context, prefilled before any question; empty where each piece follows the one before.
+        pieces: the tokens that each turn adds to `head`, or to all pieces and right answers before it.
     """
 
     head: list[int]
     pieces: list[list[int]]
 
     def prompt_tokens(self, turn: int) -> int:
-        """Tokens that the model has seen when it answers turn `turn`."""
+        """Return the number of tokens that the model has seen when it answers turn `turn`."""
         if self.head:
             return len(self.head) + len(self.pieces[turn])
         return sum(map(len, self.pieces[: turn + 1]))
 
     def needed_tokens(self, turns: Sequence[Turn]) -> int:
-        """Tokens that the longest prompt takes with its answer."""
+        """Return the number of tokens that the longest prompt takes with its answer."""
         return max(self.prompt_tokens(k) + turn.max_new_tokens for k, turn in enumerate(turns))
 
 
@@ -87,11 +87,11 @@ def fit(
         tokenizer: see `encode`.
         sample: see `encode`.
         mode: see `encode`.
-        context_length: tokens that prompt and answer may have.
-        max_length: tokens that the text that may be cut may have; None: as many as there is room for.
+        context_length: the most tokens that prompt and answer may have together.
+        max_length: the most tokens of the text that may be cut; None allows as many as there is room for.
 
     Raises:
-        InputError: it was made to a length and does not fit, its questions alone do not fit; or as of `encode`.
+        InputError: the sample was made to a length and does not fit, its questions alone do not fit, or as in `encode`.
     """
     whole = encode(tokenizer, sample, mode)
     is_single = len(sample.turns) == 1
@@ -120,12 +120,12 @@ def fit(
         excess = cut.needed_tokens(sample.turns) - context_length
         if excess <= 0:
             return cut
-        kept -= excess  # cut text may take more tokens than it was cut to
+        kept -= excess  # a cut text may encode to more tokens than it was cut to
     raise InputError(f"its questions and answers leave no room in the model's {context_length} tokens.")
 
 
 def _hide(plain: PlainText, sample: Sample) -> Sample:
-    """The same with what looks like special tokens hidden, see `PlainText`."""
+    """Return the sample with all text that looks like special tokens hidden; see `PlainText`."""
     turns = [
         replace(
             turn,
@@ -139,7 +139,7 @@ def _hide(plain: PlainText, sample: Sample) -> Sample:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample, turn: int, mode: str) -> str:
-    """All that the model sees before it answers turn `turn`."""
+    """Return all text that the model sees before it answers turn `turn`."""
     first = turn if mode == "multi_request" else 0
     asked = sample.turns[first : turn + 1]
     questions = [("" if k else sample.context) + each.question for k, each in enumerate(asked)]

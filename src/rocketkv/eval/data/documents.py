@@ -1,4 +1,4 @@
-"""Documents with questions about them: SQuAD v2 and HotpotQA (distractor) files, told by what is in them."""
+"""Documents with questions about them, from SQuAD v2 and HotpotQA (distractor) files, told apart by their content."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from rocketkv.errors import InputError
 
 
 class Question(NamedTuple):
-    """A question and its accepted answers, one at least."""
+    """A question and its accepted answers, of which there is at least one."""
 
     text: str
     answers: tuple[str, ...]
@@ -28,7 +28,7 @@ Article = Sequence[Paragraph]
 
 
 class Case(NamedTuple):
-    """A question and the documents that go with it, and more that are about the same."""
+    """A question, the documents that answer it, and related documents."""
 
     question: Question
     documents: tuple[str, ...]
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 def read_squad(data: Path) -> list[Article]:
-    """The articles of a SQuAD file with their paragraphs; questions that have no answer are left out.
+    """Return the articles of a SQuAD file with their paragraphs; questions without an answer are left out.
 
     Args:
         data: the file, .json or .json.gz, or a folder with it.
@@ -51,7 +51,7 @@ def read_squad(data: Path) -> list[Article]:
 
 
 def read_hotpotqa(data: Path) -> list[Case]:
-    """The questions of a HotpotQA file, each with its documents, title first.
+    """Return the questions of a HotpotQA file, each with its documents, the title first.
 
     Args:
         data: the file, .json or .json.gz, or a folder with it.
@@ -69,7 +69,7 @@ _Parsed = TypeVar("_Parsed", list[Article], list[Case])
 
 
 def _read(data: Path, parse: Callable[[Any], _Parsed]) -> _Parsed:
-    """Give what `parse` makes of the first file that it takes; nothing if there is none."""
+    """Return the result of `parse` for the first file that it accepts; an empty list if it accepts none."""
     if not data.exists():
         raise InputError(f"{data} does not exist; give a file or a folder.")
     for path in sorted(data.iterdir()) if data.is_dir() else [data]:
@@ -78,14 +78,14 @@ def _read(data: Path, parse: Callable[[Any], _Parsed]) -> _Parsed:
             try:
                 parsed = parse(content)
             except (KeyError, TypeError, ValueError, AttributeError):
-                continue  # a file of another kind
+                continue  # this is a file of another kind
             if parsed:
                 return parsed
     return []
 
 
 def _load(path: Path) -> Any:
-    """Read what a JSON file holds."""
+    """Return the value of a JSON file."""
     try:
         content = path.read_bytes()
         return json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)

@@ -1,6 +1,6 @@
-"""Objects from the files that data comes in: .jsonl, .jsonl.gz, .json and .parquet, alone, in a folder or in a .zip.
+"""Reads objects from data files: .jsonl, .jsonl.gz, .json and .parquet, alone, in a folder or in a .zip.
 
-Of the hub's parquet files, which all are called `test-...` or so, the folder says what they hold.
+All parquet files of the hub have names like `test-...`, so their folder names their content.
 """
 
 import gzip
@@ -16,18 +16,18 @@ from typing import Any
 from rocketkv.errors import InputError
 
 PARQUET = ".parquet"
-SPLITS = ("test-", "train-", "validation-")  # how the hub's parquet files are called
+SPLITS = ("test-", "train-", "validation-")  # the pattern of names of the hub's parquet files
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", PARQUET)
 
 
 @dataclass(frozen=True)
 class Item:
-    """Holds what stands in one line of a .jsonl file, or is one element of a .json file.
+    """The object of one line of a .jsonl file, or one element of a .json file.
 
     Attributes:
         source: the file, and the line or element of it.
-        value: the object; None where there is none.
-        reason: why there is none.
+        value: the object; None if the line has no valid object.
+        reason: the reason why there is no object.
     """
 
     source: str
@@ -44,14 +44,14 @@ class DataFile:
 
     @property
     def name(self) -> str:
-        """Give the name that messages show."""
+        """The name of the file in messages."""
         if self.path.name.startswith(SPLITS):
             return f"{self.path.parent.name}/{self.path.name}"
         return f"{self.path.name}:{self.member}" if self.member else self.path.name
 
     @property
     def stem(self) -> str:
-        """Its name without folder and suffixes, or for parquet its folder's, which says what task it holds."""
+        """The name without folder and suffixes; for parquet that of its folder, which names the task."""
         path = Path(self.member or self.path)
         name = path.name
         if name.endswith(PARQUET) and name.startswith(SPLITS):
@@ -59,7 +59,7 @@ class DataFile:
         return next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix))
 
     def items(self) -> Iterator[Item]:
-        """Its objects in order; blank lines of a .jsonl file are passed over.
+        """Yield the file's objects in order; blank lines of a .jsonl file are passed over.
 
         Raises:
             InputError: the file cannot be read, or is no file of its suffix, or pyarrow is missing for a .parquet.
@@ -76,7 +76,7 @@ class DataFile:
             raise InputError(f"{self.path} cannot be read ({error}); give another file.") from None
 
     def _open(self) -> BufferedIOBase:
-        """Its bytes, unpacked."""
+        """Return the file's bytes, unpacked."""
         if self.member:
             with zipfile.ZipFile(self.path) as archive:
                 data = archive.read(self.member)
@@ -125,7 +125,7 @@ class DataFile:
 
 
 def find_files(path: Path) -> list[DataFile]:
-    """The files of objects in a folder (and the parquet of the hub's folders in it), in a .zip, or `path` itself.
+    """Return the files of objects: in a folder, with the parquet of the hub's folders in it, in a .zip, or `path`.
 
     Raises:
         InputError: there is no such file or folder, or it is or holds none of the kinds that can be read.
@@ -148,10 +148,10 @@ def find_files(path: Path) -> list[DataFile]:
 
 
 def by_stem(files: Iterable[DataFile]) -> dict[str, DataFile]:
-    """Each file by its stem.
+    """Return each file by its stem.
 
     Raises:
-        InputError: two have the same one.
+        InputError: two files have the same stem.
     """
     found: dict[str, DataFile] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""Data from the Hugging Face hub, where the user asks for it: one pinned revision, kept in the hub's own cache."""
+"""Fetches data of one pinned revision from the Hugging Face hub, if the user asks for it, into the hub's own cache."""
 
 import re
 from functools import partial
@@ -13,7 +13,7 @@ _SOURCE = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)@(?P<revision>
 
 
 def locate_data(source: str) -> Path:
-    """Say where data lies on this machine, fetched first if it is a dataset of the hub.
+    """Return the path of data on this machine; a dataset of the hub is fetched first.
 
     Args:
         source: a path, or `hf://datasets/OWNER/NAME@REVISION`, with or without a folder or file after it. The revision
@@ -46,7 +46,7 @@ def locate_data(source: str) -> Path:
     except Exception as error:  # the client, its transport and its checks each have errors of their own
         first = str(error).strip().split("\n")[0]
         try:
-            folder = Path(fetch(local_files_only=True))  # some versions ask the hub even for what they have
+            folder = Path(fetch(local_files_only=True))  # some versions of the client ask the hub even for cached files
         except Exception:
             raise InputError(
                 f"{source} cannot be fetched ({first}); see that it exists and the hub can be reached."

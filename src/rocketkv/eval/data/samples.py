@@ -1,4 +1,4 @@
-"""One schema for every suite: a sample is a context and one question, or several in turn, with their answers."""
+"""The schema of samples for every suite: a sample is a context and one or several questions with their answers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,15 +10,15 @@ from rocketkv.eval.data.files import Item, find_files
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and what counts as its answer.
+    """A question and its accepted answers.
 
     Attributes:
         question: the text that follows the context, or the last answer, in the prompt, to the letter.
-        answers: accepted answers, one at least; what they mean is the task's metric's business.
-        max_new_tokens: tokens to generate at most, >= 1.
+        answers: the accepted answers, at least one; the task's metric defines how they are compared.
+        max_new_tokens: the largest number of tokens to generate, >= 1.
         answer_prefix: the answer's first words, put after the chat template's own start of an answer.
         options: the texts that a multiple choice may choose from.
-        subtask: of tasks that mix two kinds of questions, which kind this is.
+        subtask: the kind of the question, in tasks that mix two kinds.
     """
 
     question: str
@@ -34,16 +34,16 @@ class Sample:
     """One case of a task.
 
     Attributes:
-        id: unique within its suite and task.
+        id: a name that is unique within the suite and task.
         suite: a key of `SUITES`.
         task: the name of one of the suite's tasks.
         context: the prompt up to the first question, to the letter: the prompt is `context + turns[0].question`.
-        turns: the questions, one at least.
+        turns: the questions, at least one.
         chat: whether the prompt goes through the model's chat template.
-        all_classes: class names of a classification.
+        all_classes: the class names of a classification.
         length: the length that was asked for, in tokens or words, where the suite has lengths.
-        depth: where the answer stands in the context, from 0 to 1, where it stands in one place.
-        lang: language of the text.
+        depth: the place of the answer in the context, from 0 to 1; None if the answer has no single place.
+        lang: the language of the text.
     """
 
     id: str
@@ -72,28 +72,28 @@ class Fault:
 
 
 class BrokenRowError(Exception):
-    """A row is not what is expected; the message is the reason that its `Fault` gives."""
+    """A row does not fit the schema; the message becomes the reason of its `Fault`."""
 
 
 def load_samples(path: Path) -> Iterator[Sample | Fault]:
-    """Samples in this schema: one JSON object each, with the attributes of `Sample` and `Turn` as keys.
+    """Load samples in this schema: one JSON object each, with the attributes of `Sample` and `Turn` as keys.
 
     Args:
         path: a file, a folder or a .zip; see `rocketkv.eval.data.files`.
 
     Raises:
-        InputError: it is missing or cannot be read.
+        InputError: the path does not exist or cannot be read.
     """
     items = (item for file in find_files(path) for item in file.items())
     return make_samples(items, lambda row, _: _sample(row))
 
 
 def make_samples(items: Iterable[Item], make: Callable[[Mapping[str, Any], int], Sample]) -> Iterator[Sample | Fault]:
-    """Make a sample of each object; one that is broken, or whose id was there before, becomes a fault.
+    """Make a sample of each object; a broken object, or one with an id that was there before, becomes a fault.
 
     Args:
-        items: rows of files, or generated ones.
-        make: takes an object and its number, from 0; raises `BrokenRowError`.
+        items: the rows of files, or generated rows.
+        make: a function of an object and its number, from 0; it may raise `BrokenRowError`.
     """
     seen = set()
     for number, item in enumerate(items):
@@ -112,10 +112,10 @@ def make_samples(items: Iterable[Item], make: Callable[[Mapping[str, Any], int],
 
 
 def take(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-    """The value of a key, of the `kind` it must be of.
+    """Return the value of a key, which must be of the given `kind`.
 
     Raises:
-        BrokenRowError: it is of another kind, or missing and there is no `default`.
+        BrokenRowError: the value is of another kind, or is missing and there is no `default`.
     """
     value = row.get(name, default)
     if value is ...:
@@ -127,10 +127,10 @@ def take(row: Mapping[str, Any], name: str, kind: type | tuple[type, ...], defau
 
 
 def take_texts(row: Mapping[str, Any], name: str, at_least: int = 1) -> tuple[str, ...]:
-    """The strings in the list under a key; none where `at_least` is 0 and the key is missing.
+    """Return the strings in the list under a key; none where `at_least` is 0 and the key is missing.
 
     Raises:
-        BrokenRowError: it is no list of strings, or of too few.
+        BrokenRowError: the value is no list of strings, or has too few.
     """
     texts = take(row, name, list) if at_least else take(row, name, list, [])
     if len(texts) < at_least or not all(isinstance(text, str) for text in texts):
@@ -173,7 +173,7 @@ def _turn(row: Mapping[str, Any]) -> Turn:
 
 
 def _refuse_unknown(row: Mapping[str, Any], schema: type) -> None:
-    """A misspelt optional key must not pass for a missing one."""
+    """Refuse unknown keys, so that a misspelt optional key is not taken for a missing one."""
     names = {field.name for field in fields(schema)}
     if unknown := sorted(set(row) - names):
         raise BrokenRowError(f"has the unknown key {unknown[0]!r}; known are {', '.join(sorted(names))}")

@@ -1,1 +1,1 @@
-"""Scores of answers, as the benchmarks define them."""
+"""The scores of answers, as the benchmarks define them."""

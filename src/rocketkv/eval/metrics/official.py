@@ -1,4 +1,4 @@
-"""The official metrics of LongBench and SCBench, each from 0 to 1; tests hold them to written-out numbers.
+"""The official metrics of LongBench and SCBench, each from 0 to 1; tests compare them with written-out numbers.
 
 Sources: `metrics.py` of THUDM/LongBench and `compute_scores.py` of SCBench (microsoft/MInference), both MIT.
 """
@@ -24,7 +24,7 @@ CHINESE_PUNCTUATION = (
 
 
 def require(*packages: str) -> None:
-    """Make sure, before anything is generated, that what will score it is installed.
+    """Check, before anything is generated, that the packages of a metric are installed.
 
     Raises:
         InputError: a package is missing.
@@ -35,76 +35,76 @@ def require(*packages: str) -> None:
 
 
 def library(package: str) -> Any:
-    """A package of the extra `eval`, imported when a metric first needs it.
+    """Import a package of the extra `eval`, when a metric first needs the package.
 
     Raises:
-        InputError: it is missing.
+        InputError: the package is missing.
     """
     require(package.partition(".")[0])
     return importlib.import_module(package)
 
 
 def first_line(text: str) -> str:
-    """Give the first line that is not empty, which is what LongBench scores of few-shot tasks."""
+    """Return the first line that is not empty, which LongBench scores in few-shot tasks."""
     return text.lstrip("\n").split("\n")[0]
 
 
 def normalize_english(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single spaces."""
+    """Return a text in lower case, with single spaces, without ASCII punctuation and articles."""
     text = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def normalize_chinese(text: str) -> str:
-    """Lower case, no ASCII and no Chinese punctuation, no white space."""
+    """Return a text in lower case, without ASCII and Chinese punctuation and white space."""
     dropped = string.punctuation + CHINESE_PUNCTUATION
     return "".join("".join(char for char in text.lower() if char not in dropped).split())
 
 
 def f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
-    """F1 of two bags of tokens; 0 where nothing is shared."""
+    """Return the F1 of two bags of tokens; 0 where they share no token."""
     shared = sum((Counter(prediction) & Counter(gold)).values())
     return 2 * shared / (len(prediction) + len(gold)) if shared else 0.0
 
 
 def qa_f1(prediction: str, gold: str) -> float:
-    """F1 of the words of an English answer."""
+    """Return the F1 of the words of an English answer."""
     return f1(normalize_english(prediction).split(), normalize_english(gold).split())
 
 
 def qa_f1_chinese(prediction: str, gold: str) -> float:
-    """F1 of the words of a Chinese answer (LongBench)."""
+    """Return the F1 of the words of a Chinese answer (LongBench)."""
     words = ([normalize_chinese(word) for word in _cut(text)] for text in (prediction, gold))
     return f1(*([word for word in some if word] for some in words))
 
 
 def characters_f1(prediction: str, gold: str) -> float:
-    """F1 of the characters of a Chinese answer (SCBench)."""
+    """Return the F1 of the characters of a Chinese answer (SCBench)."""
     return f1(normalize_chinese(prediction), normalize_chinese(gold))
 
 
 def rouge_l(prediction: str, gold: str) -> float:
-    """ROUGE-L as the package `rouge` counts it: sentences end at a period, words at white space (LongBench)."""
+    """Return ROUGE-L as the package `rouge` counts it: sentences end at a period, words at white space (LongBench)."""
     scorer = _rouge_l_scorer()
     with _deep_recursion(len(prediction) + len(gold)):
         try:
             return float(scorer.get_scores(prediction, gold)[0]["rouge-l"]["f"])
-        except ValueError:  # one of the two has no sentence
+        except ValueError:  # one of the two texts has no sentence
             return 0.0
 
 
 def rouge_l_chinese(prediction: str, gold: str) -> float:
-    """ROUGE-L of the words that jieba finds."""
+    """Return the ROUGE-L of the words that jieba finds."""
     return rouge_l(" ".join(_cut(prediction)), " ".join(_cut(gold)))
 
 
 def rouge_lsum(prediction: str, gold: str) -> float:
-    """ROUGE-Lsum as the package `rouge-score` counts it, without stemming: sentences end at a newline (SCBench)."""
+    """Return ROUGE-Lsum as `rouge-score` counts it, without stemming: sentences end at a newline (SCBench)."""
     return float(_rouge_lsum_scorer().score(gold, prediction)["rougeLsum"].fmeasure)
 
 
 def classification(prediction: str, gold: str, classes: Sequence[str]) -> float:
-    """1 over the number of class names in the prediction, if the gold one is among them.
+    """Return 1 over the number of class names in the prediction, if the gold one is among them, else 0.
 
     Names that are part of the gold one do not count.
     """
@@ -113,31 +113,31 @@ def classification(prediction: str, gold: str, classes: Sequence[str]) -> float:
 
 
 def count(prediction: str, gold: str) -> float:
-    """The share of the numbers in the prediction that are the gold number."""
+    """Return the share of the numbers in the prediction that are the gold number."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(gold) / len(numbers) if numbers else 0.0
 
 
 def paragraph_number(gold: str) -> str | None:
-    """The number in a gold answer such as `Paragraph 12` or `段落12`."""
+    """Return the number in a gold answer such as `Paragraph 12` or `段落12`."""
     match = re.search(r"(?:Paragraph |段落)(\d+)", gold)
     return match and match[1]
 
 
 def retrieval(prediction: str, gold: str) -> float:
-    """The share of the numbers in the prediction that are the gold paragraph's."""
+    """Return the share of the numbers in the prediction that are the gold paragraph's."""
     return count(prediction, paragraph_number(gold) or "")
 
 
 def code_similarity(prediction: str, gold: str) -> float:
-    """Similarity of the first line that is code to the gold line, in whole percent."""
+    """Return the similarity of the first line that is code to the gold line, in whole percent."""
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     return round(100 * difflib.SequenceMatcher(None, line, gold).ratio()) / 100
 
 
 def share_found(prediction: str, golds: Sequence[str]) -> float:
-    """The share of the gold strings that occur in the prediction, in any case."""
+    """Return the share of the gold strings that occur in the prediction, in any case."""
     return sum(gold.lower() in prediction.lower() for gold in golds) / len(golds)
 
 
@@ -153,7 +153,7 @@ def first_integer(prediction: str, gold: str) -> float:
 
 
 def first_number(prediction: str, gold: str) -> float:
-    """Whether the first number in the prediction, cut to an integer if the gold one is an integer, is the gold one."""
+    """Say whether the first number in the prediction, as an integer if the gold one is an integer, is the gold one."""
     match = re.search(r"\d+\.\d+|\d+", prediction)
     if match is None:
         return 0.0
@@ -179,9 +179,9 @@ def choice(prediction: str, text: str, letter: str) -> float:
 
 
 def _cut(text: str) -> list[str]:
-    """The words that jieba finds in a Chinese text."""
+    """Return the words that jieba finds in a Chinese text."""
     jieba = library("jieba")
-    jieba.setLogLevel("WARNING")  # it reports on standard error how it loads its dictionary
+    jieba.setLogLevel("WARNING")  # jieba would report on standard error how it loads its dictionary
     return list(jieba.cut(text, cut_all=False))
 
 
@@ -197,7 +197,7 @@ def _rouge_lsum_scorer() -> Any:
 
 @contextmanager
 def _deep_recursion(depth: int) -> Iterator[None]:
-    """Room for `rouge`, which recurses once per word; the official scorer counts 0 where it runs out of it."""
+    """Let `rouge` recurse once per word; the official scorer counts 0 where the recursion limit is too low."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(before + depth)
     try:

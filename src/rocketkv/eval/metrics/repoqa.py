@@ -1,4 +1,4 @@
-"""RepoQA's metric as in SCBench: of all functions asked for in a repository, is the answer most like the right one?
+"""RepoQA's metric as in SCBench: an answer is right if it is most similar to the right function of the repository.
 
 Source: `repo_qa_utils.py` of SCBench (microsoft/MInference, MIT), after evalplus/repoqa.
 """
@@ -32,7 +32,7 @@ def repoqa(prediction: str, right: Collection[str], functions: Sequence[str], la
     """Say whether the function most similar to the predicted one is a right one, by 0.8 at least.
 
     Args:
-        prediction: text with a function, in a fenced block where there is other text around it.
+        prediction: a text with a function, in a fenced block if there is other text around it.
         right: the functions that are right: of `functions`, those of the right name.
         functions: all that are asked for in the repository.
         language: a key of `GRAMMARS`.
@@ -41,12 +41,12 @@ def repoqa(prediction: str, right: Collection[str], functions: Sequence[str], la
         InputError: a package is missing.
     """
     code = extract_function(prediction, language)
-    best = max(functions, key=lambda function: similarity(code, function))  # the first one of equals
+    best = max(functions, key=lambda function: similarity(code, function))  # max takes the first of equal ones
     return float(best in right and similarity(code, best) >= THRESHOLD)
 
 
 def extract_function(text: str, language: str) -> str:
-    """The first function in a fenced block, else the first block, else all of the text.
+    """Return the first function in a fenced block, else the first block, else all of the text.
 
     Raises:
         InputError: a package is missing.
@@ -64,7 +64,7 @@ def extract_function(text: str, language: str) -> str:
 
 
 def similarity(candidate: str, reference: str) -> float:
-    """BLEU of the words of two functions, smoothed by the fourth method of Chen and Cherry.
+    """Return the BLEU of the words of two functions, smoothed by the fourth method of Chen and Cherry.
 
     Raises:
         InputError: a package is missing.
@@ -77,7 +77,7 @@ def similarity(candidate: str, reference: str) -> float:
 
 @cache
 def _grammar(language: str) -> tuple[Any, Any]:
-    """A parser and a cursor over the functions it finds."""
+    """Return a parser and a cursor over the functions that the parser finds."""
     sitter = library("tree_sitter")
     package, function, pattern = GRAMMARS[language]
     grammar = sitter.Language(getattr(library(package), function)())

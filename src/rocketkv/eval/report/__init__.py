@@ -1,1 +1,1 @@
-"""Reports on recorded runs: statistics, tables, plots and the files that hold them."""
+"""Reports on recorded runs: statistics, tables, plots and the files of a report."""

@@ -1,4 +1,4 @@
-"""The report's pictures, in colours that the colour-blind can tell apart (Okabe and Ito's); markers differ too."""
+"""The report's plots, in colours that the colour-blind can tell apart (Okabe and Ito's), and with different markers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,19 +20,19 @@ from rocketkv.eval.run.methods import FULL, METHODS, Arm
 COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00")
 MARKERS = "osD^vPX*p"
 NO_DATA = {"facecolor": "white", "edgecolor": "#bbbbbb", "hatch": "////"}
-MAX_DEPTHS = 12  # more than these are drawn in ten steps
+MAX_DEPTHS = 12  # a plot with more levels than these draws ten of them
 
 Grid = NDArray[np.float64]
 
 
 def save_svg(figure: Figure, path: Path) -> None:
-    """Write a picture, the same bytes for the same figures."""
+    """Write a plot as SVG, with the same bytes for the same figures."""
     with rc_context({"svg.hashsalt": "rocketkv"}):
         figure.savefig(path, metadata={"Date": None})
 
 
 def draw_budgets(results: Results) -> Figure:
-    """Score against budget, a line per method, where it has all tasks, and a dotted one for the full cache."""
+    """Draw the score against the budget: a line per method that has all tasks, and a dotted one for the full cache."""
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     plot = figure.add_subplot(xlabel="token budget", ylabel="score", xscale="log")
     lines: dict[str, dict[int, float]] = {method: {} for method in results.methods}
@@ -49,7 +49,7 @@ def draw_budgets(results: Results) -> Figure:
 
 
 def draw_turns(results: Results) -> Figure:
-    """Score at each turn, a panel per budget."""
+    """Draw the score at each turn, in a panel per budget."""
 
     def line(arm: Arm) -> Mapping[int, float]:
         return {turn + 1: 100 * score for turn, score in turn_scores(results, arm).items()}
@@ -58,7 +58,7 @@ def draw_turns(results: Results) -> Figure:
 
 
 def draw_layers(results: Results, name: str, label: str) -> Figure:
-    """A figure per layer, the mean over texts, a panel per budget."""
+    """Draw a figure by layer, the mean over texts, in a panel per budget."""
 
     def line(arm: Arm) -> Mapping[int, float]:
         return dict(enumerate(layer_means(results.at(arm), name)))
@@ -67,7 +67,7 @@ def draw_layers(results: Results, name: str, label: str) -> Figure:
 
 
 def draw_depths(results: Results, task: str) -> Figure:
-    """Score by length and depth of one task, a row of panels per budget."""
+    """Draw the score by length and depth of one task, in a row of panels per budget."""
     cells = [cell for cell in results.cells if cell.task == task]
     depths = sorted({record["depth"] for arm in results.arms for record in results.at(arm, cells)})
     if len(depths) > MAX_DEPTHS:
@@ -92,11 +92,11 @@ def draw_depths(results: Results, task: str) -> Figure:
 
 
 def draw_kept(results: Results) -> Figure | None:
-    """Which part of the text each layer keeps, layers down, positions across; None where no method evicts."""
+    """Draw which part of the text each layer keeps: layers down, positions across; None if no method evicts."""
 
     def grid(arm: Arm) -> Grid:
         shares = layer_means(results.at(arm), "kept")
-        return 100 * shares if (shares < 1).any() else np.array([])  # nothing to see where all is kept
+        return 100 * shares if (shares < 1).any() else np.array([])  # a method that keeps every token needs no plot
 
     if not any(grid(arm).size for arm in results.arms):
         return None
@@ -108,7 +108,7 @@ def draw_kept(results: Results) -> Figure | None:
 
 
 def _lines(results: Results, line: Callable[[Arm], Mapping[int, float]], x: str, y: str) -> Figure:
-    """A panel per budget, a line per method."""
+    """Draw a panel per budget and a line per method."""
     budgets = results.rows
     figure = Figure(figsize=(2.6 * len(budgets) + 2, 3.2), layout="constrained")
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
@@ -129,7 +129,7 @@ def _lines(results: Results, line: Callable[[Arm], Mapping[int, float]], x: str,
 
 
 def _heat_maps(results: Results, grid: Callable[[Arm], Grid], label: str, norm: Normalize) -> tuple[Figure, Axes]:
-    """Panels of one colour scale, a row per budget, a column per method that has any data."""
+    """Draw panels of one colour scale: a row per budget, a column per method that has any data."""
     budgets = results.rows
     grids = {(budget, arm.method): grid(arm) for budget in budgets for arm in results.arms_at(budget)}
     grids = {place: values for place, values in grids.items() if not np.isnan(values).all()}
@@ -161,7 +161,7 @@ def _budget(budget: int | None) -> str:
 
 
 def _finish(plot: Axes, ticks: Sequence[int]) -> None:
-    """Draw what all line plots share."""
+    """Draw the axes, grid and titles that all line plots share."""
     plot.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     plot.minorticks_off()
     plot.grid(alpha=0.3)
@@ -169,7 +169,7 @@ def _finish(plot: Axes, ticks: Sequence[int]) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    """One for all panels, each method once."""
+    """Draw one legend for all panels, with each method once."""
     entries: dict[str, Artist] = {}
     for plot in figure.axes:
         handles, labels = plot.get_legend_handles_labels()
@@ -178,7 +178,7 @@ def _legend(figure: Figure) -> None:
 
 
 def _style(method: str) -> dict[str, Any]:
-    """The same in every plot and report; methods beyond the palette begin it anew with dashes, options with dots."""
+    """Return a method's style, the same in all plots; methods beyond the palette have dashes, options have dots."""
     if method == FULL:
         return {"color": "#777777", "linestyle": ":", "linewidth": 2, "zorder": 3}
     name, _, options = method.partition(":")

@@ -16,14 +16,14 @@ from rocketkv.eval.run.records import Record
 
 
 class Cell(NamedTuple):
-    """A task at a length: what is averaged over counts each of them once."""
+    """A task at a length; an average counts each cell once."""
 
     suite: str
     task: str
     length: int | None
 
     def __str__(self) -> str:
-        """Give the name that tables show."""
+        """Return the name of the cell in tables."""
         return self.task if self.length is None else f"{self.task} at {self.length:,}"
 
 
@@ -35,7 +35,7 @@ class Results:
     """The answers of one model, one record per sample, method, budget and turn.
 
     Attributes:
-        records: as `rocketkv.eval.run.records` writes them, no answer twice.
+        records: the records that `rocketkv.eval.run.records` writes, with no answer twice.
     """
 
     records: Sequence[Record]
@@ -47,17 +47,17 @@ class Results:
             self._by_place.setdefault(place, []).append(record)
 
     def of(self, cells: Collection[Cell]) -> "Results":
-        """Those of some cells."""
+        """Return the results of some cells only."""
         return Results([record for record in self.records if cell_of(record) in cells])
 
     @cached_property
     def suites(self) -> list[str]:
-        """In order of appearance."""
+        """The names of the suites, in order of appearance."""
         return list(dict.fromkeys(cell.suite for cell in self.cells))
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """In order of the tasks' appearance, shorter lengths first."""
+        """The cells, in order of the tasks' appearance, shorter lengths first."""
         tasks = list(dict.fromkeys((record["suite"], record["task"]) for record in self.records))
         cells = {cell for _, cell in self._by_place}
         return sorted(cells, key=lambda cell: (tasks.index((cell.suite, cell.task)), cell.length or 0))
@@ -69,38 +69,38 @@ class Results:
 
     @cached_property
     def budgets(self) -> list[int]:
-        """Ascending."""
+        """The budgets in tokens, ascending."""
         return sorted({v.token_budget for v, _ in self._by_place if v.token_budget is not None})
 
     @cached_property
     def rows(self) -> Sequence[int | None]:
-        """List what tables and pictures have a row for: each budget, or None if there is but the full cache."""
+        """The budgets, for which tables and plots have a row each; None alone if there is only the full cache."""
         return self.budgets or [None]
 
     @cached_property
     def arms(self) -> list[Arm]:
-        """Full cache, then budget by budget."""
+        """The arms: the full cache first, then budget by budget."""
         arms = {arm for arm, _ in self._by_place}
         return sorted(arms, key=lambda arm: (arm.token_budget or 0, self.methods.index(arm.method)))
 
     def arms_at(self, budget: int | None) -> list[Arm]:
-        """Those of one budget, the full cache with them."""
+        """Return the arms at one budget, and the full cache."""
         return [arm for arm in self.arms if arm.token_budget in (None, budget)]
 
     @cached_property
     def multi_turn_cells(self) -> list[Cell]:
-        """Those whose samples have a second question."""
+        """The cells whose samples have a second question."""
         cells = {cell_of(record) for record in self.records if record["turn"] > 0}
         return [cell for cell in self.cells if cell in cells]
 
     @cached_property
     def placed_tasks(self) -> list[str]:
-        """Those whose answers stand at one known depth of a text of a known length."""
+        """The tasks whose answers stand at one known depth of a text of a known length."""
         nowhere = {record["task"] for record in self.records if record["depth"] is None or record["length"] is None}
         return [task for task in dict.fromkeys(cell.task for cell in self.cells) if task not in nowhere]
 
     def at(self, arm: Arm, cells: Iterable[Cell] | None = None) -> list[Record]:
-        """The records of a method at a budget, in some cells or in all."""
+        """Return the records of a method at a budget, in some cells or in all."""
         return [
             record
             for cell in (self.cells if cells is None else cells)
@@ -108,7 +108,7 @@ class Results:
         ]
 
     def scores(self, arm: Arm, cell: Cell, figure: str = "score") -> dict[str, float]:
-        """A number per sample, the mean over its turns; samples without that figure are left out."""
+        """Return a number per sample, the mean over its turns; samples without that figure are left out."""
         turns: dict[str, list[float]] = {}
         for record in self._by_place.get((arm, cell), ()):
             if figure in record["scores"]:
@@ -116,20 +116,20 @@ class Results:
         return {sample: sum(values) / len(values) for sample, values in turns.items()}
 
     def values(self, arm: Arm, cell: Cell, figure: str = "score") -> Values:
-        """The same as an array [n]."""
+        """Return the `scores` as an array [n]."""
         return np.array(list(self.scores(arm, cell, figure).values()), dtype=np.float64)
 
     def tasks(self, arm: Arm, cells: Iterable[Cell], figure: str = "score") -> list[Values]:
-        """The same, cell by cell; cells without data are left out."""
+        """Return the `values` cell by cell; cells without data are left out."""
         return [values for cell in cells if len(values := self.values(arm, cell, figure))]
 
     def figures(self, cell: Cell) -> list[str]:
-        """The names of what a task's scorer gives, `score` first."""
+        """Return the names of the figures that a task's scorer gives, `score` first."""
         names = {name for arm in self.arms for record in self.at(arm, [cell]) for name in record["scores"]}
         return sorted(names, key=lambda name: (name != "score", name))
 
     def paired(self, arm: Arm, other: Arm, cells: Iterable[Cell]) -> tuple[list[Values], list[Values]]:
-        """Both methods' scores of the samples that both have, cell by cell; cells without such samples are left out."""
+        """Return both methods' scores of the samples that both have, cell by cell, without cells that have none."""
         pairs = []
         for cell in cells:
             ours, theirs = self.scores(arm, cell), self.scores(other, cell)
@@ -138,19 +138,19 @@ class Results:
         return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
 
     def solved_by_full_cache(self, at_least: float) -> list[Cell]:
-        """The cells where the full cache's mean score is above `at_least`."""
+        """Return the cells where the full cache's mean score is above `at_least`."""
         means = {cell: self.values(FULL_CACHE, cell) for cell in self.cells}
         return [cell for cell, values in means.items() if len(values) and values.mean() > at_least]
 
 
 def mean_of(records: Iterable[Record], name: str) -> float:
-    """The mean of a field over the records that have it, NaN if none has."""
+    """Return the mean of a field over the records that have it, NaN if none has."""
     values = [record[name] for record in records if record.get(name) is not None]
     return sum(values) / len(values) if values else math.nan
 
 
 def turn_scores(results: Results, arm: Arm) -> dict[int, float]:
-    """The mean score at each turn, from 0, over all samples of all tasks."""
+    """Return the mean score at each turn, from 0, over all samples of all tasks."""
     turns: dict[int, list[float]] = {}
     for record in results.at(arm):
         turns.setdefault(record["turn"], []).append(record["scores"]["score"])
@@ -158,10 +158,10 @@ def turn_scores(results: Results, arm: Arm) -> dict[int, float]:
 
 
 def layer_means(records: Sequence[Record], name: str) -> NDArray[np.float64]:
-    """The mean over records of a list by layer [layers, ...], empty if no record has it.
+    """Return the mean over records of a list by layer [layers, ...], empty if no record has it.
 
     Raises:
-        InputError: the lists differ in length, as of models with other layers.
+        InputError: the lists differ in length, as with models of different depth.
     """
     lists = [record[name] for record in records if record.get(name) is not None]
     if len({np.shape(values) for values in lists}) > 1:
@@ -171,7 +171,7 @@ def layer_means(records: Sequence[Record], name: str) -> NDArray[np.float64]:
 
 @cache
 def _arm(method: str, token_budget: int | None) -> Arm:
-    """One for all records of a kind."""
+    """Return one arm for all records of a kind."""
     return Arm(method, token_budget)
 
 

@@ -1,4 +1,4 @@
-"""The folders that runs fill, read for a report."""
+"""Reads the folders that runs have filled, for a report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from typing import Any
 from rocketkv.errors import InputError
 from rocketkv.eval.run.records import Record, find_records, parse, read_records
 
-SAME_MODEL = ("model", "dtype", "weight_dtype")  # what must not differ between runs that stand in one table
+SAME_MODEL = ("model", "dtype", "weight_dtype")  # the facts that must be equal in all runs of one table
 
 
 @dataclass(frozen=True)
 class Run:
-    """Holds what one folder holds.
+    """The content of one folder.
 
     Attributes:
         name: the folder's name.
-        facts: what was run and on what, `run.json`, nested names joined by dots.
-        records: one per sample, method, budget and turn.
-        faults: rows that could not be evaluated, with `source` and `reason`.
+        facts: the facts in `run.json` about the run and the machine, with nested names joined by dots.
+        records: the answers, one record per sample, method, budget and turn.
+        faults: the rows that could not be evaluated, with `source` and `reason`.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _read_run(folder: Path) -> Run:
 
 
 def _read_objects(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The object of a .json file; or those of a .jsonl file, without a torn last line, each with some `texts`."""
+    """Return the object of a .json file, or the whole lines' objects of a .jsonl file, each with some `texts`."""
     found = []
     try:
         content = path.read_bytes()
@@ -82,7 +82,7 @@ def _read_objects(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Every fact as a text."""
+    """Return every fact as a text."""
     flat: dict[str, str] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):

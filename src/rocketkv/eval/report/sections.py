@@ -1,4 +1,4 @@
-"""Writes the report, part by part, in Markdown."""
+"""Writes the parts of the report in Markdown."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from rocketkv.eval.report.statistics import RESAMPLES
 from rocketkv.eval.run.fidelity import SUITE as FIDELITY
 
 LAYER_FIGURES = {"recall": "recall of attention mass", "output_error": "relative output error"}
-SOLVED = 0.5  # a loss shows on tasks that the full cache does better than this
+SOLVED = 0.5  # a loss can only show on tasks where the full cache scores above this
 
 READING = f"""
 - A score is the mean over tasks and lengths of the mean over samples, times 100. A sample of several turns has the mean
@@ -43,7 +43,7 @@ class Pictures:
         self.paths: list[Path] = []
 
     def add(self, name: str, figure: Figure, caption: str) -> str:
-        """Save a picture and give the Markdown that shows it."""
+        """Save a picture and return the Markdown that shows it."""
         path = self._folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.svg"
         plots.save_svg(figure, path)
         self.paths.append(path)
@@ -51,7 +51,7 @@ class Pictures:
 
 
 def sections(runs: Sequence[Run], pictures: Pictures) -> Iterator[str]:
-    """The report's parts in Markdown, in order."""
+    """Return the report's parts in Markdown, in order."""
     everything = Results([record for run in runs for record in run.records])
     scored = everything.of([cell for cell in everything.cells if cell.suite != FIDELITY])
     yield "# Evaluation"
@@ -77,7 +77,7 @@ def sections(runs: Sequence[Run], pictures: Pictures) -> Iterator[str]:
 
 
 def _what_was_run(runs: Sequence[Run]) -> Iterator[str]:
-    """List what all runs have in common, and then where they differ."""
+    """List the facts that all runs share, and then those in which they differ."""
     yield "## What was run"
     names = list(dict.fromkeys(name for run in runs for name in run.facts))
     shared = [name for name in names if len({run.facts.get(name) for run in runs}) == 1]
@@ -88,7 +88,7 @@ def _what_was_run(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _averages(results: Results) -> Iterator[str]:
-    """What is kept of the full cache's average and which methods differ there, tasks of several turns apart."""
+    """Report what methods keep of the full cache's average, and which differ, with multi-turn tasks apart."""
     yield f"## Average over the tasks where the full cache scores above {100 * SOLVED:.0f}"
     if FULL_CACHE not in results.arms:
         yield "No data: the full cache was not run."

@@ -1,8 +1,8 @@
-"""Says how sure a figure is: Wilson's interval for shares, and a bootstrap over samples for all else.
+"""Intervals of figures: Wilson's interval for shares, and a bootstrap over samples for all other figures.
 
 Every figure is a mean over tasks of a task's mean over its samples, so that a task with many samples counts no more
-than another. A resample draws each task's samples anew, with replacement, and keeps the tasks: what is uncertain is
-which samples were asked, not which tasks. The same draws serve every method, so comparisons are paired by sample.
+than another. A resample draws each task's samples anew, with replacement, and keeps the tasks: it is uncertain
+which samples were asked, not which tasks. All methods share the same draws, so comparisons are paired by sample.
 """
 
 import math
@@ -23,12 +23,12 @@ Values = NDArray[np.float64]  # [n], one number per sample of a task
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and where it may as well lie; the ends are NaN where there is too little to tell.
+    """A figure and its 95% interval, whose ends are NaN if there are too few samples.
 
     Attributes:
-        value: the figure itself.
-        low: lower end of the interval of 95 %.
-        high: upper end.
+        value: the figure.
+        low: the lower end of the 95% interval.
+        high: the upper end of the 95% interval.
     """
 
     value: float
@@ -37,23 +37,23 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """Say whether there is an interval."""
+        """True if there is an interval."""
         return not math.isnan(self.low)
 
     @property
     def leaves_out_zero(self) -> bool:
-        """Say whether the interval lies on one side of 0, by more than rounding."""
+        """True if the interval lies on one side of 0, by more than rounding."""
         return self.low > ROUNDING or self.high < -ROUNDING
 
 
 def wilson(successes: float, trials: int) -> Interval:
-    """A share and its score interval (Wilson 1927): it never leaves [0, 1] and is no point at 0 or 1.
+    """Return a share and its score interval (Wilson 1927), which stays in [0, 1] and has a width at 0 and 1, too.
 
     Centre `(p + z^2/2n) / (1 + z^2/n)`, half width `z / (1 + z^2/n) * sqrt(p(1-p)/n + z^2/4n^2)`.
 
     Args:
-        successes: from 0 to `trials`.
-        trials: >= 1.
+        successes: the number of successes, 0 to `trials`.
+        trials: the number of trials, >= 1.
 
     Returns:
         The share `p = successes / trials` with its interval.
@@ -70,7 +70,7 @@ def wilson(successes: float, trials: int) -> Interval:
 
 
 def score_interval(tasks: Sequence[Values]) -> Interval:
-    """The mean score over tasks: Wilson's interval where all tasks hold as many scores, all 0 or 1, else a bootstrap.
+    """Return the mean score over tasks, by Wilson's interval if all tasks have equally many scores of 0 or 1.
 
     Args:
         tasks: the samples' scores [n], task by task, one task and one sample at least.
@@ -89,10 +89,10 @@ def score_interval(tasks: Sequence[Values]) -> Interval:
 
 
 def mean_interval(tasks: Sequence[Values]) -> Interval:
-    """The mean over tasks of any number, such as a difference of two scores of a sample; bootstrap.
+    """Return the mean over tasks of any number, such as a difference of two scores of a sample, by bootstrap.
 
     Args:
-        tasks: numbers [n], task by task.
+        tasks: the numbers [n], task by task.
 
     Returns:
         The mean of the tasks' means. A bootstrap knows only what was seen: where all numbers are equal the interval
@@ -105,11 +105,11 @@ def mean_interval(tasks: Sequence[Values]) -> Interval:
 
 
 def ratio_interval(tasks: Sequence[Values], reference: Sequence[Values]) -> Interval:
-    """One mean over tasks relative to another, paired by sample; bootstrap.
+    """Return the ratio of two means over tasks, paired by sample, by bootstrap.
 
     Args:
-        tasks: scores [n], task by task.
-        reference: scores of the same samples in the same order; their mean is not 0.
+        tasks: the scores [n], task by task.
+        reference: the scores of the same samples in the same order; their mean is not 0.
 
     Returns:
         Mean of `tasks` over mean of `reference`.
@@ -118,7 +118,7 @@ def ratio_interval(tasks: Sequence[Values], reference: Sequence[Values]) -> Inte
         ZeroDivisionError: there is no task, or the reference's mean is 0.
     """
     denominators = _mean_draws(reference)
-    possible = denominators > 0  # of few samples, a resample may hold none that the reference answers
+    possible = denominators > 0  # a resample of few samples may have none that the reference answers
     draws = _mean_draws(tasks)[possible] / denominators[possible]
     return _interval(_mean(tasks) / _mean(reference), draws, tasks)
 
@@ -128,13 +128,13 @@ def _mean(tasks: Sequence[Values]) -> float:
 
 
 def _mean_draws(tasks: Sequence[Values]) -> Values:
-    """Resampled means [RESAMPLES]; the draws depend on nothing but the number of samples and the task's place."""
+    """Return resampled means [RESAMPLES]; the draws depend only on the number of samples and the task's place."""
     sums = sum(_counts(len(values), place) @ values / len(values) for place, values in enumerate(tasks))
     return np.asarray(sums / len(tasks), dtype=np.float64)
 
 
 def _interval(value: float, draws: Values, tasks: Sequence[Values]) -> Interval:
-    if min(len(values) for values in tasks) < 2:  # what varies between samples cannot be seen
+    if min(len(values) for values in tasks) < 2:  # one sample does not show how samples vary
         return Interval(value)
     low, high = np.quantile(draws, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return Interval(value, float(low), float(high))

@@ -1,4 +1,4 @@
-"""The report's tables, in Markdown: each function makes one from results."""
+"""The report's tables in Markdown; each function makes one table from results."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from rocketkv.eval.report.statistics import Interval, mean_interval, ratio_inter
 from rocketkv.eval.run.methods import Arm
 from rocketkv.eval.run.records import Record
 
-PER_QUERY_HEAD = "snapkv"  # whose authors let each query head keep tokens of its own
-BARS = {256: 90, 512: 95}  # the share of the full cache's average that is asked for at a budget, in %
+PER_QUERY_HEAD = "snapkv"  # the method whose authors let each query head keep its own tokens
+BARS = {256: 90, 512: 95}  # the percentage of the full cache's average to reach at a budget
 
 
 def suite_table(results: Results) -> str:
@@ -46,7 +46,7 @@ def task_table(results: Results, budget: int | None) -> str:
 
 
 def turn_table(results: Results) -> str:
-    """Score at each turn, over all samples of all tasks."""
+    """Table the score at each turn, over all samples of all tasks."""
     lines = {arm: turn_scores(results, arm) for arm in results.arms}
     turns = sorted({turn for scores in lines.values() for turn in scores})
     rows = [
@@ -58,7 +58,7 @@ def turn_table(results: Results) -> str:
 
 
 def kept_score_table(results: Results, cells: Sequence[Cell]) -> str:
-    """What each method keeps of the full cache's average over some tasks, and whether that is what is asked for."""
+    """Table what each method keeps of the full cache's average over some tasks, and whether that is enough."""
     rows = []
     for arm in results.arms:
         ours, full = results.paired(arm, FULL_CACHE, cells)
@@ -84,7 +84,7 @@ def kept_score_table(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def pair_table(results: Results, budget: int, cells: Sequence[Cell]) -> str:
-    """Row's score less column's on the samples that both have, each pair once."""
+    """Table the row's score less the column's on the samples that both have, each pair once."""
     arms = results.arms_at(budget)
     rows = []
     for place, one in enumerate(arms[1:], 1):
@@ -94,7 +94,7 @@ def pair_table(results: Results, budget: int, cells: Sequence[Cell]) -> str:
 
 
 def fidelity_table(results: Results) -> str:
-    """Teacher-forced figures by length, the mean over texts."""
+    """Table teacher-forced figures by length, as means over texts."""
     rows = []
     for length in sorted({cell.length or 0 for cell in results.cells}):
         cells = [cell for cell in results.cells if cell.length == length]
@@ -112,7 +112,7 @@ def fidelity_table(results: Results) -> str:
 
 
 def prefill_table(results: Results) -> str:
-    """Say what one prefill for all methods saved: each of the other rows would have prefilled for itself."""
+    """Table the time that one prefill for all methods saved, compared with a prefill for each row."""
     rows = []
     for suite in results.suites:
         part = results.of([cell for cell in results.cells if cell.suite == suite])
@@ -123,7 +123,7 @@ def prefill_table(results: Results) -> str:
 
 
 def difference(results: Results, one: Arm, other: Arm, cells: Sequence[Cell] | None = None) -> str:
-    """The mean difference of two scores, paired by sample, bold where it is more than noise."""
+    """Return the mean difference of two scores, paired by sample, in bold where it is more than noise."""
     ours, theirs = results.paired(one, other, results.cells if cells is None else cells)
     if not ours:
         return NO_DATA
@@ -133,7 +133,7 @@ def difference(results: Results, one: Arm, other: Arm, cells: Sequence[Cell] | N
 
 
 def _bytes(results: Results, arm: Arm, times: float = 1) -> list[str]:
-    """Bytes read per step and held, each also as a share of the full cache's."""
+    """Return the bytes read per step and those stored, each also as a share of the full cache's."""
     cells = []
     for name in ("read_bytes", "kv_bytes"):
         cells += [num_bytes(times * mean_of(results.at(arm), name))]
@@ -142,7 +142,7 @@ def _bytes(results: Results, arm: Arm, times: float = 1) -> list[str]:
 
 
 def _share_of_full(results: Results, arm: Arm, name: str) -> float:
-    """The mean of a field relative to the full cache's on the same answers, those that have it under both."""
+    """Return the mean of a field relative to the full cache's, over answers that have the field under both."""
 
     def by_answer(of: Arm) -> dict[tuple[object, ...], Record]:
         records = (record for record in results.at(of) if record.get(name) is not None)

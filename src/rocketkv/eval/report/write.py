@@ -1,4 +1,4 @@
-"""The report on one or several runs: Markdown, one HTML file that needs no other, and its pictures."""
+"""Writes the report on one or several runs: Markdown, one self-contained HTML file, and the plots."""
 
 import base64
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     """
     if find_spec("matplotlib") is None:
         raise InputError("a report needs matplotlib, which is not installed; run `pip install rocketkv[eval]`.")
-    from rocketkv.eval.report.sections import Pictures, sections  # needs matplotlib
+    from rocketkv.eval.report.sections import Pictures, sections  # this import needs matplotlib
 
     runs = read_runs(folders)
     try:
@@ -58,7 +58,7 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _render(text: str, folder: Path) -> str:
-    """The Markdown as one HTML file with the pictures in it."""
+    """Return the Markdown as one HTML file with the pictures in it."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(text)
     for token in tokens:

@@ -1,1 +1,1 @@
-"""Runs: every method answers on one shared prefill, and each answer is recorded."""
+"""Runs of methods on a suite: every method answers on one shared prefill, and each answer is recorded."""

@@ -33,11 +33,11 @@ OnStep = Callable[[float, float], None]  # forward passes done, the prefill's co
 Advance = Callable[[float], None]  # by how many
 
 SUITE = "fidelity"
-BINS = 32  # of the prefix, in each of which the kept tokens are counted
+BINS = 32  # parts of the prefix, in each of which the kept tokens are counted
 
 
 class Step(NamedTuple):
-    """Holds what one layer of the full cache did with one token."""
+    """The inputs and the output of one layer of the full cache for one token."""
 
     query: Tensor  # [1, Hq, 1, D]
     key: Tensor  # [1, Hkv, 1, D]
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Holds how a method predicts the text."""
+    """How a method predicts the text."""
 
     agreement: float
     kl: float
@@ -62,10 +62,10 @@ def run(
     journal: Journal,
     on_progress: OnProgress,
 ) -> None:
-    """Run what the journal does not hold yet, passage by passage.
+    """Run what the journal does not have yet, passage by passage.
 
     Raises:
-        InputError: a passage is another than it was in an earlier run.
+        InputError: a passage differs from the one in an earlier run.
     """
     enable(loaded.model)
     journal.begin()
@@ -79,7 +79,7 @@ def run(
 
 @torch.inference_mode()
 def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[Record]:
-    """All figures of a passage, a record per arm."""
+    """Return all figures of a passage, as a record per arm."""
     length = passage.case.length
     assert length is not None
     start = time.perf_counter()
@@ -126,14 +126,14 @@ def measure(loaded: LoadedModel, passage: Passage, arms: Sequence[Arm]) -> list[
 def predict(
     loaded: LoadedModel, token_ids: Sequence[int], length: int, arms: Sequence[Arm], on_step: OnStep
 ) -> list[Free]:
-    """How every arm predicts a text, without the figures by layer.
+    """Return how every arm predicts a text, without the figures by layer.
 
     Args:
-        loaded: its model is enabled.
+        loaded: the model, which must be enabled, and its tokenizer.
         token_ids: `length` to prefill, then those to decode, and one more to predict.
-        length: tokens to prefill, >= 2.
-        arms: which methods at which budgets.
-        on_step: called after each layer of the prefill and each decoded token, of the full cache first, then of `arms`.
+        length: the number of tokens to prefill, >= 2.
+        arms: the methods and their budgets.
+        on_step: a function that is called after each layer of the prefill and each decoded token of each arm.
 
     Returns:
         The predictions of each arm, in their order.
@@ -154,7 +154,7 @@ def predict(
 
 
 def _prefill(loaded: LoadedModel, token_ids: Sequence[int], arms: Sequence[Arm]) -> RocketKVCache:
-    """A cache with all of the prefix, from which every arm can fork."""
+    """Return a cache that has seen all of the prefix, from which every arm can fork."""
     windows = [BASE.window_size, *(arm.config().window_size for arm in arms)]
     base = RocketKVCache(loaded.model.config, BASE, keep_queries=max(windows))
     prefill(loaded.model, base, token_ids)
@@ -162,14 +162,14 @@ def _prefill(loaded: LoadedModel, token_ids: Sequence[int], arms: Sequence[Arm])
 
 
 class _Recorder(RocketKVLayer):
-    """A layer that notes what its attention is given and gives."""
+    """A layer that records the inputs and the output of its attention."""
 
     def __init__(self, layer: RocketKVLayer) -> None:
         super().__init__(layer.cache, layer.window)
         self.steps: list[Step] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, scale: float | None) -> Tensor:
-        """Attend as ever, and note the step."""
+        """Attend as the layer does, and record the step."""
         output: Tensor = super().attend(query, key, value, padding, scale)
         factor = query.shape[3] ** -0.5 if scale is None else scale
         self.steps.append(Step(query.clone(), key.clone(), value.clone(), factor, output.clone()))
@@ -179,7 +179,7 @@ class _Recorder(RocketKVLayer):
 def _follow_full(
     loaded: LoadedModel, base: RocketKVCache, token_ids: Sequence[int], advance: Advance = lambda _: None
 ) -> tuple[Tensor, list[list[Step]]]:
-    """The full cache's log-probabilities `[STEPS, V]` and what each of its compressed layers did."""
+    """Return the full cache's log-probabilities `[STEPS, V]` and the steps of each of its compressed layers."""
     cache = base.fork(BASE)
     cache.layers[:] = [_Recorder(layer) if isinstance(layer, RocketKVLayer) else layer for layer in cache.layers]
     logits = []
@@ -198,7 +198,7 @@ def _predict(
     full: Tensor,
     advance: Advance = lambda _: None,
 ) -> list[Free]:
-    """Every arm's predictions of the text against the full cache's `[STEPS, V]`."""
+    """Return every arm's predictions of the text against the full cache's `[STEPS, V]`."""
     free: list[Free] = []
     rows = max(1, BATCH_BYTES // max(1, base.stats().total.kv_bytes))
     for first in range(0, len(arms), rows):
@@ -221,7 +221,7 @@ def _predict(
 def _compare_layers(
     base: RocketKVCache, trace: Sequence[Sequence[Step]], arms: Sequence[Arm]
 ) -> list[dict[str, list[Any]]]:
-    """Lists by layer, of each arm but the full cache: which tokens stage 1 kept, and output error and recall.
+    """Return lists by layer, for each arm but the full cache: what stage 1 kept, output error and recall.
 
     `output_error`: distance of the attention's output from the full one's relative to its norm, the mean over heads and
     steps. `recall`: attention mass of the tokens attended to, relative to that of as many best ones as the budget has;
@@ -240,7 +240,7 @@ def _compare_layers(
 
 
 def _compare_layer(cache: LayerCache, steps: Sequence[Step], masses: Tensor, arm: Arm) -> dict[str, Any]:
-    """One layer's figures of an arm on the full cache's trace; `masses` as of `_attention_masses`."""
+    """Return one layer's figures of an arm on the full cache's trace; `masses` is from `_attention_masses`."""
     fork = cache.fork(arm.config())
     kept = _kept_shares(fork)
     best = masses.topk(min(arm.token_budget or 0, masses.shape[2])).values.sum(-1)  # [Hkv, STEPS]
@@ -260,7 +260,7 @@ def _compare_layer(cache: LayerCache, steps: Sequence[Step], masses: Tensor, arm
 
 
 def _attention_masses(cache: LayerCache, steps: Sequence[Step]) -> Tensor:
-    """Full attention of each step to every token, the mean over the heads of a KV head: `[Hkv, STEPS, N]` float32."""
+    """Return each step's full attention to every token, averaged over a KV head's heads, `[Hkv, STEPS, N]`."""
     past = cache.keys()
     keys = torch.cat([past, *(step.key for step in steps)], dim=2)[0].float()  # [Hkv, N, D]
     query = torch.cat([step.query for step in steps], dim=2)[0].float()  # [Hq, STEPS, D]
@@ -273,7 +273,7 @@ def _attention_masses(cache: LayerCache, steps: Sequence[Step]) -> Tensor:
 
 
 def _kept_shares(cache: LayerCache) -> list[float]:
-    """Of each of `BINS` parts of what was seen, the share of tokens that decode may choose from, over KV heads."""
+    """Return the share of kept tokens in each of `BINS` parts of the seen tokens, over all KV heads."""
     seen = cache.num_seen
     bins = torch.arange(seen, device=cache.positions.device) * BINS // seen
     positions = cache.positions[cache.positions >= 0]

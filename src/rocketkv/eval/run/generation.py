@@ -1,4 +1,4 @@
-"""One prefill serves all: every method answers from the same forward pass of the prompt, as a row of one batch."""
+"""One prefill for all methods: they answer from the same forward pass of the prompt, as rows of one batch."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -16,17 +16,17 @@ from rocketkv.hf.models import LoadedModel
 from rocketkv.hf.versions import pass_cache
 from rocketkv.stats import LayerStats
 
-BATCH_BYTES = 8 * 2**30  # of caches that decode together at most, as if each held all of the past
-PIECE = 1024  # tokens of a long prompt that run through a model with sliding windows at once
-BASE = method_config(FULL, 1, mode="multi_turn")  # prefill is dense in every method, so this one's is all of theirs
+BATCH_BYTES = 8 * 2**30  # the most bytes of caches that decode together, each counted as a full cache
+PIECE = 1024  # tokens of a piece of a long prompt, in models with sliding windows
+BASE = method_config(FULL, 1, mode="multi_turn")  # the prefill is dense in every method, so one serves all
 
 
 class Generated(NamedTuple):
-    """Holds what one method answered.
+    """The answer of one method.
 
     Attributes:
-        token_ids: generated, the token that ended the answer included.
-        held: what its cache held and its last decode step read, over all layers.
+        token_ids: the generated tokens, the one that ended the answer included.
+        held: what the cache stored and its last decode step read, over all layers.
     """
 
     token_ids: list[int]
@@ -45,8 +45,8 @@ class SharedPrefill:
     each goes on with a cache of its own beside the base, which takes in later prompts itself.
 
     Attributes:
-        prefill_s: seconds that the base took for its last prompt.
-        decode_s: seconds that the last answers took, all together.
+        prefill_s: the seconds that the base took for its last prompt.
+        decode_s: the seconds that the last answers took together.
     """
 
     def __init__(self, model: PreTrainedModel, configs: Sequence[RocketKVConfig]) -> None:
@@ -55,7 +55,7 @@ class SharedPrefill:
         self.prefill_s = self.decode_s = 0.0
         self._base = RocketKVCache(model.config, BASE, keep_queries=max(c.window_size for c in self.configs))
         self._logits: Tensor | None = None  # [1, V] at the end of the base's last prompt
-        self._own: dict[int, tuple[RocketKVCache, Tensor]] = {}  # the same of those that evict for good
+        self._own: dict[int, tuple[RocketKVCache, Tensor]] = {}  # the same logits for the methods that evict for good
 
     def take_in(self, token_ids: Sequence[int]) -> None:
         """Prefill a prompt, or what a turn adds to it.
@@ -76,7 +76,7 @@ class SharedPrefill:
             self._own = {i: (cache, self._prefill(cache, token_ids)) for i, (cache, _) in self._own.items()}
 
     def copy(self) -> "SharedPrefill":
-        """The same conversation, to go on in another way."""
+        """Return an independent copy of the conversation."""
         copied = SharedPrefill(self.model, self.configs)
         copied._base, copied._logits = self._base.copy(), self._logits
         copied._own = {i: (cache.copy(), logits) for i, (cache, logits) in self._own.items()}
@@ -108,14 +108,14 @@ class SharedPrefill:
 
 
 def prefill(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[int]) -> Tensor:
-    """Logits `[1, V]` after a prompt, which `cache` takes in.
+    """Return the logits `[1, V]` after a prompt, which `cache` takes in.
 
     Where nothing is evicted, a model with sliding-window layers takes in a long first prompt in pieces: transformers
     pays the square of a piece's length for the attention of such a layer, most of which the window hides.
     """
     first = 0
     if len(cache.compressed_layers) < len(cache) and cache.config == BASE and cache.get_seq_length() == 0:
-        while len(token_ids) - first > 2 * PIECE:  # the last piece has all the queries that stage 1 looks at
+        while len(token_ids) - first > 2 * PIECE:  # the last piece has all the queries that stage 1 uses
             forward(model, cache, [token_ids[first : first + PIECE]])
             first += PIECE
     logits = forward(model, cache, [token_ids[first:]])
@@ -125,7 +125,7 @@ def prefill(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[in
 
 
 def forward(model: PreTrainedModel, cache: RocketKVCache, token_ids: Sequence[Sequence[int]] | Tensor) -> Tensor:
-    """Logits `[rows, V]` after the new tokens `[rows, T]`, which `cache` takes in."""
+    """Return the logits `[rows, V]` after the new tokens `[rows, T]`, which `cache` takes in."""
     input_ids = torch.as_tensor(token_ids, device=model.device)
     logits: Tensor = model(input_ids=input_ids, **pass_cache(cache), logits_to_keep=1).logits
     return logits[:, -1]
@@ -137,14 +137,14 @@ def decode_greedily(
     """Go on greedily in every row of a stack; a row that has ended leaves the batch.
 
     Args:
-        model: enabled.
-        cache: a stack; it loses rows as they end.
-        logits: `[rows, V]` of the first new token.
-        max_new_tokens: tokens of an answer at most, >= 1.
-        stop_ids: tokens that end an answer.
+        model: the model, which must be enabled.
+        cache: a stack, which loses each row when the row's answer ends.
+        logits: the logits of the first new token, `[rows, V]`.
+        max_new_tokens: the most tokens of an answer, >= 1.
+        stop_ids: the tokens that end an answer.
 
     Returns:
-        What each row answered.
+        The answer of each row.
     """
     token_ids: list[list[int]] = [[] for _ in range(logits.shape[0])]
     held = [LayerStats()] * len(token_ids)
@@ -169,7 +169,7 @@ def decode_greedily(
 
 
 def stop_ids(loaded: LoadedModel) -> set[int]:
-    """The tokens that end an answer, by the model's generation settings and its tokenizer."""
+    """Return the tokens that end an answer, by the model's generation settings and its tokenizer."""
     given = loaded.model.generation_config.eos_token_id
     ids = {*(given if isinstance(given, list) else [given]), loaded.tokenizer.eos_token_id}
     return {i for i in ids if i is not None}

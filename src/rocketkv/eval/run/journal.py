@@ -1,8 +1,8 @@
-"""The folder that a run fills: what was run, every answer, every fault. A run that was killed goes on where it stopped.
+"""The folder that a run fills with its settings, every answer and every fault. A killed run goes on where it stopped.
 
 run.json: the settings of the run, the machine, versions and commands. records.jsonl: one object per sample, method,
-budget and turn. faults.jsonl: what could not be evaluated, of the last run. Shard i of n has `-i-of-n` in the names of
-the latter two.
+budget and turn. faults.jsonl: the samples that the last run could not evaluate. Shard i of n has `-i-of-n` in the names
+of the latter two.
 """
 
 import fcntl
@@ -23,30 +23,30 @@ from rocketkv.eval.run.records import Case, Record, case_of, find_records, parse
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index`, from 1, of `count`; every `count`-th sample."""
+    """A part of a run: every `count`-th sample, from the `index`-th on, counted from 1."""
 
     index: int = 1
     count: int = 1
 
     @property
     def suffix(self) -> str:
-        """Give the suffix of the names of this shard's files."""
+        """The suffix of the names of this shard's files."""
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
 
 class Journal:
-    """The files of a run, open for more; `with` it, so that no other run writes to them meanwhile.
+    """The files of a run, open for more answers; a `with` block keeps other runs from writing to them.
 
     Args:
         folder: the folder of these files, made if it does not exist.
-        settings: values that all runs into this folder must agree on, by name of the option.
+        settings: the values, by name of the option, on which all runs into this folder must agree.
         shard: the part of all samples that is run.
         facts: further facts to note in run.json when that file is new.
         command: the command that started this run.
 
     Attributes:
         records: all answers so far, those of other shards included.
-        faults: number of faults in this run.
+        faults: the number of faults in this run.
     """
 
     def __init__(
@@ -119,19 +119,19 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files, which lets other runs at them."""
-        with suppress(OSError):  # of what a full disk did not take; `_write` has said so
+        """Close the files, so that other runs can write to them."""
+        with suppress(OSError):  # closing may fail again on a full disk; `_write` has reported that
             self._file.close()
 
     def of(self, case: Case) -> list[Record]:
-        """The answers to a sample so far."""
+        """Return the answers to a sample so far."""
         return self._by_case.get(case, [])
 
     def missing(self, case: Case, arms: Sequence[Arm], prompt: str) -> list[Arm]:
         """List which of `arms` have not answered a sample, whose prompt has the digest `prompt`.
 
         Raises:
-            InputError: it was another prompt when others answered it.
+            InputError: the prompt differs from the one that other arms answered.
         """
         if any(record["prompt"] != prompt for record in self.of(case)):
             raise InputError(
@@ -153,13 +153,13 @@ class Journal:
             self._by_case.setdefault(case_of(record), []).append(record)
 
     def note_fault(self, fault: Fault) -> None:
-        """Add what could not be evaluated. Errors as of `append`."""
+        """Add a sample that could not be evaluated; errors are those of `append`."""
         self.faults += 1
         with self._writing(), self._faults_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(fault), ensure_ascii=False) + "\n")
 
     def _write(self, records: Iterable[Record]) -> None:
-        """One write and one wait for the disk."""
+        """Write once and wait once for the disk."""
         with self._writing():
             self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
             self._file.flush()
@@ -177,7 +177,7 @@ class Journal:
             ) from None
 
     def _read_settings(self) -> dict[str, Any]:
-        """Make what run.json is to hold; earlier runs into this folder must have had the same settings."""
+        """Return the content of run.json; earlier runs into this folder must have had the same settings."""
         path = self._folder / "run.json"
         if not path.exists():
             return {**self._settings, **self._facts, "commands": []}

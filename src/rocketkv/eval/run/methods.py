@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: a method at a token budget, None for the full cache.
+    """A method at a token budget, which is None for the full cache.
 
     Raises:
         ConfigError: the budget does not fit the method.
@@ -38,7 +38,7 @@ class Arm:
     token_budget: int | None
 
     def __post_init__(self) -> None:
-        """Refuse early what could not be run."""
+        """Refuse a method or a budget that could not be run."""
         self.config()
 
     def config(self) -> RocketKVConfig:
@@ -47,7 +47,7 @@ class Arm:
 
 
 def method_config(method: str, token_budget: int, **options: Any) -> RocketKVConfig:
-    """The configuration of a method that keeps to its budget, however short the text.
+    """Return the configuration of a method that keeps to its budget, however short the text.
 
     Args:
         method: a name of `METHODS`, with options after it or not.
@@ -66,7 +66,7 @@ def method_config(method: str, token_budget: int, **options: Any) -> RocketKVCon
 
 
 def _parse_option(method: str, text: str) -> tuple[str, int | str]:
-    """An option as `name=value`, numbers as numbers."""
+    """Return the name and value of an option `name=value`, with numbers as numbers."""
     name, equals, value = text.partition("=")
     if not (name and equals and value) or name == "token_budget":
         raise InputError(f"method {method!r} has {text!r} where an option stands; write, say, rocketkv:window_size=16.")
@@ -74,7 +74,7 @@ def _parse_option(method: str, text: str) -> tuple[str, int | str]:
 
 
 def sort_methods(methods: Iterable[str]) -> list[str]:
-    """Each method once, in the order of `METHODS`, those with options after the one that they vary.
+    """Return each method once, in the order of `METHODS`; variants by options follow the method that they vary.
 
     Raises:
         InputError: there is no such method.
@@ -91,6 +91,6 @@ def sort_methods(methods: Iterable[str]) -> list[str]:
 
 
 def make_arms(methods: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
-    """Every method at every budget; the full cache first and once. Errors as of `Arm`."""
+    """Return every method at every budget, the full cache first and once; errors are those of `Arm`."""
     full = [Arm(FULL, None)] if FULL in methods else []
     return full + [Arm(name, budget) for budget in budgets for name in dict.fromkeys(methods) if name != FULL]

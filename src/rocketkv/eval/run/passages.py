@@ -12,8 +12,8 @@ from rocketkv.eval.run.records import Case
 from rocketkv.eval.suites.base import Request
 from rocketkv.hf.text import PlainText
 
-STEPS = 256  # tokens decoded
-LENGTHS = (2048, 4096)  # of prefixes, where no other lengths are asked for
+STEPS = 256  # tokens decoded after each prefix
+LENGTHS = (2048, 4096)  # lengths of prefixes in tokens, if the user gives none
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Passage:
 
 
 def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
-    """Passages of every text at every length, from places drawn by the seed.
+    """Return passages of every text at every length, from places drawn by the seed.
 
     `request.data` is a text, .txt or .txt.gz, or a folder of them; without it `request.haystack` is the text.
 
@@ -58,7 +58,7 @@ def find_passages(request: Request, context_length: int) -> Iterator[Passage]:
 
 
 def _texts(request: Request) -> dict[str, str]:
-    """The texts by name."""
+    """Return the texts by name."""
     if request.data is None:
         return {"haystack": request.haystack}
     paths = [request.data]

@@ -23,17 +23,17 @@ class Case(NamedTuple):
 
 
 def digest(prompt: object) -> str:
-    """A few letters that tell one prompt, in token ids, from another."""
+    """Return a few letters that tell one prompt, in token ids, from another."""
     return sha256(json.dumps(prompt).encode()).hexdigest()[:12]
 
 
 def find_records(folder: Path) -> list[Path]:
-    """The record files of a run, packed by gzip or not."""
+    """Return the record files of a run, packed by gzip or not."""
     return sorted([*folder.glob("records*.jsonl"), *folder.glob("records*.jsonl.gz")])
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files, packed by gzip or not, without answers of which a turn is missing.
+    """Return the records of several files, packed by gzip or not, without answers of which a turn is missing.
 
     Raises:
         InputError: a line is no record.
@@ -42,7 +42,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The whole lines of a record file.
+    """Return the whole lines of a record file.
 
     Raises:
         InputError: one is no record.
@@ -70,10 +70,10 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def parse(content: str | bytes) -> Any:
-    """The value of some JSON whose text can be written again.
+    """Return the value of a JSON text, if the value can be written as JSON again.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply, or has half a character.
+        ValueError: the text is no JSON, is nested too deeply, or has half a character.
     """
     try:
         value = json.loads(content)
@@ -99,7 +99,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_figure(value: object, depth: int) -> bool:
-    """A number, which may be NaN or infinite; with a depth a list, of lists of equal lengths if that is 2."""
+    """Say whether a value is a number, NaN and infinity included, or, by `depth`, a list or an even table of such."""
     if depth == 0:
         return _is_number(value) or (isinstance(value, float) and not abs(value) < math.inf)
     if not isinstance(value, list) or not all(_is_figure(each, depth - 1) for each in value):
@@ -129,7 +129,7 @@ _FIGURES = {"agreement": 0, "kl": 0, "perplexity": 0, "output_error": 1, "recall
 
 
 def without_torn(records: Sequence[Record]) -> list[Record]:
-    """Without answers of which a turn is missing, as a full disk leaves them."""
+    """Return the records without answers of which a turn is missing, as a full disk leaves them."""
     turns: dict[tuple[object, ...], set[int]] = {}
     for record in records:
         turns.setdefault(_answer(record), set()).add(record["turn"])

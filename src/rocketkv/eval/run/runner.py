@@ -16,7 +16,7 @@ from rocketkv.eval.suites.base import Request, Suite
 from rocketkv.hf.models import LoadedModel
 from rocketkv.hf.switch import enable
 
-BASE_SUITES = (  # what a model without a chat template can be asked
+BASE_SUITES = (  # suites that work with a model without a chat template
     "niah (tasks code, passkey), ruler, scbench, longbench (trec, triviaqa, samsum, lsht, lcc, repobench-p), fidelity, "
     "and rows with chat=false"
 )
@@ -30,8 +30,8 @@ class Plan:
     Attributes:
         suite: the suite that gives samples and judges answers.
         request: the samples that are asked for.
-        arms: which methods at which budgets, the full cache first if it is among them.
-        max_length: tokens of a sample's text at most; None: as many as the model was made for.
+        arms: the methods and their budgets, the full cache first if it is among them.
+        max_length: the most tokens of a sample's text; None allows as many as the model was made for.
         shard: the part of the samples to run.
     """
 
@@ -43,7 +43,7 @@ class Plan:
 
 
 def run(loaded: LoadedModel, plan: Plan, journal: Journal, on_progress: OnProgress) -> None:
-    """Run what the journal does not hold yet, sample by sample.
+    """Run what the journal does not have yet, sample by sample.
 
     A sample that cannot be evaluated is a fault; the others are evaluated without it.
 
@@ -91,9 +91,9 @@ def run(loaded: LoadedModel, plan: Plan, journal: Journal, on_progress: OnProgre
 def _evaluate(
     loaded: LoadedModel, suite: Suite, sample: Sample, dialogue: Dialogue, arms: Sequence[Arm], journal: Journal
 ) -> list[Record]:
-    """Every turn of a sample under every one of `arms`."""
+    """Evaluate every turn of a sample under every one of `arms`."""
     for turn in range(len(sample.turns)):
-        suite.score(sample, turn, "")  # what cannot be judged need not be run
+        suite.score(sample, turn, "")  # samples that cannot be scored need not be run
     full = {record["turn"]: record["prediction"] for record in journal.of(_case(sample)) if record["method"] == FULL}
     records: list[Record] = []
     for turn, (answers, prefill_s, decode_s) in enumerate(_answer(loaded, sample, dialogue, arms)):
@@ -118,7 +118,7 @@ def _evaluate(
                     "prompt": _digest(dialogue),
                     "prompt_tokens": dialogue.prompt_tokens(turn),
                     "new_tokens": len(answer.token_ids),
-                    "read_bytes": answer.held.read_bytes if len(answer.token_ids) > 1 else None,  # none was decoded
+                    "read_bytes": answer.held.read_bytes if len(answer.token_ids) > 1 else None,  # no token was decoded
                     "kv_bytes": answer.held.kv_bytes,
                     "group_size": loaded.group_size,
                     "prefill_s": round(prefill_s, 4),
@@ -145,7 +145,7 @@ def _answer(
         asked.take_in(piece)
         generated = asked.answer(turn.max_new_tokens, stop_ids(loaded))
         answers.append((generated, head_s + asked.prefill_s, asked.decode_s))
-        head_s = 0.0  # once, for all questions
+        head_s = 0.0  # the context is prefilled once, for all questions
     return answers
 
 

@@ -8,7 +8,7 @@ from rocketkv.errors import InputError
 if TYPE_CHECKING:
     from rocketkv.eval.suites.base import Suite
 
-SUITES: dict[str, str] = {  # by name, the module that has it as `SUITE`; imported when it is asked for
+SUITES: dict[str, str] = {  # the module of each suite, imported on first use, by name
     "niah": "rocketkv.eval.suites.niah",
     "ruler": "rocketkv.eval.suites.ruler",
     "longbench": "rocketkv.eval.suites.longbench",
@@ -19,7 +19,7 @@ SUITES: dict[str, str] = {  # by name, the module that has it as `SUITE`; import
 
 
 def find_suite(name: str) -> "Suite":
-    """The suite of this name.
+    """Return the suite of this name.
 
     Raises:
         InputError: there is none.

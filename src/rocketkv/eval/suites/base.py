@@ -18,13 +18,13 @@ class Request:
 
     Attributes:
         tokenizer: the model's tokenizer, which counts lengths in tokens.
-        tasks: names of the suite's tasks; an empty list asks for all.
-        lengths: of the context, in tokens; empty: the suite's own. Suites whose data has its own lengths ignore them.
-        num_samples: per task and length (and depth); None: as many as the suite publishes, or the data has.
+        tasks: the names of the suite's tasks to run; an empty list stands for all.
+        lengths: the lengths of the context in tokens; empty takes the suite's. Suites whose data sets them ignore this.
+        num_samples: the samples per task, length and depth; None takes as many as the suite publishes or the data has.
         seed: the seed of everything drawn at random.
         data: a file or a folder; None: what the suite can generate by itself.
-        haystack: prose to hide things in.
-        parity: exactly as published, not as we would have it.
+        haystack: the prose in which needles are hidden.
+        parity: True makes samples exactly as published, False in our improved form.
         mode: of the suites whose samples have several turns: `multi_turn`, each turn follows the one before, or
             `multi_request`, each turn follows the context.
     """
@@ -64,7 +64,7 @@ class Suite(Protocol):
 
         Args:
             sample: a sample that `samples` made.
-            turn: index into `sample.turns`.
+            turn: the index into `sample.turns`.
             prediction: the generated text without special tokens and without the answer prefix.
 
         Returns:

@@ -24,11 +24,11 @@ class Task:
     """Describes how a set is asked and scored.
 
     Attributes:
-        metric: of a prediction and an answer, and of the class names for classification; the best answer counts.
-        max_new_tokens: tokens to generate at most.
+        metric: a function of prediction, answer and class names; the best answer counts.
+        max_new_tokens: the largest number of tokens to generate.
         chat: whether the prompt goes through the chat template; few-shot prompts and code do not.
         first_line: whether only the prediction's first line counts.
-        packages: names of the packages that the metric needs.
+        packages: the names of the packages that the metric needs.
     """
 
     metric: Callable[..., float]
@@ -74,7 +74,7 @@ class LongBench:
     tasks = tuple(TASKS)
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """The rows of the asked tasks, in the data's order; without tasks, of the English ones that the data has.
+        """Return the rows of the asked tasks, in the data's order; without tasks, of the English ones in the data.
 
         Raises:
             InputError: an unknown task, no data, data without one of the tasks, or a package is missing.
@@ -97,7 +97,7 @@ class LongBench:
         return self._read({name: files[name] for name in names}, request.num_samples)
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
-        """The task's metric against the best answer."""
+        """Score an answer by the task's metric against the best gold answer."""
         task = TASKS[sample.task]
         text = official.first_line(prediction) if task.first_line else prediction
         more = [sample.all_classes] if task.metric is official.classification else []
@@ -109,7 +109,7 @@ class LongBench:
 
 
 def _sample(name: str, row: Mapping[str, Any], number: int) -> Sample:
-    """A row of the official format; the question starts where the prompt first depends on it."""
+    """Return the sample of a row in the official format; its question starts where the prompt first depends on it."""
     task = TASKS[name]
     answers = take_texts(row, "answers")
     classified = task.metric is official.classification

@@ -40,7 +40,7 @@ QUESTION = "What is the special magic number for {name} mentioned in the provide
 PREFIX = "The special magic number for {name} mentioned in the provided text is"
 TURNS = 4
 
-CODES = (  # sentences in several wordings; the prompt ends with what stands before the code
+CODES = (  # sentences in several wordings; the prompt ends right before the code
     "In the ledger of the {name} house the missing letter has the number {code}.",
     "She had been told that the key of the {name} cabinet was marked {code}, and she never forgot it.",
     "The traveller who took the {name} coach was given the ticket {code} and a seat by the window.",
@@ -56,7 +56,7 @@ class Niah:
     tasks = ("passkey", "passkey_tokens", "passkey_turns", "code")
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """At each length, every depth `num_samples` (3) times.
+        """Return `num_samples` (3) samples for every depth at each length.
 
         Without tasks `passkey_tokens`, for parity `passkey`, else for a model without a chat template `code`.
 
@@ -87,7 +87,7 @@ class Niah:
 def _passkey(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """The published form; the prose is always the text's first words."""
+    """Return a sample in the published form, whose prose is always the text's first words."""
     key = "".join(generator.choices(string.digits, k=7))
     content = plant(take_words(words, 0, length), PASSKEY.format(key=key), depth)
     turn = Turn(PASSKEY_QUESTION, (key,), max_new_tokens=128)
@@ -97,7 +97,7 @@ def _passkey(
 def _passkey_tokens(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """Our form; the prose starts anywhere in the text, and prompt and answer fill `length` tokens."""
+    """Return a sample in our form: prose from anywhere in the text; prompt and answer fill `length` tokens."""
     name, number = generator.choice(NAMES), _number(generator)
     start = generator.randrange(len(words))
     turn = _ask(name, number)
@@ -113,7 +113,7 @@ def _passkey_tokens(
 def _passkey_turns(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """Four numbers, one in each quarter of the prose and there at `depth`, asked for in random order."""
+    """Return a sample with a number in each quarter of the prose, at its `depth`, asked for in random order."""
     names = generator.sample(NAMES, TURNS)
     numbers = [_number(generator) for _ in names]
     start = generator.randrange(len(words))
@@ -122,7 +122,7 @@ def _passkey_turns(
 
     def make(size: int) -> Sample:
         content = take_words(words, start, size)
-        for quarter in reversed(range(TURNS)):  # the last first, so that places stay what they are
+        for quarter in reversed(range(TURNS)):  # the last needle goes in first, so that the other places stay right
             needle = NEEDLE.format(name=names[quarter], number=numbers[quarter])
             content.insert(int(size * (quarter + depth) / TURNS), f"{needle} ")
         context = f"{OPENING}{''.join(content).strip()}\n\n"
@@ -134,7 +134,7 @@ def _passkey_turns(
 def _code(
     id: str, request: Request, words: Sequence[str], generator: random.Random, length: int, depth: float
 ) -> Sample:
-    """A sentence to complete, in one of several wordings; the prose starts anywhere in the text."""
+    """Return a sentence to complete, in one of several wordings; the prose starts anywhere in the text."""
     sentence = generator.choice(CODES).replace("{name}", generator.choice(NAMES))
     code = str(generator.randrange(10_000, 100_000))
     start = generator.randrange(len(words))
@@ -155,7 +155,7 @@ def _ask(name: str, number: str) -> Turn:
     return Turn(QUESTION.format(name=name), (number,), max_new_tokens=24, answer_prefix=PREFIX.format(name=name))
 
 
-MAKERS = {  # and the lengths where none are asked for
+MAKERS = {  # and its lengths if the user gives none
     "passkey": (_passkey, WORD_LENGTHS),
     "passkey_tokens": (_passkey_tokens, TOKEN_LENGTHS),
     "passkey_turns": (_passkey_turns, TOKEN_LENGTHS),

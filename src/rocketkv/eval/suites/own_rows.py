@@ -15,10 +15,10 @@ class Rows:
     """The suite; see `Suite`."""
 
     name = "rows"
-    tasks: Sequence[str] = ()  # those of the rows
+    tasks: Sequence[str] = ()  # the tasks are those that the rows name
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """The rows of the data, of the asked tasks or of all, the first `num_samples` of each task and length.
+        """Return the first `num_samples` rows of each asked task (or all tasks) and length in the data.
 
         Raises:
             InputError: there is no data, it cannot be read or, while iterating, has none of an asked task.

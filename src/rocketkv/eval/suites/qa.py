@@ -37,9 +37,9 @@ class RowTask(NamedTuple):
 
     Attributes:
         keys: the keys that an object must have to be a row of this task.
-        parse: makes a row of an object; raises `BrokenRowError`.
-        grow: makes a case of all rows, the number of one, and what is random about it.
-        lengths: where none are asked for; None: the row as it is.
+        parse: a function that makes a row of an object, or raises `BrokenRowError`.
+        grow: a function that makes a case from all rows, a row's number and a random generator.
+        lengths: the lengths if the user gives none; None takes the row as it is.
     """
 
     keys: Sequence[str]
@@ -54,11 +54,11 @@ ROW_TASKS = {
     "kv": RowTask(_PAIRS, tasks.parse_pairs, partial(tasks.grow_pairs, turns=1)),
     "kv_turns": RowTask(_PAIRS, tasks.parse_pairs, partial(tasks.grow_pairs, turns=TURNS)),
 }
-SQUAD_TASKS = {"squad": 1, "squad_turns": TURNS}  # and how many questions are asked
+SQUAD_TASKS = {"squad": 1, "squad_turns": TURNS}  # and the number of questions asked
 
 
 class Source(NamedTuple):
-    """The rows of a task, those of its rows that are broken, and what cases are made of them."""
+    """The rows of a task, its broken rows, and the function that makes cases of the rows."""
 
     rows: Sequence[Any]
     faults: Sequence[Fault]
@@ -73,7 +73,7 @@ class Qa:
     tasks = ("nq", "lines", "kv", "squad", "squad_turns", "kv_turns")
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """The first `num_samples` (all) rows of each task at each length; without tasks, of those that the data has.
+        """Return the first `num_samples` (all) rows of each task, or of all tasks with data, at each length.
 
         Raises:
             InputError: an unknown task, no data, data without one of the tasks or, while iterating, a length with no
@@ -91,7 +91,7 @@ class Qa:
         return self._make(request, {name: sources[name] for name in names})
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
-        """Whether an answer is in the prediction, both normalized; of lines, whether their number is."""
+        """Say whether an answer is in the prediction, both normalized; for lines, whether their number is."""
         answers = sample.turns[turn].answers
         if sample.task == "lines":
             return {"score": float(answers[0] in re.findall(r"\d+", prediction))}
@@ -108,7 +108,7 @@ class Qa:
 
 
 def _sample(name: str, number: int, case: tasks.Growing, length: int | None, request: Request) -> Sample:
-    """The case as it is, or as much of it as fits in the length."""
+    """Return the case as it is, or as much of the case as fits in the length."""
 
     def make(size: int) -> Sample:
         draft = case.make(size)
@@ -121,7 +121,7 @@ def _sample(name: str, number: int, case: tasks.Growing, length: int | None, req
 
 
 def _read(data: Path, names: Sequence[str], seed: int) -> dict[str, Source]:
-    """What a file, or the files of a folder, have for some tasks; those without anything are missing.
+    """Return what a file, or the files of a folder, have for some tasks; tasks without anything are missing.
 
     Raises:
         InputError: `data` does not exist or a file cannot be read.
@@ -148,7 +148,7 @@ def _has(file: Sequence[Item], keys: Sequence[str]) -> bool:
 
 
 def _parse(items: Sequence[Item], parse: Callable[[Mapping[str, Any]], Any]) -> tuple[list[Any], list[Fault]]:
-    """The rows, and those that are broken."""
+    """Return the rows, and those that are broken."""
     rows, faults = [], []
     for item in items:
         try:

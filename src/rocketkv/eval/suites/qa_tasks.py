@@ -1,4 +1,4 @@
-"""What the suite `qa` asks: a case grows, by passages, lines, pairs or paragraphs, until it fills the length.
+"""The tasks of the suite `qa`, whose cases grow by passages, lines, pairs or paragraphs until they fill the length.
 
 Prompts of Natural Questions and of key retrieval begin as those of "Lost in the Middle" (Liu et al.); those of line
 retrieval stand in its rows. Every answer's first words are given.
@@ -36,7 +36,7 @@ class Growing(NamedTuple):
     largest: int
 
 
-Grow = Callable[[Sequence[Any], int, random.Random], Growing]  # from rows, a row's number, and what is random about it
+Grow = Callable[[Sequence[Any], int, random.Random], Growing]  # makes a case from rows, a row's number and a generator
 
 
 class Passage(NamedTuple):
@@ -49,10 +49,10 @@ class Passage(NamedTuple):
 
 
 def parse_passage(row: Mapping[str, Any]) -> Passage:
-    """A row of Natural Questions with its gold passage.
+    """Return a row of Natural Questions with its gold passage.
 
     Raises:
-        BrokenRowError: it is none.
+        BrokenRowError: the object is no such row.
     """
     answers = tuple(answer for answer in take_texts(row, "answers") if normalize_english(answer))
     golds = [passage for passage in take(row, "ctxs", list) if isinstance(passage, dict) and passage.get("isgold")]
@@ -63,7 +63,7 @@ def parse_passage(row: Mapping[str, Any]) -> Passage:
 
 
 def grow_passages(passages: Sequence[Passage], number: int, generator: random.Random) -> Growing:
-    """A question over its passage, at a random place, among those of other questions that have none of its answers."""
+    """Make a question over its passage at a random place among other passages, which have none of its answers."""
     asked = passages[number]
     answers = [normalize_english(answer) for answer in asked.answers]
     others = [other for other in passages if not any(answer in other.normalized for answer in answers)]
@@ -83,7 +83,7 @@ def grow_passages(passages: Sequence[Passage], number: int, generator: random.Ra
 
 
 def _ask(question: str, answers: Sequence[str]) -> Turn:
-    """A question as a sentence; an answer that begins like this stays with the text, even a small model's."""
+    """Return a question as a sentence, with an answer's first words that keep even small models to the text."""
     text = question.strip().rstrip("?").rstrip()
     return Turn(f"{text[:1].upper()}{text[1:]}?", answers, max_new_tokens=32, answer_prefix="According to the text,")
 
@@ -100,10 +100,10 @@ class Lines(NamedTuple):
 
 
 def parse_lines(row: Mapping[str, Any]) -> Lines:
-    """A row of LongEval's line retrieval.
+    """Return a row of LongEval's line retrieval.
 
     Raises:
-        BrokenRowError: it is none.
+        BrokenRowError: the object is no such row.
     """
     parts = take(row, "prompt", str).split("\n\n")
     name = next(iter(take(row, "random_idx", list)), None)
@@ -115,7 +115,7 @@ def parse_lines(row: Mapping[str, Any]) -> Lines:
 
 
 def grow_lines(rows: Sequence[Lines], number: int, generator: random.Random) -> Growing:
-    """The asked line among others of its record, in their order."""
+    """Make the asked line stand among others of its record, in their order."""
     row = rows[number]
     prefix = f"The <REGISTER_CONTENT> in line {row.name} is"
     turn = Turn(row.question, (str(row.number),), max_new_tokens=24, answer_prefix=prefix)
@@ -132,10 +132,10 @@ class Pairs(NamedTuple):
 
 
 def parse_pairs(row: Mapping[str, Any]) -> Pairs:
-    """A row of key retrieval.
+    """Return a row of key retrieval.
 
     Raises:
-        BrokenRowError: it is none.
+        BrokenRowError: the object is no such row.
     """
     pairs = take(row, "ordered_kv_records", list)
     if not all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs):
@@ -147,7 +147,7 @@ def parse_pairs(row: Mapping[str, Any]) -> Pairs:
 
 
 def grow_pairs(rows: Sequence[Pairs], number: int, generator: random.Random, turns: int) -> Growing:
-    """One asked key, or `turns` random ones, among others of the object, in their order."""
+    """Make one asked key, or `turns` random ones, stand among others of the object, in their order."""
     values, keys = rows[number].values, list(rows[number].values)
     asked = [rows[number].key] if turns == 1 else generator.sample(keys, min(turns, len(keys)))
     questions = [
@@ -165,7 +165,7 @@ def _thinned(
     render: Callable[[Sequence[str]], str],
     turns: Sequence[Turn],
 ) -> Growing:
-    """What is asked for among `size` other items, all in their order."""
+    """Return the asked items among `size` others, all in their order."""
     others = [index for index in range(len(items)) if index not in asked]
     generator.shuffle(others)
 
@@ -185,7 +185,7 @@ class Start(NamedTuple):
 
 
 def find_starts(articles: Sequence[Article], turns: int, generator: random.Random) -> list[Start]:
-    """Every paragraph of the articles that have `turns` questions, in random order."""
+    """Return every paragraph of the articles that have `turns` questions, in random order."""
     asked = [article for article in articles if sum(len(paragraph.questions) for paragraph in article) >= turns]
     starts = [Start(article, paragraph) for article in asked for paragraph in range(len(article))]
     generator.shuffle(starts)
@@ -193,7 +193,7 @@ def find_starts(articles: Sequence[Article], turns: int, generator: random.Rando
 
 
 def grow_article(starts: Sequence[Start], number: int, generator: random.Random, turns: int) -> Growing:
-    """Paragraphs from one on, round to the one before it, and random questions that they answer."""
+    """Take an article's paragraphs from one on, round to the one before it, and ask random questions of them."""
     article, start = starts[number]
     paragraphs = [*article[start:], *article[:start]]
     state = generator.getstate()

@@ -28,7 +28,7 @@ from rocketkv.eval.suites.ruler_tasks import (
     all_words,
 )
 
-TASKS: dict[str, tuple[Task, int]] = {  # and the tokens to generate
+TASKS: dict[str, tuple[Task, int]] = {  # and the number of tokens to generate
     "niah_single_1": (Needles("noise"), 128),
     "niah_single_2": (Needles("essay"), 128),
     "niah_single_3": (Needles("essay", values="uuids"), 128),
@@ -54,7 +54,7 @@ class Ruler:
     tasks = tuple(TASKS)
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """`num_samples` (500) of each task at each length; without tasks, of all that need no data or have it.
+        """Return `num_samples` (500) samples of each task at each length; without tasks, of all whose data is there.
 
         Raises:
             InputError: an unknown task, data that is missing, an empty haystack, the package wonderwords is missing or,
@@ -68,11 +68,11 @@ class Ruler:
         for task in names:
             if task in DOCUMENTS and not cases[task]:
                 raise InputError(f"ruler's {task} needs a {DOCUMENTS[task]} file (.json, .json.gz); give it as --data.")
-        all_words()  # its package is missed here, not after hours
+        all_words()  # this finds a missing package at once, not after hours
         return self._make(request, names, cases, split_words(" ".join(request.haystack.split())))
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
-        """The share of the answers that are found; for questions over documents, whether any is."""
+        """Return the share of the answers that are found; for questions over documents, whether any is."""
         metric = any_found if sample.task in DOCUMENTS else share_found
         return {"score": metric(prediction, sample.turns[turn].answers)}
 
@@ -90,7 +90,7 @@ class Ruler:
 
 
 def _sample(name: str, index: int, request: Request, material: Material) -> Sample:
-    """The largest case of a task that fits in the length."""
+    """Return the largest case of a task that fits in the length."""
     task, new_tokens = TASKS[name]
 
     def make(size: int) -> Sample:
@@ -107,7 +107,7 @@ def _sample(name: str, index: int, request: Request, material: Material) -> Samp
 
 
 def _cases(task: str, request: Request) -> list[Case]:
-    """The questions of a task over documents; none without the data."""
+    """Return the questions of a task over documents; none without the data."""
     if request.data is None:
         return []
     cases = _squad_cases(request.data) if task == "qa_1" else read_hotpotqa(request.data)
@@ -117,7 +117,7 @@ def _cases(task: str, request: Request) -> list[Case]:
 
 
 def _squad_cases(data: Path) -> list[Case]:
-    """Each question with its paragraph and, related to it, the others of its article."""
+    """Return each question with its paragraph and, as related ones, the others of its article."""
     return [
         Case(question, (paragraph.text,), tuple(other.text for other in article if other is not paragraph))
         for article in read_squad(data)

@@ -66,7 +66,7 @@ class Needles:
     def _hide(
         self, needles: Sequence[str], generator: random.Random, size: int, material: Material
     ) -> tuple[str, list[float]]:
-        """The text with the needles in it, and their depths."""
+        """Return the text with the needles in it, and their depths."""
         if self.haystack == "essay":
             start = generator.randrange(len(material.words)) if material.start is None else material.start
             depths = sorted(generator.sample(DEPTHS, len(needles)))
@@ -81,13 +81,13 @@ class Needles:
         return joint.join(sentences), depths
 
     def _other(self, generator: random.Random) -> str:
-        """A needle that is not asked for."""
+        """Return a needle that is not asked for."""
         key, value = _draw(self.keys, generator), _draw(self.values, generator)
         return NEEDLE.format(kind=self.values, key=key, value=value)
 
 
 def _draw(kind: str, generator: random.Random) -> str:
-    """A key or a value: seven digits, two words, or a UUID."""
+    """Return a random key or value: seven digits, two words, or a UUID."""
     if kind == "numbers":
         return str(generator.randrange(1_000_000, 10_000_000))
     if kind == "uuids":

@@ -20,7 +20,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 
 class Draft(NamedTuple):
-    """A case before it is a sample: the parts of its prompt, its answers, and where they stand if in one place."""
+    """A case before it is a sample: the parts of its prompt, its answers, and their depth if they have one place."""
 
     context: str
     question: str
@@ -31,14 +31,14 @@ class Draft(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """Holds what cases are made of.
+    """The material that cases are made of.
 
     Attributes:
         words: the haystack's words.
         start: the word to start from; None: any.
         length: the tokens that were asked for.
         case: a question and its documents.
-        pool: documents to add to them.
+        pool: the documents to add to the case's own.
     """
 
     words: Sequence[str]
@@ -49,7 +49,7 @@ class Material:
 
 
 class Task(Protocol):
-    """Describes how the cases of a task are drawn.
+    """The interface of a task, which draws its cases.
 
     Attributes:
         smallest: the smallest size that makes sense.
@@ -128,7 +128,7 @@ class CommonWords:
 class FrequentWords:
     """Made-up words, their frequencies by Zipf's law with exponent 2; the most frequent one is shown as dots."""
 
-    smallest: ClassVar[int] = 80  # the first four ranks differ from here on
+    smallest: ClassVar[int] = 80  # with these sizes the first four ranks differ in frequency
 
     def draw(self, generator: random.Random, size: int, material: Material) -> Draft:
         """Write a text of about `size` words."""
@@ -177,13 +177,13 @@ class DocumentsQuestion:
 
 @cache
 def all_words() -> list[str]:
-    """The words of all categories, sorted. Errors as of `word_list`."""
+    """Return the words of all categories, sorted; errors are those of `word_list`."""
     return sorted({word for name in ("noun", "adjective", "verb") for word in word_list(name)})
 
 
 @cache
 def word_list(name: str) -> list[str]:
-    """The words of a category (noun, adjective, verb) of `wonderwords`, where RULER takes its words from.
+    """Return the words of a category (noun, adjective, verb) of `wonderwords`, as RULER does.
 
     Raises:
         InputError: the package is missing.

@@ -20,18 +20,18 @@ from rocketkv.eval.suites.base import Request
 from rocketkv.eval.suites.scbench_prompts import write_prompt
 from rocketkv.eval.suites.scbench_synthetic import MAKERS, make_row
 
-LENGTHS = (4096, 8192, 16384)  # of generated contexts, where no other lengths are asked for
-NUM_SAMPLES = 100  # per task, as published
+LENGTHS = (4096, 8192, 16384)  # lengths of generated contexts in tokens, if the user gives none
+NUM_SAMPLES = 100  # samples per task, as published
 
 
 @dataclass(frozen=True)
 class Task:
-    """Describes how one kind of question is scored.
+    """How one kind of question is scored.
 
     Attributes:
         score: the function that scores a prediction, given its turn and its sample.
-        max_new_tokens: tokens to generate at most.
-        packages: names of the packages that the metric needs.
+        max_new_tokens: the largest number of tokens to generate.
+        packages: the names of the packages that the metric needs.
     """
 
     score: Callable[[str, Turn, Sample], Mapping[str, float]]
@@ -86,7 +86,7 @@ def _function(prediction: str, turn: Turn, sample: Sample) -> Mapping[str, float
 _REPOQA = Task(_function, 1024, repoqa.PACKAGES)
 _ROUGE = ("rouge_score",)
 
-# Task: its kinds of questions, by the name that a turn of the data gives; of those that have one kind, by none.
+# The kinds of questions of each task, by the name that a turn of the data gives; the only kind of a task has no name.
 TASKS: dict[str, dict[str, Task]] = {
     "scbench_kv": {"": Task(_gold_contained, 150)},
     "scbench_prefix_suffix": {"": Task(_gold_contained, 150)},
@@ -106,7 +106,7 @@ TASKS: dict[str, dict[str, Task]] = {
 }
 MODES = ("multi_turn", "multi_request")
 
-Functions = Mapping[str, Sequence[tuple[str, str]]]  # of each repository: names and texts of what is asked for
+Functions = Mapping[str, Sequence[tuple[str, str]]]  # the names and texts of each repository's functions
 
 
 class SCBench:
@@ -116,7 +116,7 @@ class SCBench:
     tasks = tuple(TASKS)
 
     def samples(self, request: Request) -> Iterator[Sample | Fault]:
-        """The rows of the asked tasks, in the data's order, or generated ones; without tasks, of all there are.
+        """Return the asked tasks' rows, in the data's order, or generated ones; without tasks, all rows there are.
 
         Raises:
             InputError: an unknown task or mode, a task that needs data, data without it, or a package is missing.
@@ -143,7 +143,7 @@ class SCBench:
         return _read({name: files[name] for name in names}, request)
 
     def score(self, sample: Sample, turn: int, prediction: str) -> Mapping[str, float]:
-        """The metric of the turn's kind of question, and `released` where the released scorer counts otherwise."""
+        """Score by the metric of the turn's kind, and add `released` where the released scorer counts otherwise."""
         asked = sample.turns[turn]
         return TASKS[sample.task][asked.subtask].score(prediction, asked, sample)
 
@@ -163,7 +163,7 @@ def _read(files: Mapping[str, DataFile], request: Request) -> Iterator[Sample | 
 
 
 def _functions(file: DataFile) -> Functions:
-    """What all rows of a file ask for, by repository: an answer is told from the answers to other rows' questions."""
+    """Return the functions that all rows of a file ask for, by repository, among which an answer must be found."""
     functions: dict[str, list[tuple[str, str]]] = {}
     for item in file.items():
         row = item.value or {}
@@ -174,7 +174,7 @@ def _functions(file: DataFile) -> Functions:
 
 
 def _sample(name: str, request: Request, functions: Functions, row: Mapping[str, Any], number: int) -> Sample:
-    """A row of the official format; tasks whose context is under `input` have none under `context`."""
+    """Return a row of the official format; some tasks have their context under `input`, not `context`."""
     context = take(row, "context" if "context" in row else "input", list if name == "scbench_mf" else str)
     rows = take(row, "multi_turns", list)
     if not rows or not all(isinstance(turn, dict) for turn in rows):
@@ -201,7 +201,7 @@ def _sample(name: str, request: Request, functions: Functions, row: Mapping[str,
 
 
 def _turn(name: str, row: Mapping[str, Any], functions: Sequence[tuple[str, str]]) -> Turn:
-    """A turn without its words: `write_prompt` finds them."""
+    """Return a turn without its words, which `write_prompt` finds."""
     kinds = TASKS[name]
     subtask = "" if "" in kinds else take(row, "task", str)
     if subtask not in kinds:

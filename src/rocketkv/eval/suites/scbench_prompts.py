@@ -36,7 +36,7 @@ CHOICE_AGAIN = _OPTIONS + "The letter of the correct answer is"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Holds what stands before the first question, and the questions."""
+    """The text before the first question, and the questions."""
 
     context: str
     questions: Sequence[str]
@@ -87,7 +87,7 @@ def _question(task: str, turn: Mapping[str, Any], again: bool) -> str:
 
 
 def _asked_for(turn: Mapping[str, Any]) -> str:
-    """`What is the largest number?` for a question that says `The largest number is`."""
+    """Return `What is the largest number?` for a question that says `The largest number is`."""
     match = re.search(r"The .+ is", turn["input"])
     if match is None:
         raise BrokenRowError(f"asks {turn['input'][:40]!r} where 'The ... is' is expected")

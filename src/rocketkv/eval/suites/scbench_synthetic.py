@@ -1,4 +1,4 @@
-"""The shapes of SCBench's string retrieval at any length: rows in the official format, without the official data.
+"""Rows in the official format of SCBench's string retrieval, at any length, without the official data.
 
 Source: Li et al., "SCBench: A KV Cache-Centric Analysis of Long-Context Methods", table of tasks: key-value pairs of
 36 characters; strings of 65 to 122 characters; two chains of variables over two hops, in noise.
@@ -15,21 +15,21 @@ from transformers import PreTrainedTokenizerBase
 
 from rocketkv.errors import InputError
 
-TURNS = 5  # of key-value and prefix-suffix lookups; variable tracking has one per chain
+TURNS = 5  # questions of key-value and prefix-suffix lookups; variable tracking has one per chain
 CHAINS, HOPS = 2, 2
-AFFIX = 8  # characters of a prefix or suffix
+AFFIX = 8  # the number of characters of a prefix or suffix
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-SMALLEST = 2 * TURNS  # pairs, strings or noises in a context
+SMALLEST = 2 * TURNS  # the least number of pairs, strings or noises in a context
 
 Row = dict[str, Any]
 
 
 def make_row(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: str) -> Row:
-    """A row whose context has at most `length` tokens, and nearly as many.
+    """Return a row whose context has at most `length` tokens, and nearly as many.
 
     Args:
         task: a key of `MAKERS`.
-        tokenizer: that counts.
+        tokenizer: the tokenizer that counts the length.
         length: the context's length in tokens.
         seed: the seed of everything drawn at random.
 
@@ -44,7 +44,7 @@ def make_row(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: s
         return len(tokenizer(row["context"], add_special_tokens=False, verbose=False).input_ids)
 
     size, smallest = SMALLEST, count(make(SMALLEST))
-    for _ in range(3):  # tokens per pair, string or noise, better known each time
+    for _ in range(3):  # tokens per pair, string or noise, estimated anew in each round
         size = max(SMALLEST, size * length // count(make(size)))
     row = make(size)
     while count(row) > length:
@@ -109,7 +109,7 @@ def _uuid(generator: random.Random) -> str:
 
 
 def _distinct(generator: random.Random, number: int, draw: Callable[[], str]) -> list[str]:
-    """So many different strings, in random order."""
+    """Return `count` different strings, in random order."""
     drawn: set[str] = set()
     while len(drawn) < number:
         drawn.add(draw())

@@ -1,0 +1,165 @@
+"""A layer's cache as named tensors and plain numbers, from which an equal cache can be made in another process.
+
+The index and the step are not among them: the next step builds them from the kept keys, to the bit as they were.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rocketkv.attention import LayerCache
+from rocketkv.budget import Split, check_count
+from rocketkv.cache import WorkingSet
+from rocketkv.checks import DTYPES, MOST_SEEN, exclusive
+from rocketkv.config import RocketKVConfig
+from rocketkv.errors import InputError
+from rocketkv.plan import Planner, SelectionPlan
+from rocketkv.ragged import GROWTH, RaggedTokens
+from rocketkv.state import Observed
+from rocketkv.tensor_file import Rows
+
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+class Snapshot(NamedTuple):
+    """What a layer's cache consists of.
+
+    Attributes:
+        tensors: by name; tokens of ragged rows with the room that they had.
+        facts: what JSON can hold; None for a cache that has seen nothing.
+    """
+
+    tensors: dict[str, Tensor | Rows]
+    facts: dict[str, Any] | None
+
+
+@exclusive
+def take(cache: LayerCache) -> Snapshot:
+    """The state of a cache, which shares its tensors: write them before the cache goes on.
+
+    Raises:
+        InputError: another thread is using the cache.
+    """
+    working, plan, observed = cache.working, cache.plan, cache._observed
+    if working is None:
+        return Snapshot({}, None)
+    tensors = _rows("tokens", working.tokens, 0)
+    facts = {
+        "shape": [*working.lengths.shape, working.head_dim],
+        "dtype": str(working.like.dtype).removeprefix("torch."),
+        "seen": working.row_seen,
+        "lengths": working.lengths.tolist(),
+        "num_pending": working.num_pending,
+        "is_whole": working.is_whole,
+        "num_seen": cache.num_seen,
+        "num_decoded": cache.num_decoded,
+        "just_prefilled": cache.just_prefilled,
+        "read_bytes": cache.read_bytes,
+        "plan": None if plan is None else {"splits": plan.splits, "limits": plan.limits},
+        "archive": None if working.archive is None else working.archive.lengths.tolist(),
+        "observed": None,
+    }
+    if working.archive is not None:
+        tensors |= _rows("archive", working.archive, max(GROWTH, working.archive.max_length // 8))
+    if observed is not None:
+        tensors["observed"] = observed.query
+        facts["observed"] = [observed.num_queries.tolist(), observed.scale, observed.is_first]
+    return Snapshot(tensors, facts)
+
+
+def restore(config: RocketKVConfig, keep_queries: int, snapshot: Snapshot, device: torch.device) -> LayerCache:
+    """A cache in the state of a snapshot, whose archive stays where the tensors of the snapshot lie, if it can.
+
+    Args:
+        config: as the cache of the snapshot had it.
+        keep_queries: as above.
+        snapshot: with plain tensors on the CPU, each of the shape that `Rows` says.
+        device: where keys and values come from.
+
+    Raises:
+        InputError: the snapshot is none that `take` could have made.
+    """
+    cache, facts = LayerCache(config, keep_queries), snapshot.facts
+    if facts is None:
+        return cache
+    try:
+        cache.working, cache.plan, cache._observed = _parts(cache, snapshot.tensors, facts, device)
+        cache.num_seen = check_count("num_seen", facts["num_seen"], 1)
+        cache.num_decoded = check_count("num_decoded", facts["num_decoded"], 0)
+        cache.just_prefilled = bool(facts["just_prefilled"])
+        cache._read_bytes = check_count("read_bytes", facts["read_bytes"], 0)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"these are not the parts of a layer's cache ({error}).") from None
+    return cache
+
+
+def _parts(
+    cache: LayerCache, tensors: dict[str, Any], facts: dict[str, Any], device: torch.device
+) -> tuple[WorkingSet, SelectionPlan | None, Observed | None]:
+    """The parts of a cache, each checked so far that no kernel reads beyond a buffer."""
+    config = cache.config
+    batch, num_kv_heads, head_dim = (check_count("shape", size, 1) for size in facts["shape"])
+    like = torch.empty(batch, num_kv_heads, 0, head_dim, dtype=_DTYPE_NAMES[facts["dtype"]], device=device)
+    working = WorkingSet(like, config.format, archived=config.mode == "multi_turn", on_host=config.archive_on_host)
+    seen = [check_count("seen", num, 1) for num in facts["seen"]]
+    working.seen = _counts(seen, (batch,), MOST_SEEN).to(device)
+    working.num_pending = check_count("num_pending", facts["num_pending"], 0)
+    tokens = _ragged("tokens", working.tokens, tensors, _counts(facts["lengths"], like.shape[:2], MOST_SEEN))
+    num_seen = torch.tensor(seen)[:, None]
+    if working.archive is not None:
+        archive = _ragged("archive", working.archive, tensors, _counts(facts["archive"], like.shape[:2], MOST_SEEN))
+        pending = working.num_pending if working.source is None else 0
+        if bool((archive.lengths != num_seen - pending).any()) or pending > int(tokens.lengths.min()):
+            raise ValueError("an archive without all that was seen")
+        working.archive = archive.to(working.archive.lengths.device)
+    positions = tokens.views()["positions"]
+    used = torch.arange(tokens.max_length) < tokens.lengths[..., None]
+    if bool((used & ((positions < 0) | (positions >= num_seen[..., None]))).any()):
+        raise ValueError("positions beyond what was seen")
+    working.tokens = tokens.to(device).keep(None, config.new_tokens)
+    working.is_whole = bool(facts["is_whole"])
+    plan = None
+    if facts["plan"] is not None:
+        splits = [Split(*(check_count("split", n, 1) for n in split)) for split in facts["plan"]["splits"]]
+        limits = [check_count("limit", limit, 1) for limit in facts["plan"]["limits"]]
+        plan = Planner(config, cache.selection, head_dim).resumed(splits, limits, working.lengths)
+        if plan.steps_left < 0:
+            raise ValueError("a row longer than its plan")
+    observed = None
+    if facts["observed"] is not None:
+        num_queries, scale, is_first = facts["observed"]
+        query = tensors["observed"].to(device)
+        if query.dtype != like.dtype or query.dim() != 4 or query.shape[::3] != like.shape[::3]:
+            raise ValueError(f"queries are {query.dtype} {list(query.shape)}")
+        counts = _counts(num_queries, (batch,), query.shape[2]).to(device)
+        observed = Observed(query.clone(), counts, float(scale), bool(is_first))
+    return working, plan, observed
+
+
+def _rows(name: str, tokens: RaggedTokens, spare: int) -> dict[str, Tensor | Rows]:
+    """The fields of ragged tokens by name, in a file with room for `spare` more, up to a multiple of GROWTH."""
+    capacity = -(-(tokens.max_length + spare) // GROWTH) * GROWTH
+    return {f"{name}.{field}": Rows(x, tokens.lengths, capacity) for field, x in tokens.fields.items()}
+
+
+def _ragged(name: str, empty: RaggedTokens, tensors: dict[str, Any], lengths: Tensor) -> RaggedTokens:
+    """Ragged tokens of the kind of `empty` with `lengths`, over the tensors of that name."""
+    fields = {}
+    for field, like in empty.fields.items():
+        x = fields[field] = tensors[f"{name}.{field}"]
+        if x.dtype != like.dtype or (*x.shape[:2], *x.shape[3:]) != (*like.shape[:2], *like.shape[3:]):
+            raise ValueError(f"{name}.{field} is {x.dtype} {list(x.shape)}")
+        if x.shape[2] < int(lengths.max()):
+            raise ValueError(f"{name}.{field} has {x.shape[2]} tokens a row, fewer than {int(lengths.max())}")
+    tokens = RaggedTokens(fields, lengths, 0, False)
+    tokens.set_lengths(lengths)
+    return tokens
+
+
+def _counts(numbers: Any, shape: tuple[int, ...], most: int) -> Tensor:
+    """Whole numbers from 0 to `most` as a tensor of this shape, int64."""
+    counts = torch.tensor(numbers, dtype=torch.int64)
+    if counts.shape != shape or int(counts.min()) < 0 or int(counts.max()) > most:
+        raise ValueError(f"{numbers} are not {list(shape)} numbers from 0 to {most}")
+    return counts

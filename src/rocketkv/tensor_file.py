@@ -1,0 +1,223 @@
+"""Named tensors and a record in one safetensors file: there whole or not at all, checked and mapped when it is read.
+
+The file is an ordinary safetensors file, which any of its readers opens. Its header has, beside the tensors, a format
+version, the record as JSON, the SHA-256 of each tensor and one of all that. A tensor begins where its size allows: a
+file of whole memory pages is mapped page by page.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from tempfile import mkstemp
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rocketkv.errors import CacheFileError
+
+FORMAT = "rocketkv-cache"
+VERSION = 1
+PAGE = 4096  # bytes
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
+
+
+class Rows(NamedTuple):
+    """Tokens of ragged rows, of which a file holds those in use and room for more: holes, which take no disk.
+
+    Attributes:
+        tokens: `[B, Hkv, S, ...]` of any dtype.
+        lengths: `[B, Hkv]` integers, tokens in use, the first ones.
+        capacity: tokens per row in the file, zeros beyond the length.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    capacity: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the file."""
+        return (*self.tokens.shape[:2], self.capacity, *self.tokens.shape[3:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in the file."""
+        return self.tokens.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes in the file."""
+        return self.tokens[:, :, :1].nbytes * self.capacity
+
+
+def save(path: Path, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
+    """Write a file that only its owner reads; what stood at the path is there until the new file is complete.
+
+    Args:
+        path: where the file will be.
+        tensors: what it holds.
+        record: what JSON can hold.
+
+    Raises:
+        CacheFileError: the path is no file's, or the file cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise CacheFileError(f"{path} is no file that could be replaced; give the path of a new file.")
+        handle, temporary = mkstemp(prefix=f".{path.name}.", dir=path.parent)  # with mode 0600
+        try:
+            with open(handle, "wb") as file:
+                write(file, tensors, record)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CacheFileError(
+            f"{path} cannot be written ({error.strerror or error}); give a path in a folder of yours with room."
+        ) from None
+
+
+def write(file: BinaryIO, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
+    """Write an empty file; see `save`."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-_alignment(tensors[name].nbytes), name)):
+        start, end = end, end + tensors[name].nbytes
+        entry = {
+            "dtype": _DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+        header[name] = entry
+    size = len(_header(header, record, dict.fromkeys(header, _NO_DIGEST)))  # digests are of one length
+    file.seek(size)
+    digests = {name: _write_tensor(file, tensors[name]) for name in header}
+    file.truncate(size + end)  # the last row may end in a hole
+    file.seek(0)
+    file.write(_header(header, record, digests))
+
+
+def load(path: Path, *, check: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Map a file that `save` wrote.
+
+    Args:
+        path: of the file.
+        check: whether to read all of it and compare its checksums; the header is checked always.
+
+    Returns:
+        The record, and the tensors on the CPU: views of a private mapping. What is written to them changes memory
+        alone, and what is not is shared with all who map the file.
+
+    Raises:
+        CacheFileError: there is no such file, it was written by something else or by another version, or it is damaged.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise CacheFileError(f"{path} is no file; give the path of a saved cache.")
+        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata)
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    except OSError as error:
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise CacheFileError(f"{path} {reason}; give the path of a saved cache.") from None
+    except SafetensorError as error:
+        raise CacheFileError(f"{path} is no saved cache, or is damaged ({error}); give one, or save it anew.") from None
+    shapes = {name: [_DTYPES.get(x.dtype), list(x.shape)] for name, x in tensors.items()}
+    record, digests = metadata.get("record", ""), metadata.get("tensors", "")
+    if metadata.get("sha256") != _digest_header(shapes, record, digests):
+        raise _damaged(path)
+    if check:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+        if found != json.loads(digests):
+            raise _damaged(path)
+    return json.loads(record), tensors
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor | Rows) -> str:
+    """Write a tensor where the file stands, and return the SHA-256 of its bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    if not isinstance(tensor, Rows):
+        tensor = Rows(tensor[None, None, None], torch.ones(1, 1, dtype=torch.int64), 1)
+    rows, lengths, capacity = tensor
+    for row, length in zip(rows.flatten(0, 1), lengths.flatten().tolist(), strict=True):
+        used = _bytes(row[:length])
+        file.write(used)
+        digest.update(used)
+        hole = row[:1].nbytes * (capacity - length)
+        file.seek(hole, os.SEEK_CUR)
+        digest.update(bytes(hole))
+    return digest.hexdigest()
+
+
+def _header(entries: dict[str, Any], record: Mapping[str, Any], digests: dict[str, str]) -> bytes:
+    """Return what stands before the tensors: the length of the header and the header, in whole pages."""
+    shapes = {name: [entry["dtype"], entry["shape"]] for name, entry in entries.items()}
+    texts = json.dumps(record), json.dumps(digests)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "record": texts[0],
+        "tensors": texts[1],
+        "sha256": _digest_header(shapes, *texts),
+    }
+    header = json.dumps({"__metadata__": metadata, **entries}).encode()
+    header += b" " * (-(len(header) + 8) % PAGE)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _digest_header(shapes: dict[str, Any], record: str, digests: str) -> str:
+    """Return the SHA-256 in hexadecimal of all that the header says."""
+    return hashlib.sha256(json.dumps([VERSION, shapes, record, digests], sort_keys=True).encode()).hexdigest()
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a safetensors file that holds something else, or that another version wrote."""
+    if metadata.get("format") != FORMAT:
+        raise CacheFileError(f"{path} is a safetensors file, but no saved cache; give one that holds a cache.")
+    if metadata.get("version") != str(VERSION):
+        raise CacheFileError(
+            f"{path} has format version {metadata.get('version')!r}, and this rocketkv reads version {VERSION}; "
+            "save the cache anew with this one."
+        )
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return the SHA-256 in hexadecimal of the bytes of a tensor."""
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _damaged(path: Path) -> CacheFileError:
+    return CacheFileError(f"{path} is damaged: its checksum is not that of its contents; save the cache anew.")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, row by row; a copy where it is not contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _alignment(num_bytes: int) -> int:
+    """Return the largest power of two that divides a number of bytes, a page at most."""
+    return min(num_bytes & -num_bytes or PAGE, PAGE)

@@ -1,0 +1,73 @@
+"""Scores of the window, and the choice of the best tokens, against plain loops."""
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from inputs import SIZES, arrays, make_inputs, poisoned
+from rocketkv import ops
+
+
+@pytest.mark.parametrize("by_peak", [False, True])
+@pytest.mark.parametrize(("size", "group", "head_dim"), SIZES)
+def test_window_scores(seeded: torch.Generator, size: int, group: int, head_dim: int, by_peak: bool) -> None:
+    x = make_inputs(seeded, 1, 2 * group, 2, size, head_dim)
+    window = min(32, size)
+    scores = ops.score_window(
+        x.query[:, :, -window:],
+        x.key,
+        lengths=torch.full((1, 2), size),
+        num_queries=torch.tensor([window]),
+        scale=head_dim**-0.5,
+        by_peak=by_peak,
+    )
+    np.testing.assert_allclose(
+        scores[0], oracle.window_scores(*(a[0] for a in arrays(x.query, x.key)), window, by_peak), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("by_peak", [False, True])
+def test_window_scores_in_blocks_and_of_ragged_rows(
+    seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, by_peak: bool
+) -> None:
+    x = make_inputs(seeded, 2, 4, 2, 120, 64)
+    lengths, num_queries = torch.tensor([[120, 100], [9, 9]]), torch.tensor([32, 5])
+    monkeypatch.setattr("rocketkv.ops.scores.BLOCK_ELEMENTS", 7 * 2 * 2 * 125)  # seven queries at a time
+    given = {"lengths": lengths, "num_queries": num_queries, "scale": 0.125, "by_peak": by_peak}
+    scores = ops.score_window(x.query[:, :, -32:], poisoned(x.key, lengths), **given)
+    for row, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        count, window = int(lengths[row, head]), int(num_queries[row])
+        q, k = arrays(x.query[row, 2 * head : 2 * head + 2], x.key[row, [head], :count])
+        np.testing.assert_allclose(scores[row, head, :count], oracle.window_scores(q, k, window, by_peak)[0], atol=1e-5)
+        assert not scores[row, head, count:].any()
+
+
+def test_top_mask_takes_the_best_of_the_candidates() -> None:
+    scores = torch.tensor([[[5.0, 1, 4, 9, 3], [1.0, 1, 1, 1, 1]]])
+    mask = ops.topk_mask(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([2]))
+    assert mask[0, 0].tolist() == [True, False, True, False, False]
+    assert mask[0, 1].sum() == 2
+    assert ops.topk_mask(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([9])).sum(2).tolist() == [
+        [3, 5]
+    ]
+
+
+def test_best_tokens_pin_and_break_ties_by_position() -> None:
+    scores = torch.tensor([[[0.1, 0.3, 0.3, 0.3, 0.0, 0.2, 9.9]]])
+
+    def chosen(top_k: int, sinks: int = 0, recents: int = 0, length: int = 6) -> list[int]:
+        best = ops.choose_tokens(
+            scores,
+            lengths=torch.tensor([[length]]),
+            top_k=torch.tensor([top_k]),
+            sinks=torch.tensor([sinks]),
+            recents=torch.tensor([recents]),
+        )
+        return sorted(best[0, 0, : min(top_k, length)].tolist())
+
+    assert chosen(2) == [1, 2]
+    assert chosen(4) == [1, 2, 3, 5]
+    assert chosen(3, sinks=1) == [0, 1, 2]
+    assert chosen(3, sinks=1, recents=2) == [0, 4, 5]
+    assert chosen(9, length=3) == [0, 1, 2]
