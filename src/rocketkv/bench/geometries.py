@@ -53,6 +53,7 @@ GEOMETRIES = {
         Geometry("llama-3.1-8b", "llama", 32, 4096, 32, 8, 128, 14336, 128256, False),
         Geometry("llama-3.2-1b", "llama", 16, 2048, 32, 8, 64, 8192, 128256, True),
         Geometry("qwen3-8b", "qwen3", 36, 4096, 32, 8, 128, 12288, 151936, False),
+        Geometry("gemma3-270m", "gemma3_text", 18, 640, 4, 1, 256, 2048, 262144, True),
         Geometry("smollm2-135m", "llama", 30, 576, 9, 3, 64, 1536, 49152, True),
     )
 }

@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 from transformers.initialization import no_init_weights
 
 from rocketkv.bench.geometries import Geometry
@@ -14,7 +22,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
 from rocketkv.hf.versions import pass_cache
 
-_CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+_CONFIGS = {"gemma3_text": Gemma3TextConfig, "llama": LlamaConfig, "qwen3": Qwen3Config}
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,14 @@ def _time_columns(rows: Sequence[Record]) -> dict[str, Any]:
         "floor ms": lambda row: _digits(floor_ms(row)) if floor_ms(row) else "",
         "x floor": lambda row: _digits(row["median_ms"] / floor_ms(row)) if floor_ms(row) else "",
         "tok/s": lambda row: _digits(row["tokens_per_second"]) if "tokens_per_second" in row else "",
+        "GFLOP/s": lambda row: _digits(row["gflop_per_s"]) if "gflop_per_s" in row else "",
         "overhead": lambda row: f"{row['overhead_percent']:+.1f}%" if "overhead_percent" in row else "",
     }
     return {
         name: render
         for name, render in columns.items()
-        if name not in ("path", "floor ms", "x floor", "tok/s", "overhead") or any(render(row) for row in rows)
+        if name not in ("path", "floor ms", "x floor", "tok/s", "GFLOP/s", "overhead")
+        or any(render(row) for row in rows)
     }
 
 

@@ -190,15 +190,24 @@ def decode(
     )
 
 
-def prefill(sweep: TimedSweep = TimedSweep(seq_len="4096", time_limit=60.0)) -> None:
-    """Time one layer's prefill attention with and without compression."""
+def prefill(
+    sweep: TimedSweep = TimedSweep(seq_len="4096", time_limit=60.0),
+    whole_model: Annotated[
+        bool, typer.Option("--whole-model", help="Time a whole model of these sizes instead, with random weights.")
+    ] = False,
+) -> None:
+    """Time the attention of a prompt in one layer, ours and torch's, and what compression adds; or a whole model's."""
     todo, geometry, dtype = sweep.points(), find_geometry(sweep.geometry), sweep.torch_dtype
-    from rocketkv.bench.prefill import measure_prefill
+    from rocketkv.bench.prefill import measure_model_prefill, measure_prefill
 
+    model = _build(sweep, None) if whole_model else None
     rows: list[Row] = []
     with _counted("prefill", todo) as points:
         for point, on_round in points:
-            rows += measure_prefill(geometry, dtype, point, on_round, device=sweep.device)
+            if model is None:
+                rows += measure_prefill(geometry, dtype, point, on_round, device=sweep.device)
+            else:
+                rows += measure_model_prefill(model, point, on_round)
     sweep.report("prefill", [row.record() for row in rows], device=sweep.device)
 
 
