@@ -175,7 +175,7 @@ class Planner:
             return
         budget, head_dim = self.config.token_budget, self.head_dim
         lengths, page_size, num_channels = (
-            torch.tensor([[n]]) for n in (num_tokens, split.page_size, split.num_channels)
+            torch.tensor([[n]], device="cpu") for n in (num_tokens, split.page_size, split.num_channels)
         )
         scored = int(self.selection.scored_bytes(lengths, page_size, num_channels, head_dim, 2))  # as the budget counts
         attended = split.top_k * self.config.format.token_bytes(head_dim, 2)
