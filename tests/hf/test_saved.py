@@ -13,7 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conversations import MORE, answered, forward, modes
-from rocketkv import Budget, CacheFileError, InputError, RocketKVCache, RocketKVConfig, UnsupportedError, enable
+from rocketkv import (
+    Budget,
+    CacheFileError,
+    InputError,
+    RocketKVCache,
+    RocketKVConfig,
+    UnsupportedError,
+    enable,
+    tensor_file,
+)
 from rocketkv.eviction import KeepAll
 from rocketkv.hf import batch_caches
 from rocketkv.hf.versions import pass_cache
@@ -227,3 +236,37 @@ def test_the_same_model_loaded_again_goes_on(tmp_path: Path) -> None:
     turn = torch.cat([text, MORE], 1)
     answers = [generate(m, turn, **pass_cache(c)) for m, c in ((enable(model), loaded), (live_model, live))]
     assert torch.equal(*answers)
+
+
+def test_a_forged_file_whose_checksums_fit_is_refused_before_a_kernel_reads_it(tmp_path: Path) -> None:
+    model, path = enable(tiny_model("llama")), tmp_path / "cache.kv"
+    live, _ = answered(model, COMPRESSED_MT, prompts(60)[0])
+    for name, forged in (
+        ("shape", [1, 2, 64]),
+        ("dtype", "float7"),
+        ("seen", [10_000]),
+        ("archive", [[10_000, 10_000]]),
+        ("lengths", [[10_000, 1]]),
+        ("lengths", [[-1, -1]]),
+        ("plan", {"splits": [[1, 99, 12]], "limits": [100]}),
+        ("plan", {"splits": [], "limits": []}),
+        ("plan", {"splits": [[1, 8, 12]], "limits": [1]}),
+        ("num_decoded", "many"),
+        ("observed", [[1], 1.0, True]),
+    ):
+        tensors, record = live.parts()
+        record["layers"][1][name] = forged
+        tensor_file.save(path, tensors, record)
+        with pytest.raises(CacheFileError, match="holds no cache that this rocketkv can make"):
+            RocketKVCache.load(path, model)
+    tensors, record = live.parts()
+    positions = tensors["0.tokens.positions"]
+    assert isinstance(positions, tensor_file.Rows)
+    tensors["0.tokens.positions"] = positions._replace(tokens=positions.tokens + 1000)
+    tensor_file.save(path, tensors, record)
+    with pytest.raises(CacheFileError, match="positions beyond what was seen"):
+        RocketKVCache.load(path, model)
+    record["model"], record["layers"] = {}, []
+    tensor_file.save(path, tensors, record)
+    with pytest.raises(CacheFileError, match="holds no cache that this rocketkv can make"):
+        RocketKVCache.load(path, model)

@@ -51,13 +51,14 @@ class Shelf(ABC):
     def write(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
         """Write a file, whole or not at all."""
 
-    def add(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
-        """Write a file and give up the least recently used ones until all fit, if need be the new one."""
+    def add(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> bool:
+        """Write a file and give up the least recently used ones until all fit; return whether the new one stays."""
         self.write(name, tensors, record)
-        sizes = self.sizes()
+        sizes, last = self.sizes(), ""
         while sum(sizes.values()) > self.max_bytes:
             last, _ = sizes.popitem()
             self.remove(last)
+        return last != name
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file by its name, the most recently used first."""
@@ -130,6 +131,9 @@ class Memory(Shelf):
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self._files: dict[str, BinaryIO] = {}  # the least recently used first
+
+    def __del__(self) -> None:
+        self.clear()
 
     def paths(self) -> dict[str, Path]:
         """See `Shelf`."""

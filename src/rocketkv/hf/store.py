@@ -106,14 +106,13 @@ class PrefixStore:
             digest.update(history.mask.cpu().numpy().tobytes())
         name = f"{self._key}-{digest.hexdigest()[:32]}{SUFFIX}"
         with self._lock:
-            if not self._shelf.touch(name):
-                self._shelf.add(name, tensors, record)
-                if name not in self._shelf.paths():
-                    warnings.warn(
-                        f"a cache takes more than the max_bytes={self._shelf.max_bytes} of its store, so it was not "
-                        "kept; raise max_bytes.",
-                        stacklevel=2,
-                    )
+            is_kept = self._shelf.touch(name) or self._shelf.add(name, tensors, record)
+        if not is_kept:
+            warnings.warn(
+                f"a cache takes more than the max_bytes={self._shelf.max_bytes} of its store, so it was not kept; "
+                "raise max_bytes.",
+                stacklevel=2,
+            )
 
     def clear(self) -> None:
         """Give up all stored caches, those of other models in the folder included; forks stay whole."""
@@ -130,7 +129,7 @@ class PrefixStore:
             try:
                 _, tensors = tensor_file.load(path, check=False)
             except CacheFileError as error:
-                self._give_up(name, path, error)
+                self._give_up(name, error)
                 return None
             self._histories[name] = History()
             self._histories[name].append(tensors["ids"], tensors.get("mask"))
@@ -144,14 +143,14 @@ class PrefixStore:
             parts = tensor_file.load(path, check=version not in self._checked)
             cache = RocketKVCache.from_parts(path, self._model, *parts, own=self._identity)
         except (CacheFileError, OSError) as error:
-            self._give_up(name, path, error)
+            self._give_up(name, error)
             return None
         self._checked.add(version)
         return cache
 
-    def _give_up(self, name: str, path: Path, error: Exception) -> None:
-        """Remove a file that cannot be used; say so unless another process was faster."""
-        if path.exists():
+    def _give_up(self, name: str, error: Exception) -> None:
+        """Remove a file that cannot be used, and say so, unless another process has given it up."""
+        if not isinstance(error.__context__ or error, FileNotFoundError):
             self._shelf.remove(name)
             warnings.warn(f"a stored cache was removed, as it cannot be used: {error}", stacklevel=4)
 

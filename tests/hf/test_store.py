@@ -1,0 +1,149 @@
+"""A store gives forks at the longest beginning that a text shares with one read before, and shares the archive."""
+
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conversations import MORE, forward, modes, names
+from rocketkv import InputError, PrefixStore, RocketKVCache, RocketKVConfig, enable
+from rocketkv.hf.versions import pass_cache
+from tiny import COMPRESSED, COMPRESSED_MT, generate, prompts, tiny_model
+
+DOCUMENT = prompts(100)[0]
+kept_in = pytest.mark.parametrize("in_folder", [False, True], ids=["memory", "folder"])
+
+
+def question(seed: int) -> Tensor:
+    return torch.cat([DOCUMENT, prompts(20, seed=seed)[0]], 1)
+
+
+def read(model: Any, store: PrefixStore, ids: Tensor) -> RocketKVCache:
+    cache = RocketKVCache(model.config, store.config)
+    forward(model, cache, ids)
+    cache.end_turn()
+    store.put(cache)
+    return cache
+
+
+@kept_in
+@modes
+@names
+def test_questions_about_a_stored_document_are_answered_as_by_its_own_cache(
+    name: str, config: RocketKVConfig, in_folder: bool, tmp_path: Path
+) -> None:
+    model = enable(tiny_model(name))
+    store = PrefixStore(model, config, folder=tmp_path / "store" if in_folder else None)
+    assert store.get(question(1)).get_seq_length() == 0
+    live = read(model, store, DOCUMENT)
+    forks = [store.get(question(seed)) for seed in (1, 2)]
+    for seed, fork in zip((1, 2), forks, strict=True):
+        assert fork.get_seq_length() == 100
+        assert torch.equal(*(generate(model, question(seed), **pass_cache(c)) for c in (fork, live.copy())))
+    assert store.get(prompts(90, seed=4)[0]).get_seq_length() == 0
+    store.clear()
+    assert store.num_bytes == 0
+    forward(model, forks[0], MORE)  # a fork outlives what it was made of
+
+
+@kept_in
+def test_a_text_that_parts_earlier_goes_on_from_where_it_parts(in_folder: bool, tmp_path: Path) -> None:
+    model = enable(tiny_model("llama"))
+    store = PrefixStore(model, COMPRESSED_MT, folder=tmp_path if in_folder else None)
+    read(model, store, DOCUMENT[:, :50])
+    cache = store.get(question(1))
+    assert cache.get_seq_length() == 50
+    text = generate(model, question(1), **pass_cache(cache))
+    store.put(cache)
+    rewritten = torch.cat([text[:, :110], MORE], 1)  # as a template that drops what was thought
+    rewritten[:, 110] = (text[:, 110] + 1) % 100 + 3
+    fork, expected = store.get(rewritten), cache.copy()
+    assert fork.get_seq_length() == expected.rewind_to(rewritten) == 110
+    assert torch.equal(*(generate(model, rewritten, **pass_cache(c)) for c in (fork, expected)))
+    assert store.get(text[:, :-1]).get_seq_length() == text.shape[1] - 2  # one token at least is left to take in
+
+
+def test_the_least_recently_used_are_given_up(tmp_path: Path) -> None:
+    model = enable(tiny_model("llama"))
+    texts = [prompts(60, seed=seed)[0] for seed in range(3)]
+    for folder in (None, tmp_path):
+        store = PrefixStore(model, COMPRESSED_MT, folder=folder)
+        read(model, store, texts[0])
+        size = store.num_bytes
+        store = PrefixStore(model, COMPRESSED_MT, folder=folder, max_bytes=2 * size)
+        for text in texts[:2]:
+            read(model, store, text)
+        more = [torch.cat([text, MORE], 1) for text in texts]
+        assert store.get(more[0]).get_seq_length() == 60  # used again
+        read(model, store, texts[2])
+        assert [store.get(text).get_seq_length() for text in more] == [60, 0, 60]
+        store.clear()
+        with pytest.warns(UserWarning, match=f"takes more than the max_bytes={size - 1} of its store"):
+            read(model, PrefixStore(model, COMPRESSED_MT, folder=folder, max_bytes=size - 1), texts[0])
+
+
+def test_a_folder_keeps_models_and_options_apart_and_is_its_owners_alone(tmp_path: Path) -> None:
+    model, other = enable(tiny_model("llama")), enable(tiny_model("qwen2"))
+    folder = tmp_path / "a" / "store"
+    read(model, PrefixStore(model, COMPRESSED_MT, folder=folder), DOCUMENT)
+    for its, config in ((other, COMPRESSED_MT), (model, COMPRESSED)):
+        assert PrefixStore(its, config, folder=folder).get(question(1)).get_seq_length() == 0
+    assert PrefixStore(model, COMPRESSED_MT, folder=folder).get(question(1)).get_seq_length() == 100
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"the folder .* cannot be made"):
+        PrefixStore(model, COMPRESSED_MT, folder=tmp_path / "file")
+
+
+def test_a_damaged_file_is_told_removed_and_read_anew(tmp_path: Path) -> None:
+    model = enable(tiny_model("llama"))
+    read(model, PrefixStore(model, COMPRESSED_MT, folder=tmp_path), DOCUMENT)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1
+    path.write_bytes(content)
+    store = PrefixStore(model, COMPRESSED_MT, folder=tmp_path)
+    with pytest.warns(UserWarning, match="a stored cache was removed, as it cannot be used: .* is damaged"):
+        assert store.get(question(1)).get_seq_length() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stores_and_threads_share_a_folder_while_others_clear_it(tmp_path: Path) -> None:
+    model = enable(tiny_model("llama", num_hidden_layers=1))
+    live = read(model, PrefixStore(model, COMPRESSED_MT, folder=tmp_path), DOCUMENT)
+    seen: list[int] = []
+
+    def work(turns: int) -> None:
+        store = PrefixStore(model, COMPRESSED_MT, folder=tmp_path)
+        for turn in range(turns):
+            store.put(live)
+            seen.append(store.get(question(turn)).get_seq_length())
+            if turn % 3 == 2:
+                store.clear()
+
+    threads = [Thread(target=work, args=(12,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 36
+    assert set(seen) <= {0, 100}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_store_cannot_know_is_refused() -> None:
+    model = enable(tiny_model("llama"))
+    store = PrefixStore(model, COMPRESSED_MT)
+    cache = RocketKVCache(model.config, COMPRESSED)
+    forward(model, cache, DOCUMENT)
+    with pytest.raises(InputError, match="of another model or configuration than the store"):
+        store.put(cache)
+    cache = RocketKVCache(model.config, COMPRESSED_MT)
+    with torch.inference_mode():
+        model(inputs_embeds=model.get_input_embeddings()(DOCUMENT), **pass_cache(cache))
+    with pytest.raises(InputError, match="came without ids, by which a store knows texts"):
+        store.put(cache)
