@@ -66,7 +66,7 @@ inline void multiply_keys(const float* queries, const float* keys, int steps, in
       for (int s = 0; s < steps; s += kMostSteps) {
         Vec sums[kRowsAtOnce][kVecs] = {};
         add_products_of_rows<O, kVecs, 1, kRowsAtOnce>(queries + s * kRowsAtOnce, keys + s * kPanel, kPanel,
-                                                      std::min(kMostSteps, steps - s), sums);
+                                                       std::min(kMostSteps, steps - s), sums);
 #pragma GCC unroll 8
         for (int i = 0; i < kRowsAtOnce; ++i)
 #pragma GCC unroll 4
