@@ -165,6 +165,7 @@ eval-smoke: setup
 R := benchmarks/results
 BENCH := $(BIN)/rocketkv bench
 LAYER := $(BENCH) attention --geometry llama-3.1-8b --selection lowbit,hybrid --time-limit 4 --json
+PROMPT := $(BENCH) prefill --seq-len 1024,2048,4096,8192 --token-budget 512 --repeats 3 --json
 MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
 	mkdir -p $(R)
@@ -183,7 +184,12 @@ bench: setup
 	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weight-dtype int8 > $(R)/model-int8.json
 	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 --weight-dtype int4 > $(R)/model-int4.json
 	$(MODEL) --geometry smollm2-135m --seq-len 64 --token-budget 64 --paths eager > $(R)/model-short.json
-	$(BENCH) prefill --geometry llama-3.1-8b --seq-len 2048,8192 --token-budget 512 --json > $(R)/prefill.json
+	$(PROMPT) --geometry llama-3.1-8b > $(R)/prefill.json
+	$(PROMPT) --geometry smollm2-135m > $(R)/prefill-smollm2-135m.json
+	$(PROMPT) --geometry gemma3-270m > $(R)/prefill-gemma3-270m.json
+	$(PROMPT) --geometry gemma3-270m --dtype float32 > $(R)/prefill-float32.json
+	$(PROMPT) --geometry gemma3-270m --dtype float16 > $(R)/prefill-float16.json
+	$(BENCH) prefill --geometry smollm2-135m --seq-len 7500 --token-budget 512 --repeats 1 --whole-model --json > $(R)/prefill-model.json
 	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json > $(R)/memory.json
 
 clean:
