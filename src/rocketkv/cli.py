@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rocketkv.commands import bench, evaluate, store
+from rocketkv.commands import bench, evaluate, memory, reuse, store
 from rocketkv.commands.budget import budget
 from rocketkv.commands.chat import chat
 from rocketkv.commands.generate import generate
@@ -51,7 +51,7 @@ app.add_typer(store_app, name="store")
 for _group, _commands in (
     (app, (generate, chat, prefill, budget, recommend, info)),
     (eval_app, (evaluate.run, evaluate.report)),
-    (bench_app, (bench.attention, bench.decode, bench.prefill, bench.reuse, bench.memory)),
+    (bench_app, (bench.attention, bench.decode, bench.prefill, reuse.reuse, memory.memory)),
     (store_app, (store.size, store.clear)),
 ):
     for _command in _commands:

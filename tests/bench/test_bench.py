@@ -10,12 +10,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from rocketkv.bench import device as machine
-from rocketkv.bench import memory, model, timing
-from rocketkv.bench.decode import NoAttention
+from rocketkv.bench import memory, timing
 from rocketkv.bench.geometries import GEOMETRIES, Geometry
 from rocketkv.bench.output import AXES
 from rocketkv.bench.plot import save_plot
-from rocketkv.bench.tensors import dense_config, loaded_cache, random_tokens, sparse_config
 from rocketkv.cli import app
 
 TINY = ("--geometry", "smollm2-135m", "--seq-len", "512", "--token-budget", "128")
@@ -259,37 +257,3 @@ def test_stable_means_a_narrow_median() -> None:
     assert timing.is_stable([1.0] * 14 + [9.0])
     assert not timing.is_stable([1.0] * 14)
     assert not timing.is_stable([float(i) for i in range(1, 41)])
-
-
-def test_loaded_caches_hold_what_a_prefill_would() -> None:
-    keys = random_tokens(2, 3, 2000, 64, torch.float32)
-    sparse = loaded_cache(sparse_config(128), keys, keys, 2000)
-    assert int(sparse.num_stored.unique()) == sparse_config(128).budget_for(2000, 64).kept_tokens
-    assert sparse.row_seen == [2000, 2000]
-    dense = loaded_cache(dense_config(128), keys, keys, 2000)
-    query, key = torch.randn(2, 9, 1, 64), torch.randn(2, 3, 1, 64)
-    dense.decode(query, key, key)
-    assert dense.read_bytes == 2001 * 2 * 3 * 2 * 64 * 4
-
-
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_a_geometry_is_a_model(name: str) -> None:
-    geometry = GEOMETRIES[name]
-    assert geometry.num_heads % geometry.num_kv_heads == 0
-    billions = dict(zip(GEOMETRIES, (8.03, 1.236, 8.19, 0.268, 0.1345), strict=True))
-    assert geometry.num_parameters / 1e9 == pytest.approx(billions[name], rel=0.003)
-
-
-def test_the_rest_of_a_step_has_no_attention() -> None:
-    layer = NoAttention(5)
-    query = torch.randn(1, 4, 1, 8)
-    assert torch.equal(layer.decode(query, query, query), torch.zeros_like(query))
-    assert layer.num_seen == 6
-
-
-def test_an_untied_embedding_is_not_read_by_a_step() -> None:
-    from tiny import tiny_model
-
-    tied, untied = tiny_model("llama", tie_word_embeddings=True), tiny_model("llama", tie_word_embeddings=False)
-    assert model.sizes_of(tied).weight_bytes == model.sizes_of(untied).weight_bytes
-    assert model.sizes_of(untied).num_kv_heads == 2

@@ -24,7 +24,7 @@ def check_plot(path: Path | None) -> None:
     if not path.parent.is_dir():
         raise InputError(f"plot={str(path)!r} lies in a folder that does not exist; make it first.")
     if find_spec("matplotlib") is None:
-        raise InputError("drawing needs matplotlib, which is not installed; run `pip install rocketkv[plot]`.")
+        raise InputError("a plot needs matplotlib, which is not installed; run `pip install rocketkv[plot]`.")
 
 
 def save_plot(result: Record, path: Path) -> None:

@@ -1,30 +1,24 @@
-"""The commands of `rocketkv bench`: they measure point by point, and report."""
+"""The commands of `rocketkv bench` that time something at many sizes, point by point, and what all of them share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rocketkv.bench.geometries import find_geometry
 from rocketkv.bench.output import print_json, print_result
 from rocketkv.bench.plot import check_plot, save_plot
-from rocketkv.bench.timing import OnRound, Pace, Point, Row, floor_rows
-from rocketkv.commands.options import AsJson, TokenBudget, WeightDtype, numbers
-from rocketkv.commands.options import Model as ModelName
-from rocketkv.commands.terminal import err, load_model, out, passing_bar
+from rocketkv.bench.timing import Pace, Point, Row, floor_rows
+from rocketkv.commands.options import AsJson, WeightDtype, numbers
+from rocketkv.commands.terminal import counted, err, load_model
 from rocketkv.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-Item = TypeVar("Item")
 
 GeometryName = Annotated[str, typer.Option("--geometry", "-g", help="Sizes of a known model, such as llama-3.1-8b.")]
 SeqLens = Annotated[str, typer.Option("--seq-len", help="Numbers of tokens of context, separated by commas.")]
@@ -133,7 +127,7 @@ def attention(
         sparse_config(min(todo[0].token_budgets), name)  # this refuses an unknown name
     rows: list[Row] = []
     bandwidths: list[float] = []
-    with _counted("attention", todo) as points:
+    with counted("attention", todo) as points:
         for point, on_round in points:
             measured, reached = measure_attention(
                 geometry, dtype, point, cold_mib * 2**20, on_round, selections=selections, device=sweep.device
@@ -172,7 +166,7 @@ def decode(
     rows: list[Row] = []
     comparisons: list[dict[str, object]] = []
     bandwidths: list[float] = []
-    with _counted("decode", todo) as points:
+    with counted("decode", todo) as points:
         for point, on_round in points:
             measured, compared, reached = measure_decode(built, point, chosen, on_round)
             rows += [*measured, *floor_rows(measured, reached)]
@@ -202,73 +196,13 @@ def prefill(
 
     model = _build(sweep, None) if whole_model else None
     rows: list[Row] = []
-    with _counted("prefill", todo) as points:
+    with counted("prefill", todo) as points:
         for point, on_round in points:
             if model is None:
                 rows += measure_prefill(geometry, dtype, point, on_round, device=sweep.device)
             else:
                 rows += measure_model_prefill(model, point, on_round)
     sweep.report("prefill", [row.record() for row in rows], device=sweep.device)
-
-
-def reuse(
-    model: ModelName = "smollm2",
-    seq_len: Annotated[int, typer.Option(min=64, help="Tokens of the document.")] = 7500,
-    token_budget: TokenBudget = 256,
-    dtype: Dtype = "auto",
-    forks: Annotated[int, typer.Option(min=1, help="Forks whose memory is measured.")] = 16,
-    repeats: Repeats = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Time the first token of a second question on a saved document, and measure the memory of many forks."""
-    from rocketkv.bench.reuse import measure_first_token, measure_forks
-    from rocketkv.config import RocketKVConfig
-    from rocketkv.machine import describe_machine, describe_versions
-
-    config = RocketKVConfig(token_budget=token_budget, mode="multi_turn")
-    loaded = load_model(model, dtype)
-    with _counted("reuse", [f"S={seq_len}"]) as items:
-        for _, on_round in items:
-            held = measure_forks(loaded.model, config, seq_len, forks)
-            rows = measure_first_token(loaded.model, config, seq_len, Pace(repeats), on_round)
-    result: dict[str, Any] = {
-        "benchmark": "reuse",
-        "model": model,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "rows": [row.record() for row in rows],
-        "forks": held,
-    }
-    if as_json:
-        print_json(result)
-        return
-    print_result(result)
-    memory, bound = held["memory_bytes"] / 2**20, held["bound_bytes"] / 2**20
-    out.print(f"{forks} forks hold {memory:.0f} MiB; one archive, their working sets and 5%: {bound:.0f} MiB.")
-
-
-def memory(
-    sweep: Sweep = Sweep(),
-    prefill_len: Annotated[
-        str, typer.Option(help="Numbers of tokens to prefill, separated by commas; these prompts are computed.")
-    ] = "4096",
-    phases: Annotated[str, typer.Option(help="prefill, decode or both, separated by a comma.")] = "prefill,decode",
-) -> None:
-    """Measure peak memory and KV bytes of the full and the compressed cache, each in its own process."""
-    from rocketkv.bench.memory import PHASES, cases, measure_memory
-
-    lengths, batches, budgets = sweep.axes()
-    wanted = phases.split(",")
-    for phase in wanted:
-        if phase not in PHASES:
-            raise InputError(f"phases={phases!r} has {phase!r}; choose from {', '.join(PHASES)}.")
-    dtype = str(sweep.torch_dtype).removeprefix("torch.")
-    prefills = numbers("prefill-len", prefill_len)
-    todo = list(cases(sweep.geometry, dtype, wanted, lengths, prefills, budgets, batches))
-    with _counted("memory", todo) as counted:
-        rows = [measure_memory(case) for case, _ in counted]
-    sweep.report("memory", rows)
 
 
 def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
@@ -283,22 +217,3 @@ def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
     with err.status(f"building {geometry.name}"):
         model = build_model(geometry, dtype, sweep.device)
         return model if weight_dtype is None else quantize(model, weight_dtype)
-
-
-@contextmanager
-def _counted(title: str, items: Sequence[Item]) -> Iterator[Iterator[tuple[Item, OnRound]]]:
-    """Yield the items behind a bar on standard error, each with the function that tells the bar of its rounds."""
-    progress = passing_bar()
-    task = progress.add_task(title, total=len(items))
-
-    def on_round(name: str, number: int) -> None:
-        progress.update(task, description=f"{name}, round {number}")
-
-    def each() -> Iterator[tuple[Item, OnRound]]:
-        for done, item in enumerate(items):
-            name = f"{title} {item}"
-            progress.update(task, completed=done, description=name)
-            yield item, partial(on_round, name)
-
-    with progress:
-        yield each()

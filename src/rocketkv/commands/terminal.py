@@ -3,12 +3,12 @@
 import errno
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,7 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rocketkv.errors import InputError, RocketKVError
 
 if TYPE_CHECKING:
+    from rocketkv.bench.timing import OnRound
     from rocketkv.hf.models import LoadedModel
+
+Item = TypeVar("Item")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -164,3 +167,22 @@ def load_model(name: str, dtype: str, weight_dtype: str | None = None, *, fast: 
 
         rocketkv.compile(loaded.model)
     return loaded
+
+
+@contextmanager
+def counted(title: str, items: Sequence[Item]) -> Iterator[Iterator[tuple[Item, "OnRound"]]]:
+    """Yield the items behind a bar on standard error, each with the function that tells the bar of its rounds."""
+    progress = passing_bar()
+    task = progress.add_task(title, total=len(items))
+
+    def on_round(name: str, number: int) -> None:
+        progress.update(task, description=f"{name}, round {number}")
+
+    def each() -> Iterator[tuple[Item, "OnRound"]]:
+        for done, item in enumerate(items):
+            name = f"{title} {item}"
+            progress.update(task, completed=done, description=name)
+            yield item, partial(on_round, name)
+
+    with progress:
+        yield each()
