@@ -15,7 +15,7 @@ from rocketkv.selection import SELECTION_METHODS
 ALL_METHODS = [(e, s) for e in EVICTION_POLICIES for s in SELECTION_METHODS]
 IN_8_BITS = [("snapkv", "lowbit"), ("snapkv", "hybrid"), ("streaming_llm", "dense")]
 WITH_8_BITS = [(*method, "auto") for method in ALL_METHODS] + [(*method, "int8") for method in IN_8_BITS]
-SMALL: dict[str, Any] = {"token_budget": 32, "window_size": 8, "kernel_size": 7, "dense_below": 0}
+SMALL: dict[str, Any] = {"token_budget": 20, "window_size": 8, "kernel_size": 7, "dense_below": 0}
 Call = Callable[[LayerCache, Inputs], Any]
 strict = partial(RocketKVConfig, dense_below=0)  # selects as soon as a row has more than top_k tokens
 

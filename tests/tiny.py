@@ -57,8 +57,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 SMALL: dict[str, Any] = {"window_size": 8, "kernel_size": 5}
 EVERYTHING = RocketKVConfig(dense_below=0, token_budget=4096)
-COMPRESSED = RocketKVConfig(dense_below=0, token_budget=26, **SMALL)
-COMPRESSED_MT = RocketKVConfig(dense_below=0, token_budget=26, mode="multi_turn", **SMALL)
+COMPRESSED = RocketKVConfig(dense_below=0, token_budget=10, **SMALL)
+COMPRESSED_MT = RocketKVConfig(dense_below=0, token_budget=10, mode="multi_turn", **SMALL)
 
 
 def tiny_model(name: str, **changes: int) -> PreTrainedModel:

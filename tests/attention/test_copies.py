@@ -78,7 +78,7 @@ def test_a_second_thread_is_refused_and_does_no_harm(x: Inputs) -> None:
 
 
 def test_threads_that_share_a_cache_decode_each_token_or_are_refused(x: Inputs) -> None:
-    cache = prefilled(x)
+    cache = prefilled(x, token_budget=64)
     refused, foreign, steps = [], [], 300
 
     def decode() -> None:

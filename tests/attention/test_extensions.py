@@ -92,7 +92,7 @@ def test_policies_that_return_nonsense_are_refused(
             return returned(keys)
 
     with pytest.raises(InputError, match=message):
-        LayerCache(strict(token_budget=48, eviction=Nonsense())).prefill(*make_inputs(seeded))
+        LayerCache(strict(token_budget=16, window_size=8, eviction=Nonsense())).prefill(*make_inputs(seeded))
 
 
 @pytest.mark.parametrize("returned", ["all", 1, torch.ones(2, 2, 200, dtype=torch.bool, device="meta")])

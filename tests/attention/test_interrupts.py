@@ -45,7 +45,7 @@ def test_a_prompt_that_broke_off_can_be_given_again(
 
 
 def test_a_prompt_whose_plan_is_refused_can_be_followed_by_another(x: Inputs) -> None:
-    cache = LayerCache(RocketKVConfig(**SMALL, recent_tokens=30))
+    cache = LayerCache(RocketKVConfig(**SMALL, recent_tokens=19))
     expected = cache.copy()
     with pytest.raises(ConfigError, match="but a step attends to top_k"):
         cache.prefill(*x.part(0, 200))

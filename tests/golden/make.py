@@ -21,14 +21,14 @@ from rocketkv import LayerCache, RocketKVConfig
 FILE = Path(__file__).with_name("cases.npz")
 SMALL: dict[str, Any] = {"window_size": 16, "kernel_size": 7, "dense_below": 0}
 CASES: list[dict[str, Any]] = [  # turns: prompt tokens, decode steps; padding: of the second row in each turn, if any
-    {"config": RocketKVConfig(token_budget=48, **SMALL), "turns": [(300, 10)]},
+    {"config": RocketKVConfig(token_budget=24, **SMALL), "turns": [(300, 10)]},
     {"config": RocketKVConfig.paper(48, window_size=16, kernel_size=7), "turns": [(300, 10)]},
     {
-        "config": RocketKVConfig(token_budget=40, mode="multi_turn", **SMALL),
+        "config": RocketKVConfig(token_budget=16, mode="multi_turn", **SMALL),
         "turns": [(250, 6), (40, 6)],
         "padding": 30,
     },
-    {"config": RocketKVConfig(token_budget=48, kv_dtype="int8", **SMALL), "turns": [(300, 10)]},
+    {"config": RocketKVConfig(token_budget=16, kv_dtype="int8", **SMALL), "turns": [(300, 10)]},
 ]
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
 

@@ -170,14 +170,16 @@ def test_autocast_is_followed(name: str) -> None:
     model = tiny_model(name)
     ids = prompts(150)[0]
     full, ours = DynamicCache(config=model.config), RocketKVCache(model.config, EVERYTHING)
+    whole = DynamicCache(config=model.config)
+    exact = [forward(model, whole, ids), forward(model, whole, ids[:, :1])]
     steps = []
     for cache in (full, ours):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             steps.append([forward(model, cache, ids), forward(model, cache, ids[:, :1])])
         enable(model)
-    for plain, mine in zip(*steps, strict=True):
+    for plain, mine, expected in zip(*steps, exact, strict=True):
         assert mine.dtype == plain.dtype
-        torch.testing.assert_close(mine, plain, rtol=0.02, atol=0.05)  # bfloat16 rounds by up to 0.4%
+        assert (mine - expected).norm() <= 2 * (plain - expected).norm()
     assert ours.compressed_layers[0].cache.dtype == torch.bfloat16
     cache, text = answered(model, COMPRESSED_MT, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # a cache keeps the dtype that it began with

@@ -32,7 +32,7 @@ class Breaks(KeepAll):
 @pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
 def test_a_turn_that_breaks_off_before_any_layer_took_it_in_can_be_made_again(name: str, mode: Any) -> None:
     model, breaks = enable(tiny_model(name)), Breaks()
-    config = RocketKVConfig(dense_below=0, token_budget=24, mode=mode, eviction=breaks)
+    config = RocketKVConfig(dense_below=0, token_budget=12, mode=mode, eviction=breaks)
     cache, ids = answered(model, config, prompts(100)[0])
     whole = torch.cat([ids, MORE], 1)
     expected = generate(model, whole, **pass_cache(cache.copy()))
@@ -46,7 +46,7 @@ def test_a_turn_that_breaks_off_before_any_layer_took_it_in_can_be_made_again(na
 def test_a_turn_that_broke_off_is_told_by_its_layer_and_can_be_taken_back_where_nothing_is_lost(name: str) -> None:
     model, breaks = enable(tiny_model(name)), Breaks()
     for mode in ("single_turn", "multi_turn"):
-        config = RocketKVConfig(dense_below=0, token_budget=24, mode=mode, eviction=breaks)
+        config = RocketKVConfig(dense_below=0, token_budget=12, mode=mode, eviction=breaks)
         cache, ids = answered(model, config, prompts(100)[0])
         whole = torch.cat([ids, MORE], 1)
         expected = generate(model, whole, **pass_cache(cache.copy()))

@@ -171,7 +171,7 @@ def test_a_cache_whose_pass_broke_off_says_so(layer: int) -> None:
 
     model = enable(tiny_model("llama"))
     ids, _ = prompts(150)
-    cache = RocketKVCache(model.config, RocketKVConfig(dense_below=0, token_budget=24, eviction=Breaks()))
+    cache = RocketKVCache(model.config, RocketKVConfig(dense_below=0, token_budget=12, eviction=Breaks()))
     with torch.inference_mode():
         with pytest.raises(RuntimeError, match="no luck"):
             model(input_ids=ids, **pass_cache(cache))

@@ -26,23 +26,23 @@ class LowBit(SelectionMethod):
     channel, and Double Sparsity (arXiv:2408.07092) reads low-bit copies of channels that are fixed in advance.
 
     Attributes:
-        kept_factor: stage 1 keeps this multiple, >= 1, of the paper's number of tokens. The paper's number suits page
-            bounds, which say less the more tokens they cover.
+        kept_multiple: stage 1 keeps this many times the token budget, >= 1, whatever the length of the text, so that
+            the budget pays for enough channels to tell the tokens apart.
         scoring_share: the fraction of the token budget that is spent on scoring, 0 to 1.
     """
 
     scoring = Scoring.LOWBIT
-    kept_factor: float = 1.4
+    kept_multiple: int = 8
     scoring_share: float = 1 / 4
 
     @classmethod
     def from_config(cls, config: "RocketKVConfig") -> Self:
         """Return the method with larger shares for 8-bit storage, which halves the bytes per token."""
-        return cls(2.0, 1 / 3) if config.kv_dtype == "int8" else cls()
+        return cls(12, 1 / 3) if config.kv_dtype == "int8" else cls()
 
     def kept_tokens(self, seq_len: int, token_budget: int) -> int:
-        """Keep more tokens than the paper's formula, because no index can find an evicted token (docs/lowbit.md)."""
-        return min(seq_len, int(self.kept_factor * super().kept_tokens(seq_len, token_budget)))
+        """Keep a multiple of the budget: more tokens leave each of them fewer channels to score (docs/lowbit.md)."""
+        return min(seq_len, self.kept_multiple * token_budget)
 
     def split(self, num_tokens: int, token_budget: int, head_dim: int) -> Split:
         """Spend `scoring_share` of the budget, or less if that reads all channels, on scoring; the rest on attending.
