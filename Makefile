@@ -77,7 +77,7 @@ format: setup
 	$(BIN)/clang-format -i csrc/*
 
 # The demo asks one question about a real long document (this licence), then two in a row over the same cache.
-DEMO_BUDGET ?= 256
+DEMO_BUDGET ?= 128
 DEMO_TOKENS ?= 48
 DEMO_QUESTION = --model smollm2 --prompt-file LICENSE --token-budget $(DEMO_BUDGET) --max-new-tokens $(DEMO_TOKENS) \
     --question "What happens to my patent license if I institute patent litigation?"

@@ -28,7 +28,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_budget_explains_the_split(run: Any) -> None:
     sizes = ("budget", "--seq-len", "131072", "--token-budget", "512")
     for more, parts, record in (
-        ((), ("256.0 x", "4226 tokens", "26 of 128"), {"kept_tokens": 4226, "top_k": 385}),
+        ((), ("256.0 x", "4096 tokens", "27 of 128"), {"kept_tokens": 4096, "top_k": 384}),
         (
             ("--selection", "hybrid"),
             ("256.0 x", "3019", "1007 pages of 3", "65 of 128", "512 tokens' worth"),
@@ -36,8 +36,8 @@ def test_budget_explains_the_split(run: Any) -> None:
         ),
         (
             ("--kv-dtype", "int8"),
-            ("24 of 128", "672", "by these scores, int8", "508 tokens' worth"),
-            {"kept_tokens": 6038, "top_k": 672},
+            ("24 of 128", "667", "by these scores, int8", "507 tokens' worth"),
+            {"kept_tokens": 6144, "top_k": 667},
         ),
     ):
         result = run(*sizes, *more)

@@ -38,7 +38,8 @@ def show(as_json: AsJson = False) -> None:
         print(json.dumps({"folder": str(folder.path), "caches": rows}, indent=2))
         return
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("name", "model", "tokens", "MiB", "last used"):
+    table.add_column("name", min_width=max((len(row["name"]) for row in rows), default=0))  # whole, to be copied
+    for column in ("model", "tokens", "MiB", "last used"):
         table.add_column(column, justify="right" if column in ("tokens", "MiB") else "left")
     for row in rows:
         table.add_row(row["name"], row["model"], str(row["tokens"]), f"{row['bytes'] / 2**20:.1f}", row["used"])
