@@ -76,7 +76,7 @@ class Prefill {
       const int64_t head = task / num_blocks_, row = head / prompt_.num_kv_heads;
       const int64_t end = prompt_.num_tokens - task % num_blocks_ * block_;
       const int64_t first = prompt_.num_tokens - (prompt_.num_queries ? prompt_.num_queries[row] : prompt_.num_tokens);
-      const int64_t begin = std::max({first, end - block_, prompt_.num_tokens - prompt_.lengths[head]});
+      const int64_t begin = std::max<int64_t>({0, first, end - block_, prompt_.num_tokens - prompt_.lengths[head]});
       if (begin >= end) continue;
       if (is_finite(head, begin, end)) {
         attend(head, begin, end);
@@ -128,7 +128,8 @@ class Prefill {
     for (int r = 0; r < rows; ++r)
       pack_query(query(head, begin, r), dim, queries + r / kRowsAtOnce * query_stride + r % kRowsAtOnce);
 
-    const float factor = prompt_.scale * 1.44269504f;  // log2(e): the softmax counts in powers of two
+    const float factor = std::min(prompt_.scale * 1.44269504f,
+                                  std::numeric_limits<float>::max());  // log2(e): the softmax counts in powers of two
     const int64_t num_keys = visible(head, end - 1);
     for (int64_t slot = 0; slot < num_keys; slot += kTileKeys) {
       const int count = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - slot));

@@ -10,11 +10,11 @@
 namespace rocketkv {
 namespace {
 
-// 2^x for x <= 0; below -126 the result is 2^-126; of a NaN it is a NaN. To 1e-7 where weights are floats, to 3e-6
+// 2^x for x <= 0; below -126 the result is 0; of a NaN it is a NaN. To 1e-7 where weights are floats, to 3e-6
 // where they are rounded to bfloat16.
 template <class O>
-inline Vec exp2_of_negative(Vec x) {
-  x = max(broadcast(-126.0f), x);
+inline Vec exp2_of_negative(Vec given) {
+  Vec x = max(broadcast(-126.0f), given);
   const Vec magic = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Vec shifted = x + magic;
   const Vec r = x - (shifted - magic);
@@ -33,7 +33,7 @@ inline Vec exp2_of_negative(Vec x) {
     p = p * r + 1.0f;
   }
   const VecBits power = load<VecBits>(&shifted) << 23;  // 2^n, n the integer: 127 is added to it already
-  return p * load<Vec>(&power);
+  return given < broadcast(-126.0f) ? Vec{} : p * load<Vec>(&power);
 }
 
 // What the softmax of a row knows of the tiles before: the largest score, and the sum of the weights relative to it.

@@ -89,6 +89,8 @@ def restore(config: RocketKVConfig, keep_queries: int, snapshot: Snapshot, devic
         cache.num_decoded = check_count("num_decoded", facts["num_decoded"], 0)
         cache.just_prefilled = bool(facts["just_prefilled"])
         cache._read_bytes = check_count("read_bytes", facts["read_bytes"], 0)
+    except torch.OutOfMemoryError:  # which tells nothing about the snapshot
+        raise
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"these are not the parts of a layer's cache ({error}).") from None
     return cache
@@ -123,6 +125,8 @@ def _parts(
     if facts["plan"] is not None:
         splits = [Split(*(check_count("split", n, 1) for n in split)) for split in facts["plan"]["splits"]]
         limits = [check_count("limit", limit, 1) for limit in facts["plan"]["limits"]]
+        if not len(splits) == len(limits) == batch:
+            raise ValueError("a plan of other rows")
         plan = Planner(config, cache.selection, head_dim).resumed(splits, limits, working.lengths)
         if plan.steps_left < 0:
             raise ValueError("a row longer than its plan")
@@ -132,6 +136,8 @@ def _parts(
         query = tensors["observed"].to(device)
         if query.dtype != like.dtype or query.dim() != 4 or query.shape[::3] != like.shape[::3]:
             raise ValueError(f"queries are {query.dtype} {list(query.shape)}")
+        if query.shape[1] % num_kv_heads:
+            raise ValueError(f"{query.shape[1]} query heads do not share {num_kv_heads} KV heads")
         counts = _counts(num_queries, (batch,), query.shape[2]).to(device)
         observed = Observed(query.clone(), counts, float(scale), bool(is_first))
     return working, plan, observed
@@ -152,6 +158,8 @@ def _ragged(name: str, empty: RaggedTokens, tensors: dict[str, Any], lengths: Te
             raise ValueError(f"{name}.{field} is {x.dtype} {list(x.shape)}")
         if x.shape[2] < int(lengths.max()):
             raise ValueError(f"{name}.{field} has {x.shape[2]} tokens a row, fewer than {int(lengths.max())}")
+    if len({x.shape[2] for x in fields.values()}) > 1:  # kernels take the room of the keys for that of all fields
+        raise ValueError(f"the fields of {name} have room for different numbers of tokens")
     tokens = RaggedTokens(fields, lengths, 0, False)
     tokens.set_lengths(lengths)
     return tokens

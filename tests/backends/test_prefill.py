@@ -176,3 +176,12 @@ def test_a_turn_over_what_is_stored_in_8_bits(
 def test_what_the_kernels_do_not_take_is_left_to_plain_torch() -> None:
     for dtype, head_dim in ((torch.float64, 64), (torch.float32, 257)):
         assert backends.fastest("prefill_densely", torch.zeros(1, 1, 1, head_dim, dtype=dtype)) is ops.prefill_densely
+
+
+def test_a_token_without_weight_adds_nothing_however_large_its_value() -> None:
+    query, keys, values = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8), torch.ones(1, 1, 4, 8)
+    query[..., 0] = 1
+    keys[0, 0, 0, 0] = -1000
+    values[0, 0, 0] = torch.finfo(torch.float32).max
+    output = cpp.prefill_densely(query, keys, values, scale=1.0)
+    assert torch.equal(output[:, :, 1:], torch.ones(1, 1, 3, 8))

@@ -251,6 +251,7 @@ def test_a_forged_file_whose_checksums_fit_is_refused_before_a_kernel_reads_it(t
         ("plan", {"splits": [[1, 99, 12]], "limits": [100]}),
         ("plan", {"splits": [], "limits": []}),
         ("plan", {"splits": [[1, 8, 12]], "limits": [1]}),
+        ("plan", {"splits": [[1, 8, 12]] * 2, "limits": [100]}),
         ("num_decoded", "many"),
         ("observed", [[1], 1.0, True]),
     ):
@@ -265,6 +266,18 @@ def test_a_forged_file_whose_checksums_fit_is_refused_before_a_kernel_reads_it(t
     tensors["0.tokens.positions"] = positions._replace(tokens=positions.tokens + 1000)
     tensor_file.save(path, tensors, record)
     with pytest.raises(CacheFileError, match="positions beyond what was seen"):
+        RocketKVCache.load(path, model)
+    tensors, record = live.parts()
+    values = tensors["0.archive.values"]
+    assert isinstance(values, tensor_file.Rows)
+    tensors["0.archive.values"] = values._replace(capacity=values.capacity - 1)
+    tensor_file.save(path, tensors, record)
+    with pytest.raises(CacheFileError, match="room for different numbers of tokens"):
+        RocketKVCache.load(path, model)
+    tensors, record = live.parts()
+    tensors["ids"] = tensors["ids"][:, :50]  # type: ignore[index]  # no Rows
+    tensor_file.save(path, tensors, record)
+    with pytest.raises(CacheFileError, match="50 token ids for"):
         RocketKVCache.load(path, model)
     record["model"], record["layers"] = {}, []
     tensor_file.save(path, tensors, record)

@@ -147,3 +147,28 @@ def test_what_a_store_cannot_know_is_refused() -> None:
         model(inputs_embeds=model.get_input_embeddings()(DOCUMENT), **pass_cache(cache))
     with pytest.raises(InputError, match="came without ids, by which a store knows texts"):
         store.put(cache)
+
+
+def test_a_padded_text_shares_nothing_with_one_without_padding() -> None:
+    model = enable(tiny_model("llama"))
+    store = PrefixStore(model, COMPRESSED_MT)
+    mask = torch.ones_like(DOCUMENT)
+    mask[:, :5] = 0
+    padded = RocketKVCache(model.config, store.config)
+    with torch.inference_mode():
+        model(input_ids=DOCUMENT, attention_mask=mask, **pass_cache(padded))
+    padded.end_turn()
+    store.put(padded)
+    longer = torch.cat([mask, torch.ones_like(mask[:, :20])], 1)
+    assert store.get(question(1)).get_seq_length() == 0
+    assert store.get(question(1), longer).get_seq_length() == 100
+
+
+def test_other_files_in_the_folder_are_not_the_stores(tmp_path: Path) -> None:
+    model, report = enable(tiny_model("llama")), tmp_path / "report.kv"
+    read(model, PrefixStore(model, COMPRESSED_MT), DOCUMENT).save(report)
+    store = PrefixStore(model, COMPRESSED_MT, folder=tmp_path, max_bytes=1)
+    with pytest.warns(UserWarning, match="max_bytes"):
+        read(model, store, DOCUMENT)
+    store.clear()
+    assert report.is_file()

@@ -74,10 +74,10 @@ def prefill_densely(
     """See `ops.prefill_densely`."""
     query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
     batch, num_heads, num_tokens, head_dim = query.shape
+    allocate = query.new_empty if lengths is None and num_queries is None else query.new_zeros
     if lengths is None:
         lengths = torch.full(keys.shape[:2], keys.shape[2], dtype=torch.int64, device=keys.device)
     lengths, num_queries = lengths.contiguous(), None if num_queries is None else num_queries.contiguous()
-    allocate = query.new_empty if num_queries is None else query.new_zeros
     output = allocate(batch, num_tokens, num_heads, head_dim).transpose(1, 2)  # as models go on with it
     prompt = native.Prompt()
     prompt.dtype = _dtype(query.dtype)

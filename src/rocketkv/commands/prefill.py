@@ -1,5 +1,6 @@
 """`rocketkv prefill`."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from rocketkv.commands.answers import Setup, prefill_bar
 from rocketkv.commands.terminal import err, load_model, out, read_text
+from rocketkv.errors import InputError
 
 if TYPE_CHECKING:
     from rocketkv.hf import RocketKVCache
@@ -23,6 +25,8 @@ def prefill(
     """Read a document once and save its cache, for `generate --cache` and `chat --cache`."""
     config = setup.config("single_turn" if single_turn else "multi_turn")
     text = read_text(file)
+    if to.is_dir() or not os.access(to.absolute().parent, os.W_OK):
+        raise InputError(f"--out {to} cannot be written; give a file in a folder that exists and is yours to write.")
     loaded = load_model(setup.model, setup.dtype, setup.weight_dtype)
     from rocketkv.hf import RocketKVCache
     from rocketkv.hf.session import Session

@@ -131,11 +131,13 @@ class SavedCache:
             check_identity(path, Identity(**record["model"]), own or identify(decoder))
             cache = cls(model.config, _config_of(record["config"]), keep_queries=record["keep_queries"])  # type: ignore[call-arg]  # a RocketKVCache
             mask = tensors.get("mask")
-            cache.history.append(tensors["ids"], mask)
+            cache.history.append(tensors["ids"], None if mask is None else mask.clone())
             for i, (layer, facts) in enumerate(zip(cache.layers, record["layers"], strict=True)):
                 prefix = f"{i}."
                 parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
                 _put_together(layer, cache, parts, facts, model.device)
+            if cache.get_seq_length() != cache.history.num_columns:
+                raise ValueError(f"{cache.history.num_columns} token ids for {cache.get_seq_length()} tokens")
         except (KeyError, TypeError, InputError, ValueError) as error:
             if isinstance(error, CacheFileError):
                 raise

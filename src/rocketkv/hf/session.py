@@ -1,6 +1,7 @@
 """A conversation with a model over one cache: turns, streaming and timing."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from rocketkv.config import RocketKVConfig
-from rocketkv.errors import InputError
+from rocketkv.errors import CacheFileError, InputError
 from rocketkv.hf.cache import RocketKVCache, cache_stats
 from rocketkv.hf.history import UNKNOWN
 from rocketkv.hf.models import LoadedModel
@@ -159,7 +160,10 @@ class Session:
             if isinstance(self.cache, RocketKVCache):
                 self.cache.end_turn()
                 if store is not None:
-                    store.put(self.cache)
+                    try:
+                        store.put(self.cache)
+                    except CacheFileError as error:  # the answer needs no file
+                        warnings.warn(str(error), stacklevel=2)
         self._token_ids, self._rendered = ids, rendered
         return num_new
 

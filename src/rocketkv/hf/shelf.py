@@ -1,6 +1,7 @@
 """Where saved caches are kept, the least recently used of them given up first: a folder, or the process's memory."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from rocketkv.hf.embedded import cache_folder
 from rocketkv.tensor_file import Rows
 
 SUFFIX = ".kv"
+NAME = re.compile(rf"[0-9a-f]{{16}}-[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # other files in a folder are not the store's
 ABANDONED = 3600  # seconds after which a file that was begun and not finished is nobody's
 
 
@@ -96,9 +98,10 @@ class Folder(Shelf):
     def paths(self) -> dict[str, Path]:
         """See `Shelf`; a file was used when it was last modified."""
         used = {}
-        for path in self.path.glob(f"[!.]*{SUFFIX}"):
+        for path in self.path.glob(f"*{SUFFIX}"):
             with suppress(OSError):
-                used[path] = path.stat().st_mtime_ns
+                if NAME.fullmatch(path.name):
+                    used[path] = path.stat().st_mtime_ns
         return {path.name: path for path in sorted(used, key=lambda path: used[path], reverse=True)}
 
     def touch(self, name: str) -> bool:
@@ -110,13 +113,15 @@ class Folder(Shelf):
 
     def remove(self, name: str) -> None:
         """See `Shelf`."""
-        (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be another's to write
+            (self.path / name).unlink(missing_ok=True)
 
     def write(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
         """See `Shelf`; what processes that were killed have left half written goes."""
         for path in self.path.glob(f".*{SUFFIX}.*"):
             with suppress(OSError):
-                if path.stat().st_mtime < time() - ABANDONED:
+                is_ours = NAME.match(path.name.removeprefix("."))
+                if is_ours and path.stat().st_mtime < time() - ABANDONED:
                     path.unlink()
         tensor_file.save(self.path / name, tensors, record)
 
@@ -133,7 +138,8 @@ class Memory(Shelf):
         self._files: dict[str, BinaryIO] = {}  # the least recently used first
 
     def __del__(self) -> None:
-        self.clear()
+        for file in self._files.values():
+            file.close()
 
     def paths(self) -> dict[str, Path]:
         """See `Shelf`."""

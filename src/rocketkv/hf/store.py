@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from threading import Lock
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -55,7 +56,7 @@ class PrefixStore:
         self.config = config
         self._model = model
         self._identity = identify(check_model(model))
-        made_by = [*self._identity[1:], options_of(config)]
+        made_by = [tensor_file.VERSION, *self._identity[1:], options_of(config)]
         self._key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
         self._shelf: Shelf = Memory(max_bytes) if folder is None else Folder(Path(folder), max_bytes)
         self._histories: dict[str, History] = {}  # of the files seen so far; a name has its ids in it
@@ -65,20 +66,25 @@ class PrefixStore:
     @property
     def num_bytes(self) -> int:
         """The bytes of all stored caches, those of other models in the folder included."""
-        return sum(self._shelf.sizes().values())
+        with self._lock:
+            return sum(self._shelf.sizes().values())
 
-    def get(self, ids: Tensor) -> RocketKVCache:
+    def get(self, ids: Tensor, attention_mask: Tensor | None = None) -> RocketKVCache:
         """Return a cache that has seen the longest stored beginning of a text; an empty one if there is none.
 
         Args:
             ids: `[B, L]` integers, the text so far, as it will be given to `generate` together with the cache; so one
                 token at least is left to take in, as `RocketKVCache.rewind_to` says.
+            attention_mask: `[B, L]`, 0 in padded columns, as it will be given to `generate`; None: no column is padded.
+                Texts share a beginning only where the same columns are padded.
         """
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         with self._lock:
-            found = []
-            for name, path in self._own_paths().items():
+            found, paths = [], self._own_paths()
+            self._histories = {name: history for name, history in self._histories.items() if name in paths}
+            for name, path in paths.items():
                 history = self._history(name, path)
-                if history is not None and history.num_rows == ids.shape[0]:
+                if history is not None and history.num_rows == ids.shape[0] and _pads_alike(history, mask):
                     found.append((history.num_common(ids), -history.num_columns, name, path))
             for common, _, name, path in sorted(found, reverse=True):
                 cache = self._load(name, path) if common > 0 else None
@@ -132,7 +138,8 @@ class PrefixStore:
                 self._give_up(name, error)
                 return None
             self._histories[name] = History()
-            self._histories[name].append(tensors["ids"], tensors.get("mask"))
+            mask = tensors.get("mask")
+            self._histories[name].append(tensors["ids"], None if mask is None else mask.clone())
         return self._histories[name]
 
     def _load(self, name: str, path: Path) -> RocketKVCache | None:
@@ -142,7 +149,9 @@ class PrefixStore:
             version = (name, status.st_ino, status.st_size)
             parts = tensor_file.load(path, check=version not in self._checked)
             cache = RocketKVCache.from_parts(path, self._model, *parts, own=self._identity)
-        except (CacheFileError, OSError) as error:
+        except OSError:  # another process has given the file up, or the system has no room for the moment
+            return None
+        except CacheFileError as error:
             self._give_up(name, error)
             return None
         self._checked.add(version)
@@ -161,3 +170,10 @@ class PrefixStore:
             return cache.rewind_to(ids) > 0
         except (InputError, UnsupportedError):  # evicted tokens, or those beyond a sliding window, would be needed
             return False
+
+
+def _pads_alike(history: History, mask: Tensor) -> bool:
+    """Return whether the columns that a history and a text of this mask, `[B, L]`, both have are padded alike."""
+    own = torch.ones_like(history.ids) if history.mask is None else history.mask
+    width = min(own.shape[1], mask.shape[1])
+    return torch.equal(own[:, :width].bool().cpu(), mask[:, :width].bool().cpu())
