@@ -55,6 +55,7 @@ class SavedCache:
     keep_queries: int
     _decoder: "ref[PreTrainedModel] | None"
     _recover: Callable[[], None]
+    get_seq_length: Callable[[], int]
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to a file, from which `load` makes an equal one; this one goes on as it is.
