@@ -1,10 +1,10 @@
 // Exact causal attention of a prompt, in tiles with an online softmax (FlashAttention-2, arXiv:2307.08691).
 //
 // A task is one KV head of one batch row and some of its last tokens, with all query heads of the KV head. A thread
-// draws one task after the other, those with the most keys first. It packs a tile of keys and values into memory of its
-// own, lets all rows of the task attend to it, and goes on to the next tile. So the memory taken does not grow with the
-// prompt, a tile is read once for all query heads, and what a row's output is does not depend on how the work is shared
-// out: the tiles of a row begin at its first token, and its sums are its own.
+// draws one task after the other; in each head, those with the most keys come first. The thread packs a tile of keys
+// and values into memory of its own, lets all rows of the task attend to it, and goes on to the next tile. So the
+// memory does not grow with the prompt, and a tile is read once for all query heads. A row's output does not depend on
+// how the work is shared out, because the tiles of a row begin at its first token and every row has sums of its own.
 #include <algorithm>
 #include <atomic>
 #include <vector>
@@ -86,12 +86,12 @@ class Prefill {
     }
   }
 
-  // How many keys of its row a token sees, the first ones.
+  // Return how many of the row's first keys a token sees.
   int64_t visible(int64_t head, int64_t token) const {
     return prompt_.lengths[head] - (prompt_.num_tokens - 1 - token);
   }
 
-  // The numbers of a head's token.
+  // Return the numbers of a head's token.
   const T* at(const Rows& rows, int64_t row, int64_t head, int64_t token) const {
     return static_cast<const T*>(rows.data) + row * rows.batch_stride + head * rows.head_stride +
            token * rows.token_stride;
@@ -100,7 +100,7 @@ class Prefill {
     return at(rows, head / prompt_.num_kv_heads, head % prompt_.num_kv_heads, slot);
   }
 
-  // Whether the values that only some of these tokens see are finite: a weight of zero removes no other.
+  // Return whether the values that only some of these tokens see are finite: a weight of zero does not remove others.
   bool is_finite(int64_t head, int64_t begin, int64_t end) const {
     float product = 0;
     for (int64_t slot = visible(head, begin); slot < visible(head, end - 1); ++slot) {
@@ -159,7 +159,7 @@ class Prefill {
     }
   }
 
-  // A row of a task: the token after so many, in one of the query heads.
+  // Return a row of a task: row r is token begin + r / group_, in query head r % group_ of the KV head.
   const T* row_at(const Rows& rows, int64_t head, int64_t begin, int r) const {
     return at(rows, head / prompt_.num_kv_heads, head % prompt_.num_kv_heads * group_ + r % group_, begin + r / group_);
   }

@@ -15,7 +15,7 @@ namespace {
 template <class T>
 constexpr int kDepth = sizeof(float) / sizeof(Operand<T>);
 
-// kPair channels of a row as lanes along the channels: 2 / kDepth vectors.
+// Return kPair channels of a row as lanes along the channels: 2 / kDepth vectors.
 template <class T>
 inline void load_lanes(const T* row, Vec* lanes) {
   if constexpr (kDepth<T> == 2) {
@@ -26,7 +26,7 @@ inline void load_lanes(const T* row, Vec* lanes) {
   }
 }
 
-// The same of the last channels, with zeros after them.
+// Return the last channels likewise, with zeros after them.
 template <class T>
 inline void load_lanes(const T* row, int count, Vec* lanes) {
   if (count >= kPair) return load_lanes(row, lanes);

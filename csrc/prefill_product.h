@@ -11,7 +11,7 @@ constexpr int kVecsAtOnce = kWidth == 8 ? 2 : 4;  // AVX2 has 16 registers, the 
 constexpr int kPanel = kVecsAtOnce * kWidth;      // lanes of a panel
 constexpr int kMostSteps = 128;                   // products of a score added up at once: more would lose precision
 
-// sum + a * b, lane by lane; lanes of two bfloat16 add both of their products.
+// Return sum + a * b, lane by lane; a lane of two bfloat16 numbers adds both of its products.
 template <class O>
 inline Vec add_product_of_lanes(Vec sum, Vec a, Vec b) {
 #if defined(__AVX512BF16__)
@@ -20,10 +20,10 @@ inline Vec add_product_of_lanes(Vec sum, Vec a, Vec b) {
   return sum + a * b;
 }
 
-// All lanes equal to one, whatever it holds.
+// Return a vector whose lanes all equal this one.
 inline Vec broadcast_lane(const float* lane) { return reinterpret_cast<Vec>(load<uint32_t>(lane) - VecBits{}); }
 
-// sums[i][x] += the products of row i with vector x of the panel, over `steps` lanes.
+// Add to sums[i][x] the products of row i with vector x of the panel, over `steps` lanes.
 //
 // rows: lane s of row i is rows[i * kRowStride + s * kStepStride].
 // panel: [steps][stride]; kVecs vectors are read of each step.
@@ -54,7 +54,7 @@ ROCKETKV_INLINE void with_vecs(int num_vecs, F f) {
   return f(std::integral_constant<int, 1>());
 }
 
-// scores[i][key] = query i . key, for the first keys up to a whole vector.
+// Write scores[i][key], the product of query i and a key, for the first keys up to a whole vector.
 //
 // queries: [steps][kRowsAtOnce]; keys: panels, [steps_stride][kPanel] each; scores: [kRowsAtOnce][kScoreStride].
 template <class O, int kScoreStride>
@@ -78,7 +78,7 @@ inline void multiply_keys(const float* queries, const float* keys, int steps, in
     });
 }
 
-// outputs[i] = outputs[i] * shrink[i] + the values, weighted by row i.
+// Multiply outputs[i] with shrink[i], and add the values weighted by row i.
 //
 // weights: [kRowsAtOnce][kWeightStride] lanes; values: [steps][padded] lanes; outputs: [kRowsAtOnce][padded].
 template <class O, int kWeightStride>

@@ -10,7 +10,7 @@
 namespace rocketkv {
 namespace {
 
-// 2^x for x <= 0; below -126 the result is 0; of a NaN it is a NaN. To 1e-7 where weights are floats, to 3e-6
+// Return 2^x for x <= 0: 0 below -126, and NaN for NaN. The relative error is 1e-7 where weights are floats, and 3e-6
 // where they are rounded to bfloat16.
 template <class O>
 inline Vec exp2_of_negative(Vec given) {
@@ -72,7 +72,7 @@ struct Softmax {
     return shrink;
   }
 
-  // What a row's sums are multiplied with in the end; 0 if nothing has a weight.
+  // Return what a row's sums are multiplied with in the end; 0 if nothing has a weight.
   float normalizer() const { return sum == 0 ? 0.0f : 1.0f / sum; }
 
  private:
@@ -82,7 +82,7 @@ struct Softmax {
     return lanes;
   }
 
-  // The largest of the first scores; NaN counts as none.
+  // Return the largest of the first scores; NaN is passed over.
   static float largest_of(const float* scores, int count) {
     Vec best = broadcast(kLeast);
     int j = 0;

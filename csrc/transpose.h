@@ -1,4 +1,4 @@
-// A square of lanes of 32 bits, turned over its diagonal.
+// The transposition of a square of 32-bit lanes.
 #pragma once
 
 #include <utility>

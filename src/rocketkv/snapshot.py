@@ -36,7 +36,7 @@ class Snapshot(NamedTuple):
 
 @exclusive
 def take(cache: LayerCache) -> Snapshot:
-    """The state of a cache, which shares its tensors: write them before the cache goes on.
+    """Return the state of a cache; the tensors are shared, so write them before the cache goes on.
 
     Raises:
         InputError: another thread is using the cache.
@@ -69,7 +69,7 @@ def take(cache: LayerCache) -> Snapshot:
 
 
 def restore(config: RocketKVConfig, keep_queries: int, snapshot: Snapshot, device: torch.device) -> LayerCache:
-    """A cache in the state of a snapshot, whose archive stays where the tensors of the snapshot lie, if it can.
+    """Return a cache in the state of a snapshot; its archive stays where the tensors of the snapshot lie, if it can.
 
     Args:
         config: as the cache of the snapshot had it.
@@ -99,7 +99,7 @@ def restore(config: RocketKVConfig, keep_queries: int, snapshot: Snapshot, devic
 def _parts(
     cache: LayerCache, tensors: dict[str, Any], facts: dict[str, Any], device: torch.device
 ) -> tuple[WorkingSet, SelectionPlan | None, Observed | None]:
-    """The parts of a cache, each checked so far that no kernel reads beyond a buffer."""
+    """Return working set, plan and observed queries, checked so that no kernel reads beyond a buffer."""
     config = cache.config
     batch, num_kv_heads, head_dim = (check_count("shape", size, 1) for size in facts["shape"])
     like = torch.empty(batch, num_kv_heads, 0, head_dim, dtype=_DTYPE_NAMES[facts["dtype"]], device=device)
@@ -144,13 +144,13 @@ def _parts(
 
 
 def _rows(name: str, tokens: RaggedTokens, spare: int) -> dict[str, Tensor | Rows]:
-    """The fields of ragged tokens by name, in a file with room for `spare` more, up to a multiple of GROWTH."""
+    """Return the fields of ragged tokens by name, with room in the file for `spare` more, rounded up to GROWTH."""
     capacity = -(-(tokens.max_length + spare) // GROWTH) * GROWTH
     return {f"{name}.{field}": Rows(x, tokens.lengths, capacity) for field, x in tokens.fields.items()}
 
 
 def _ragged(name: str, empty: RaggedTokens, tensors: dict[str, Any], lengths: Tensor) -> RaggedTokens:
-    """Ragged tokens of the kind of `empty` with `lengths`, over the tensors of that name."""
+    """Return ragged tokens like `empty`, with `lengths` `[B, Hkv]` int64, over the tensors of that name."""
     fields = {}
     for field, like in empty.fields.items():
         x = fields[field] = tensors[f"{name}.{field}"]
@@ -166,7 +166,7 @@ def _ragged(name: str, empty: RaggedTokens, tensors: dict[str, Any], lengths: Te
 
 
 def _counts(numbers: Any, shape: tuple[int, ...], most: int) -> Tensor:
-    """Whole numbers from 0 to `most` as a tensor of this shape, int64."""
+    """Return whole numbers from 0 to `most` as an int64 tensor of this shape."""
     counts = torch.tensor(numbers, dtype=torch.int64)
     if counts.shape != shape or int(counts.min()) < 0 or int(counts.max()) > most:
         raise ValueError(f"{numbers} are not {list(shape)} numbers from 0 to {most}")

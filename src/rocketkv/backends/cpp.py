@@ -38,7 +38,7 @@ def instruction_set() -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers as they are."""
+    """Return whether this CPU multiplies bfloat16 numbers without widening them first."""
     return any(name.endswith("_bf16") for name in library_names())
 
 
@@ -58,7 +58,7 @@ def decline(spec: Spec) -> str | None:
 
 
 def decline_prefill_densely(spec: Spec) -> str | None:
-    """Why prompts of this kind are not for this backend; None: they are."""
+    """Say why this backend does not attend prompts of this kind; None: it does."""
     return decline(spec) or prefer_torch(prefill_densely, spec.dtype, spec.head_dim)
 
 
@@ -220,7 +220,7 @@ def _pages(index: PageBounds) -> "native.Pages":
 
 
 def _rows(rows: Tensor) -> "native.Rows":
-    """Rows `[B, H, S, D]` as the library has them."""
+    """Return rows `[B, H, S, D]` as the library's structure."""
     out = native.Rows()
     out.data = rows.data_ptr()
     out.batch_stride, out.head_stride, out.token_stride = rows.stride()[:3]

@@ -115,18 +115,18 @@ def measure_forks(model: PreTrainedModel, config: RocketKVConfig, seq_len: int, 
 
 
 def _tokens(model: PreTrainedModel, count: int) -> Tensor:
-    """Random token ids, `[1, count]`."""
+    """Return random token ids, `[1, count]` int64."""
     return torch.randint(model.config.get_text_config(decoder=True).vocab_size, (1, count))
 
 
 @torch.inference_mode()
 def _take_in(model: PreTrainedModel, cache: RocketKVCache, ids: Tensor) -> None:
-    """One forward pass over new tokens, up to the logits of the last one."""
+    """Run one forward pass over new tokens, up to the logits of the last one."""
     model(input_ids=ids, **pass_cache(cache), logits_to_keep=1)
 
 
 def _read(model: PreTrainedModel, config: RocketKVConfig, document: Tensor) -> RocketKVCache:
-    """A cache that has seen a document."""
+    """Return a cache that has seen a document."""
     cache = RocketKVCache(model.config, config)
     _take_in(model, cache, document)
     cache.end_turn()
@@ -134,12 +134,12 @@ def _read(model: PreTrainedModel, config: RocketKVConfig, document: Tensor) -> R
 
 
 def _ask_copy(model: PreTrainedModel, cache: RocketKVCache, question: Tensor) -> float:
-    """Milliseconds of a question to a copy of a cache, which is made before the time begins."""
+    """Return the milliseconds of a question to a copy of a cache, which is made before the time begins."""
     copied = cache.copy()
     return timed(lambda: _take_in(model, copied, question))
 
 
 def _held_bytes() -> int:
-    """The proportional set size of this process: shared pages count once, however often they are mapped."""
+    """Return the proportional set size of this process in bytes: a shared page counts once, however often mapped."""
     line = next(line for line in _ROLLUP.read_text().splitlines() if line.startswith("Pss:"))
     return int(line.split()[1]) * 1024
