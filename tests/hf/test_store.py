@@ -172,3 +172,16 @@ def test_other_files_in_the_folder_are_not_the_stores(tmp_path: Path) -> None:
         read(model, store, DOCUMENT)
     store.clear()
     assert report.is_file()
+
+
+@kept_in
+def test_a_cache_that_cannot_fit_leaves_the_others(in_folder: bool, tmp_path: Path) -> None:
+    model = enable(tiny_model("llama"))
+    folder = tmp_path if in_folder else None
+    measured = PrefixStore(model, COMPRESSED_MT)
+    read(model, measured, DOCUMENT)
+    store = PrefixStore(model, COMPRESSED_MT, folder=folder, max_bytes=measured.num_bytes)
+    read(model, store, DOCUMENT)
+    with pytest.warns(UserWarning, match="takes more than the max_bytes"):
+        read(model, store, prompts(1500)[0])
+    assert store.get(question(1)).get_seq_length() == 100

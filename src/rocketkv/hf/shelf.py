@@ -54,13 +54,21 @@ class Shelf(ABC):
         """Write a file, whole or not at all."""
 
     def add(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> bool:
-        """Write a file and give up the least recently used ones until all fit; return whether the new one stays."""
+        """Give up the least recently used files until a new one fits, and write it; return whether it stays."""
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        if needed > self.max_bytes:
+            return False
+        self._shrink(self.max_bytes - needed)
         self.write(name, tensors, record)
-        sizes, last = self.sizes(), ""
-        while sum(sizes.values()) > self.max_bytes:
+        self._shrink(self.max_bytes)  # headers take room, and other processes write as well
+        return name in self.paths()
+
+    def _shrink(self, max_bytes: int) -> None:
+        """Give up the least recently used files until the others take at most `max_bytes`."""
+        sizes = self.sizes()
+        while sum(sizes.values()) > max_bytes:
             last, _ = sizes.popitem()
             self.remove(last)
-        return last != name
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file by its name, the most recently used first."""
