@@ -1,6 +1,7 @@
 """`rocketkv chat`: a conversation, and Ctrl-C at each of its moments."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ def test_an_interrupted_prefill_says_that_the_conversation_is_forgotten(
     assert result.stdout.count("RocketKV-MT") == 1
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt, which a shell lets the programs ignore that it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_at_the_prompt_leaves(
     run: Any, loaded: LoadedModel, document: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
