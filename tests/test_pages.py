@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
 SECOND_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<! al)[.!?][)\"*]* +[\"(*`]*[A-Z]")
 
 
