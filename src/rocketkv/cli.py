@@ -3,11 +3,11 @@
 import io
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from rocketkv import __version__
 from rocketkv.commands import bench, evaluate, memory, reuse, store
 from rocketkv.commands.budget import budget
 from rocketkv.commands.chat import chat
@@ -29,7 +29,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"rocketkv {version('rocketkv')}")
+        typer.echo(f"rocketkv {__version__}")
         raise typer.Exit
 
 

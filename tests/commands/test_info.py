@@ -113,6 +113,7 @@ def test_info_on_a_cpu_without_avx2(tmp_path: Path) -> None:
     assert facts["kernels"] == reason
     assert facts["kernel dtypes"] == facts["kernel head_dim"] == facts["kernel selection"] == "none"
     assert facts["layers"] == [f"3 full-attention, head_dim=16: plain torch (cpp: {reason})"]
+    assert reason not in result.stderr  # the table says what the library would warn of
 
 
 @pytest.mark.usefixtures("_kernels")

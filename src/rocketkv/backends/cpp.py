@@ -1,6 +1,10 @@
-"""The CPU backend calls kernels in C++ (csrc/), which are built into one library per instruction set."""
+"""The CPU backend calls kernels in C++ (csrc/), which are built into one library per instruction set.
+
+The libraries are optional: an installation without them, as on a machine without a compiler, computes in plain torch.
+"""
 
 import platform
+import warnings
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -28,6 +32,7 @@ else:
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
 SCORINGS: tuple[Scoring, ...] = tuple(Scoring)
+NOT_INSTALLED = "its native library is not installed"
 OUTPUTS = 8  # output tensors allocated at a time, because allocating one per step takes torch long
 
 
@@ -259,14 +264,24 @@ def library_names() -> list[str]:
 
 @cache
 def _load() -> ModuleType | str:
-    """Return the library for this CPU, or the reason why there is none."""
+    """Return the library for this CPU, or the reason why there is none, of which the first call warns."""
     names = library_names()
     if not names:
-        return f"this CPU runs {torch.backends.cpu.get_cpu_capability()} code only; the kernels need AVX2"
-    try:
-        return import_module(names[0])
-    except ImportError as error:
-        return f"its native library does not load ({error})"
+        reason = f"this CPU runs {torch.backends.cpu.get_cpu_capability()} code only; the kernels need AVX2"
+    else:
+        try:
+            return import_module(names[0])
+        except ModuleNotFoundError:
+            reason = NOT_INSTALLED
+        except ImportError as error:
+            reason = f"its native library does not load ({error})"
+    warnings.warn(
+        f"on this CPU rocketkv computes in plain torch, which is slower, because the backend {NAME} has no kernels here "
+        f"({reason}); `rocketkv info` says what is missing and how to get it.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return reason
 
 
 def _dtype(dtype: torch.dtype) -> "native.Dtype":

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
     from rocketkv.hf.versions import Dependency
 
+_REMEDY = (
+    "install GCC or Clang for C++17, on Linux or macOS, and run `pip install .` in a clone of the sources, "
+    "or `pip install --force-reinstall --no-deps --no-binary rocketkv rocketkv`"
+)
 _HEAD_DIM = 128  # channels of a key for which `info` says who attends a prompt
 
 Model = Annotated[
@@ -42,25 +46,29 @@ def info(
 ) -> None:
     """Print what a bug report needs, versions, kernels, threads and models, and how a given model would decode."""
     import platform
-    from importlib.metadata import version
+    import warnings
 
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    import rocketkv
     from rocketkv.backends import cpp
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
     from rocketkv.hf.embedded import EMBEDDED, cache_folder, missing_wheels
     from rocketkv.hf.versions import dependency
 
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the table says what the warning would
+        kernels = cpp.instruction_set()
     facts: dict[str, Any] = {
-        "rocketkv": version("rocketkv"),
+        "rocketkv": rocketkv.__version__,
         "python": platform.python_version(),
         **{name: _compared(dependency(name)) for name in ("torch", "transformers")},
         "system": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "kernels": cpp.instruction_set(),
+        "kernels": kernels,
+        **({"to get the kernels": _REMEDY} if kernels == cpp.NOT_INSTALLED else {}),
         "kernel threads": cpp.thread_runtime() or "one: no OpenMP runtime was found in this process",
         **_taken(),
         "embedded models": [
