@@ -173,15 +173,14 @@ PROMPT := $(BENCH) prefill --seq-len 1024,2048,4096,8192 --token-budget 512 --re
 MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
 	mkdir -p $(R)
-	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024 \
-	    --plot docs/plots/layer-by-length.svg > $(R)/layer-by-length.json
-	$(LAYER) --seq-len 32768 --token-budget 128,512,2048,8192 \
-	    --plot docs/plots/layer-by-budget.svg > $(R)/layer-by-budget.json
-	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8 \
-	    --plot docs/plots/layer-by-batch.svg > $(R)/layer-by-batch.json
+	$(LAYER) --seq-len 8192,16384,32768,65536,131072,262144 --token-budget 256,512,1024 > $(R)/layer-by-length.json
+	$(LAYER) --seq-len 32768 --token-budget 128,512,2048,8192 > $(R)/layer-by-budget.json
+	$(LAYER) --seq-len 16384 --token-budget 512 --batch 1,2,4,8 > $(R)/layer-by-batch.json
 	$(LAYER) --seq-len 65536 --token-budget 72,160,256,512 --batch 1,4 \
 	    --selection lowbit,hybrid,lowbit:int8 > $(R)/layer-int8.json
 	$(LAYER) --seq-len 384,512,768,1024,1536,2048,4096 --token-budget 256,512,1024 > $(R)/layer-short.json
+	$(BENCH) decode --geometry llama-3.2-1b --seq-len 4096,8192,16384,32768,65536 --token-budget 256 --paths eager \
+	    --time-limit 2.5 --json > $(R)/model-by-length.json
 	$(MODEL) --seq-len 98304 --token-budget 256 > $(R)/model-long.json
 	$(MODEL) --seq-len 98304 --token-budget 256 --batch 4 > $(R)/model-long-batch-4.json
 	$(MODEL) --seq-len 2048 --token-budget 256 --paths fast --batch 1,4 > $(R)/model-bfloat16.json
@@ -195,6 +194,7 @@ bench: setup
 	$(PROMPT) --geometry gemma3-270m --dtype float16 > $(R)/prefill-float16.json
 	$(BENCH) prefill --geometry smollm2-135m --seq-len 7500 --token-budget 512 --repeats 1 --whole-model --json > $(R)/prefill-model.json
 	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json > $(R)/memory.json
+	$(BIN)/python benchmarks/plots.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist

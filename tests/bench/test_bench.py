@@ -12,8 +12,6 @@ from typer.testing import CliRunner, Result
 from rocketkv.bench import device as machine
 from rocketkv.bench import memory, timing
 from rocketkv.bench.geometries import GEOMETRIES, Geometry
-from rocketkv.bench.output import AXES
-from rocketkv.bench.plot import save_plot
 from rocketkv.cli import app
 
 TINY = ("--geometry", "smollm2-135m", "--seq-len", "512", "--token-budget", "128")
@@ -202,40 +200,6 @@ def test_what_cannot_be_is_one_sentence(run: Any, arguments: tuple[str, ...], me
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-def test_a_plot_needs_matplotlib(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rocketkv.bench.plot.find_spec", lambda name: None)
-    result = run("prefill", "--plot", "a.png")
-    assert "a plot needs matplotlib, which is not installed; run `pip install rocketkv[plot]`." in result.stderr
-
-
-@pytest.mark.parametrize("axis", ["seq_len", "token_budget", "batch"])
-def test_a_sweep_is_drawn(axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure_class = pytest.importorskip("matplotlib.figure").Figure
-    figures: list[Any] = []
-    saved = figure_class.savefig
-    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: (figures.append(self), saved(self, *a, **k)))
-    rows = [
-        timing.Row(name, [1.0, 2.0], 100, **{"seq_len": 512, "token_budget": 64, "batch": 1, axis: value}).record()
-        for name in ("sparse", "sparse_floor")
-        for value in (128, 256, 512)
-    ]
-    flat = timing.Row("dense", [3.0], 100, 512, None, 1).record()
-    result = {"benchmark": "attention", "model": "m", "dtype": "bfloat16", "rows": [*rows, flat]}
-    save_plot(result, tmp_path / "plot.svg")
-    assert "svg" in (tmp_path / "plot.svg").read_text()[:200]
-    (plot,) = figures[0].axes
-    lines = {line.get_label(): line for line in plot.lines}
-    assert set(lines) == {"sparse", "sparse_floor", "dense"}
-    for name in ("sparse", "sparse_floor"):
-        drawn = [(int(x), y) for x, y in lines[name].get_xydata()]
-        assert drawn == [(row[axis], row["median_ms"]) for row in rows if row["name"] == name]
-    assert lines["sparse"].get_color() == lines["sparse_floor"].get_color() != lines["dense"].get_color()
-    assert (lines["sparse"].get_linestyle(), lines["sparse_floor"].get_linestyle()) == ("-", "--")
-    assert set(lines["dense"].get_ydata()) == {flat["median_ms"]}
-    assert len(lines["dense"].get_xdata()) == (3 if axis == "token_budget" else 1)  # it is the same for every budget
-    assert (plot.get_xscale(), plot.get_xlabel(), plot.get_ylabel()) == ("log", AXES[axis], "milliseconds")
 
 
 def test_rounds_take_turns_and_stop() -> None:

@@ -1,14 +1,20 @@
-"""A plot of times against what was swept."""
+"""Plots of a measurement in a reader's words: lines with labels at their ends, and one message as the title."""
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rocketkv.bench.output import AXES, Record, distinct
-from rocketkv.bench.timing import floor_of
+from rocketkv.bench.lines import label_ends, lines_of, swept_axis
+from rocketkv.bench.output import AXES, Record
+from rocketkv.bench.words import PANELS, TIME, colors_of
 from rocketkv.errors import InputError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 PLOT_FORMATS = (".png", ".svg")
+# A reader with a dark screen gets the picture inverted, its colours kept: a legible card on a page of any colour.
+DARK = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }</style>"
 
 
 def check_plot(path: Path | None) -> None:
@@ -27,44 +33,54 @@ def check_plot(path: Path | None) -> None:
         raise InputError("a plot needs matplotlib, which is not installed; run `pip install rocketkv[plot]`.")
 
 
-def save_plot(result: Record, path: Path) -> None:
-    """Draw time, or for memory the peak, against what was swept, on logarithmic axes; floors are dashed."""
+def save_plot(result: Record, path: Path, title: str | None = None) -> None:
+    """Draw what was measured against what was swept, on logarithmic axes; floors and parts of a step are left out.
+
+    Args:
+        result: what a command of `rocketkv bench` prints with `--json`.
+        path: the picture's file, one of `PLOT_FORMATS`.
+        title: the message of the picture; None names the model and the dtype.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows: Sequence[Record] = result["rows"]
-    value, label = (
-        ("peak_rss_bytes", "peak bytes") if result["benchmark"] == "memory" else ("median_ms", "milliseconds")
-    )
-    axis = next((name for name in AXES if len(distinct(rows, name)) > 1), "seq_len")
-    others = [name for name in AXES if name != axis and len(distinct(rows, name)) > 1]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    plot = figure.add_subplot(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=label)
-    colors: dict[tuple[object, ...], str] = {}  # a floor has the colour of what it is the floor of
-    for line_label, line in _lines(rows, [*others, "path"]).items():
-        points = sorted((row[axis], row[value]) for row in line if row[axis] is not None)
+    axis = swept_axis(result["rows"])
+    panels = PANELS.get(result["benchmark"], TIME)
+    lines = lines_of(result["rows"], axis)
+    with rc_context({"svg.hashsalt": "rocketkv", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(9.8 if len(panels) == 2 else 7.5, 3.6), layout="constrained")
+        figure.suptitle(title or f"{result['model']}, {result['dtype']}", fontweight="bold")
+        for plot, (value, (unit, label)) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            _draw(plot, lines, axis, value, unit)
+            plot.set_title(label, loc="left", fontsize="medium")
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    if path.suffix == ".svg":
+        start, svg, picture = path.read_text(encoding="utf-8").partition("<svg")
+        head, close, rest = picture.partition(">")
+        path.write_text(start + svg + head + close + DARK + rest, encoding="utf-8")
+
+
+def _draw(plot: "Axes", lines: dict[str, list[Record]], axis: str, value: str, unit: float) -> None:
+    """Draw the lines in one panel, each with its label at its right end."""
+    from matplotlib.ticker import LogLocator
+
+    xs = sorted({row[axis] for line in lines.values() for row in line if row[axis] is not None})
+    plot.set(xscale="log", yscale="log", xlabel=AXES[axis])
+    colors = colors_of(lines)
+    ends: list[tuple[float, str]] = []
+    for label, line in lines.items():
+        points = sorted((row[axis], row[value] / unit) for row in line if row[axis] is not None)
         if not points:  # the same for every value on the axis
-            points = [(x, line[0][value]) for x in sorted(distinct(rows, axis))]
-        is_floor = line[0]["name"].endswith("_floor")
-        name = line[0]["name"] if is_floor else floor_of(line[0]["name"]) or line[0]["name"]
-        group = (name, *(line[0][other] for other in others))
-        color = colors.get(group) if is_floor else None
-        (drawn,) = plot.plot(*zip(*points, strict=True), "--" if is_floor else "o-", label=line_label, color=color)
-        colors.setdefault(group, drawn.get_color())
-    plot.set_xticks(sorted(distinct(rows, axis)), [f"{x:,}" for x in sorted(distinct(rows, axis))], minor=False)
+            points = [(x, line[0][value] / unit) for x in xs]
+        plot.plot(*zip(*points, strict=True), "o-", label=label, color=colors[label], markersize=4, linewidth=2)
+        ends.append((points[-1][1], label))
+    plot.set_xticks(xs, [f"{x:,}" for x in xs], minor=False, fontsize="small")
+    low, high = plot.get_ylim()
+    plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    plot.yaxis.set_major_formatter("{x:,g}")
     plot.minorticks_off()
-    plot.set_title(f"{result['benchmark']}, {result['model']}, {result['dtype']}")
-    plot.grid(alpha=0.3)
-    figure.legend(fontsize="small", loc="outside right upper")
-    figure.savefig(path, dpi=150)
-
-
-def _lines(rows: Sequence[Record], names: Sequence[str]) -> dict[str, list[Record]]:
-    """Rows that belong to one line, by its label."""
-    lines: dict[str, list[Record]] = {}
-    for row in rows:
-        parts = [str(row["name"])]
-        for name in names:
-            if row.get(name) is not None:
-                parts.append(str(row[name]) if name == "path" else f"{name}={row[name]}")
-        lines.setdefault(", ".join(parts), []).append(row)
-    return lines
+    plot.grid(alpha=0.25)
+    plot.spines[["top", "right"]].set_visible(False)
+    label_ends(plot, xs[-1], ends, colors)
