@@ -13,7 +13,7 @@ from rocketkv.budget import Split, check_count
 from rocketkv.cache import WorkingSet
 from rocketkv.checks import DTYPES, MOST_SEEN, exclusive
 from rocketkv.config import RocketKVConfig
-from rocketkv.errors import InputError
+from rocketkv.errors import InputError, telling_memory
 from rocketkv.plan import Planner, SelectionPlan
 from rocketkv.ragged import GROWTH, RaggedTokens
 from rocketkv.state import Observed
@@ -79,18 +79,18 @@ def restore(config: RocketKVConfig, keep_queries: int, snapshot: Snapshot, devic
 
     Raises:
         InputError: the snapshot is none that `take` could have made.
+        OutOfMemoryError: the working set, or the archive on its device, does not fit in memory.
     """
     cache, facts = LayerCache(config, keep_queries), snapshot.facts
     if facts is None:
         return cache
     try:
-        cache.working, cache.plan, cache._observed = _parts(cache, snapshot.tensors, facts, device)
+        with telling_memory("to load the cache"):
+            cache.working, cache.plan, cache._observed = _parts(cache, snapshot.tensors, facts, device)
         cache.num_seen = check_count("num_seen", facts["num_seen"], 1)
         cache.num_decoded = check_count("num_decoded", facts["num_decoded"], 0)
         cache.just_prefilled = bool(facts["just_prefilled"])
         cache._read_bytes = check_count("read_bytes", facts["read_bytes"], 0)
-    except torch.OutOfMemoryError:  # which tells nothing about the snapshot
-        raise
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"these are not the parts of a layer's cache ({error}).") from None
     return cache

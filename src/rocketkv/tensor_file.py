@@ -5,9 +5,11 @@ version, the record as JSON, the SHA-256 of each tensor and one of all that. A t
 file of whole memory pages is mapped page by page.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rocketkv.errors import CacheFileError
+from rocketkv.errors import CacheFileError, telling_memory
 
 FORMAT = "rocketkv-cache"
 VERSION = 1
@@ -70,6 +72,8 @@ class Rows(NamedTuple):
 def save(path: Path, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
     """Write a file that only its owner reads; what stood at the path is there until the new file is complete.
 
+    The new file is written under another name, `.NAME.` and some letters, and locked; see `half_written`.
+
     Args:
         path: where the file will be.
         tensors: what it holds.
@@ -84,10 +88,12 @@ def save(path: Path, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, 
         handle, temporary = mkstemp(prefix=f".{path.name}.", dir=path.parent)  # with mode 0600
         try:
             with open(handle, "wb") as file:
+                with suppress(OSError):  # some file systems know no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 write(file, tensors, record)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+                os.replace(temporary, path)  # the lock holds until then
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -96,6 +102,24 @@ def save(path: Path, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, 
         raise CacheFileError(
             f"{path} cannot be written ({error.strerror or error}); give a path in a folder of yours with room."
         ) from None
+
+
+def half_written(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
+    """Return the files that a `save` began and did not finish since its process was killed, with their bytes.
+
+    Args:
+        folder: where the files were to be.
+        name: what their names match; a file that another process is writing at the moment is left out.
+    """
+    found = {}
+    for path in folder.glob(".*"):
+        with suppress(OSError):  # the file is being written, or has gone
+            if name.match(path.name.removeprefix(".")) and path.is_file():
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    if num_bytes := os.fstat(file.fileno()).st_size:  # nothing is written before the lock is there
+                        found[path] = num_bytes
+    return found
 
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
@@ -131,11 +155,16 @@ def load(path: Path, *, check: bool = True) -> tuple[dict[str, Any], dict[str, T
 
     Raises:
         CacheFileError: there is no such file, it was written by something else or by another version, or it is damaged.
+        OutOfMemoryError: the system has no room to map the file.
     """
     try:
         if path.exists() and not path.is_file():
             raise CacheFileError(f"{path} is no file; give the path of a saved cache.")
-        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
+        with (
+            telling_memory("to map a saved cache"),
+            torch.inference_mode(False),
+            safe_open(path, framework="pt") as file,
+        ):
             metadata = file.metadata() or {}
             _check_format(path, metadata)
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict

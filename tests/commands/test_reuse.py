@@ -74,8 +74,13 @@ def test_the_store_is_filled_used_listed_measured_and_cleared(document: str, tmp
     assert "1 caches" in run("store", "size").stdout
     chat = run("chat", "--file", document, "--store", *QUESTION[2:], stdin="What is a Contribution?\n/quit\n")
     assert first["text"] in chat.stdout
-    assert "1 caches deleted" in run("store", "clear").stdout
+    folder = Path(listed["folder"])
+    (folder / f".{entry['name']}.abc").write_bytes(bytes(2**20))  # a process was killed as it wrote
+    assert json.loads(run("store", "size", "--json").stdout)["half_written_bytes"] == 2**20
+    assert "1 caches and 1 half-written files, " in run("store", "size").stdout
+    assert "1 caches and 1 half-written files, " in run("store", "clear").stdout
     assert json.loads(run("store", "size", "--json").stdout)["bytes"] == 0
+    assert list(folder.iterdir()) == []
 
 
 def test_what_does_not_fit_is_one_sentence(document: str, tmp_path: Path) -> None:

@@ -1,16 +1,29 @@
 """A store gives forks at the longest beginning that a text shares with one read before, and shares the archive."""
 
+import os
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from conversations import MORE, forward, modes, names
-from rocketkv import InputError, PrefixStore, RocketKVCache, RocketKVConfig, enable
+from conversations import MORE, answered, forward, modes, names
+from rocketkv import (
+    InputError,
+    OutOfMemoryError,
+    PrefixStore,
+    RocketKVCache,
+    RocketKVConfig,
+    UnsupportedError,
+    enable,
+)
+from rocketkv.hf.past import SavedPast
+from rocketkv.hf.shelf import Folder
 from rocketkv.hf.versions import pass_cache
+from rocketkv.ragged import RaggedTokens
 from tiny import COMPRESSED, COMPRESSED_MT, generate, prompts, tiny_model
 
 DOCUMENT = prompts(100)[0]
@@ -147,6 +160,90 @@ def test_what_a_store_cannot_know_is_refused() -> None:
         model(inputs_embeds=model.get_input_embeddings()(DOCUMENT), **pass_cache(cache))
     with pytest.raises(InputError, match="came without ids, by which a store knows texts"):
         store.put(cache)
+
+
+@modes
+@names
+def test_the_header_of_a_file_tells_how_far_its_cache_goes_back(name: str, config: RocketKVConfig) -> None:
+    model = enable(tiny_model(name))
+    live, text = answered(model, config, prompts(60)[0])
+    past = SavedPast.read(*reversed(live.parts()))
+    for common in (0, 5, 20, 59, 60, 65, 70, 71):
+        for length in (common + 1, common + 3, common + 40):
+            other = torch.cat([text[:, :common], 3 + (text[:, common:] + 1) % 90, text], 1)[:, :length]
+            copied = live.copy()
+            try:
+                left = copied.rewind_to(other)
+            except (InputError, UnsupportedError):
+                left = 0
+            assert past.columns_left(other, config.window_size) == left, (common, length)
+
+
+@kept_in
+def test_the_cache_that_leaves_the_most_is_taken_and_no_other_is_read(
+    in_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = enable(tiny_model("llama"))
+    for mode, longest, ids in (
+        (COMPRESSED_MT, DOCUMENT[:, :55], DOCUMENT[:, :60]),  # the window of the text must be read anew
+        (COMPRESSED, DOCUMENT[:, :40], torch.cat([DOCUMENT[:, :90], MORE], 1)),
+    ):
+        store = PrefixStore(model, mode, folder=tmp_path / mode.mode if in_folder else None)
+        for text in (longest, DOCUMENT, DOCUMENT[:, :30]):
+            read(model, store, text)
+        with monkeypatch.context() as patched:
+            loads = Mock(wraps=RocketKVCache.from_parts)
+            patched.setattr(RocketKVCache, "from_parts", loads)
+            assert store.get(ids).get_seq_length() == longest.shape[1]
+        loads.assert_called_once()
+
+
+def test_what_killed_processes_left_half_written_is_told_from_what_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, shelf = enable(tiny_model("llama")), Folder(tmp_path, 2**30)
+    store = PrefixStore(model, COMPRESSED_MT, folder=tmp_path)
+    live = read(model, store, DOCUMENT)
+    (name,) = shelf.paths()
+    left = tmp_path / f".{name}.abc"
+    others = [tmp_path / ".report.kv.abc", tmp_path / f".{name}.begun"]
+    others[0].write_text("not the store's")
+    others[1].touch()  # its process has not locked it yet
+    for clean in (store.clear, lambda: store.put(live)):
+        left.write_text("half a document")
+        assert shelf.half_written() == {left: 15}
+        clean()
+        assert not left.exists()
+        assert all(path.exists() for path in others)
+    store.clear()
+    during: list[dict[Path, int]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: during.append(shelf.half_written()))
+    store.put(live)
+    assert during == [{}]
+    assert store.num_bytes > 0
+
+
+def test_where_memory_ends_no_stored_cache_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = enable(tiny_model("llama"))
+    store = PrefixStore(model, COMPRESSED_MT, folder=tmp_path)
+    live = read(model, store, DOCUMENT)
+    with monkeypatch.context() as patched:
+        patched.setattr(RaggedTokens, "keep", lambda *_: torch.empty(1 << 60))
+        with pytest.raises(OutOfMemoryError, match=r"not enough memory to load the cache .*you tried to allocate"):
+            store.get(question(1))
+    for error in (MemoryError(), RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)")):
+        with monkeypatch.context() as patched:
+            patched.setattr("rocketkv.tensor_file.safe_open", Mock(side_effect=error))
+            with pytest.raises(OutOfMemoryError, match="not enough memory to map a saved cache"):
+                store.get(question(1))
+    assert store.get(question(1)).get_seq_length() == 100
+    in_memory = PrefixStore(model, COMPRESSED_MT)
+    with monkeypatch.context() as patched:
+        patched.setattr("rocketkv.tensor_file.write", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(OutOfMemoryError, match=r"kept in memory \(No space left on device\); lower the store's"):
+            in_memory.put(live)
+    in_memory.put(live)
+    assert in_memory.get(question(1)).get_seq_length() == 100
 
 
 def test_a_padded_text_shares_nothing_with_one_without_padding() -> None:

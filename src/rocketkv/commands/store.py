@@ -1,7 +1,9 @@
 """The commands of `rocketkv store`: what `--store` has kept."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -51,18 +53,25 @@ def size(as_json: AsJson = False) -> None:
     from rocketkv.hf.shelf import Folder, default_folder
 
     folder = Folder(default_folder(), 0)
-    sizes = folder.sizes()
+    whole, half = folder.sizes(), folder.half_written()
     if as_json:
-        print(json.dumps({"folder": str(folder.path), "caches": len(sizes), "bytes": sum(sizes.values())}))
+        num_bytes = {"bytes": sum(whole.values()), "half_written_bytes": sum(half.values())}
+        print(json.dumps({"folder": str(folder.path), "caches": len(whole), **num_bytes}))
         return
-    out.print(f"{len(sizes)} caches, {sum(sizes.values()) / 2**20:.1f} MiB in {folder.path}.", soft_wrap=True)
+    out.print(f"{_counted(whole, half)} in {folder.path}.", soft_wrap=True)
 
 
 def clear() -> None:
-    """Delete the stored caches."""
+    """Delete the stored caches, and what killed processes have left half written."""
     from rocketkv.hf.shelf import Folder, default_folder
 
     folder = Folder(default_folder(), 0)
-    sizes = folder.sizes()
+    counted = _counted(folder.sizes(), folder.half_written())
     folder.clear()
-    out.print(f"{len(sizes)} caches deleted, {sum(sizes.values()) / 2**20:.1f} MiB.", soft_wrap=True)
+    out.print(f"{counted} deleted from {folder.path}.", soft_wrap=True)
+
+
+def _counted(whole: Mapping[str, int], half: Mapping[Path, int]) -> str:
+    """Say how many caches there are, how many half-written files, if any, and how much they take together."""
+    files = f"{len(whole)} caches" + (f" and {len(half)} half-written files" if half else "")
+    return f"{files}, {(sum(whole.values()) + sum(half.values())) / 2**20:.1f} MiB"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rocketkv.errors import InputError, UnsupportedError
+from rocketkv.hf.past import columns_left
 from rocketkv.hf.plain import first_columns
 
 if TYPE_CHECKING:
@@ -33,15 +34,17 @@ def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
     if rows is None:
         cache.reset()
         return 0
-    keep = min(cache.history.num_common(ids), ids.shape[1] - 1)
-    counts = cache.history.num_tokens(keep)
-    goes_on = keep == cache.history.num_columns or min(counts) == 0
-    if not goes_on and not all(layer.only_decoded_since(counts) for layer in cache.compressed_layers):
-        keep = max(0, min(keep, ids.shape[1] - cache.config.window_size))
-        counts = cache.history.num_tokens(keep)
-    if keep == 0 or min(counts) == 0:
+    layers = cache.compressed_layers
+    keep = columns_left(
+        cache.history,
+        ids,
+        cache.config.window_size,
+        lambda counts: all(layer.only_decoded_since(counts) for layer in layers),
+    )
+    if keep == 0:
         cache.reset()
         return 0
+    counts = cache.history.num_tokens(keep)
     plain = cache.plain_layers_before_pass()
     num_dropped = cache.history.num_columns - keep
     for i, layer in plain.items():
@@ -50,9 +53,9 @@ def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
                 f"layer {i} has a sliding window and has dropped what came before it, so the cache cannot go back "
                 "to an earlier token; call cache.reset() and give the whole text."
             )
-    for compressed in cache.compressed_layers:
+    for compressed in layers:
         compressed.check_rewind(counts)
-    for compressed in cache.compressed_layers:
+    for compressed in layers:
         compressed.rewind(keep, counts)
     for i, layer in plain.items():
         cache.layers[i] = first_columns(layer, keep)

@@ -4,22 +4,20 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from time import time
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from rocketkv import tensor_file
-from rocketkv.errors import InputError
+from rocketkv.errors import InputError, OutOfMemoryError
 from rocketkv.hf.embedded import cache_folder
 from rocketkv.tensor_file import Rows
 
 SUFFIX = ".kv"
 NAME = re.compile(rf"[0-9a-f]{{16}}-[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # other files in a folder are not the store's
-ABANDONED = 3600  # seconds after which a file that was begun and not finished is nobody's
 
 
 def default_folder() -> Path:
@@ -54,21 +52,23 @@ class Shelf(ABC):
         """Write a file, whole or not at all."""
 
     def add(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> bool:
-        """Give up the least recently used files until a new one fits, and write it; return whether it stays."""
+        """Give up the least recently used files until a new one fits, and write it; return whether it fits, too."""
         needed = sum(tensor.nbytes for tensor in tensors.values())
         if needed > self.max_bytes:
             return False
         self._shrink(self.max_bytes - needed)
         self.write(name, tensors, record)
-        self._shrink(self.max_bytes)  # headers take room, and other processes write as well
-        return name in self.paths()
+        given_up = self._shrink(self.max_bytes)  # headers take room, and other processes write as well
+        return name not in given_up
 
-    def _shrink(self, max_bytes: int) -> None:
-        """Give up the least recently used files until the others take at most `max_bytes`."""
-        sizes = self.sizes()
+    def _shrink(self, max_bytes: int) -> list[str]:
+        """Give up the least recently used files until the others take at most `max_bytes`; return their names."""
+        sizes, given_up = self.sizes(), []
         while sum(sizes.values()) > max_bytes:
             last, _ = sizes.popitem()
             self.remove(last)
+            given_up.append(last)
+        return given_up
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file by its name, the most recently used first."""
@@ -126,12 +126,22 @@ class Folder(Shelf):
 
     def write(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
         """See `Shelf`; what processes that were killed have left half written goes."""
-        for path in self.path.glob(f".*{SUFFIX}.*"):
-            with suppress(OSError):
-                is_ours = NAME.match(path.name.removeprefix("."))
-                if is_ours and path.stat().st_mtime < time() - ABANDONED:
-                    path.unlink()
+        self._sweep()
         tensor_file.save(self.path / name, tensors, record)
+
+    def clear(self) -> None:
+        """See `Shelf`; what processes that were killed have left half written goes, too."""
+        super().clear()
+        self._sweep()
+
+    def half_written(self) -> dict[Path, int]:
+        """Return what processes that were killed have left half written, with the bytes of each file."""
+        return tensor_file.half_written(self.path, NAME)
+
+    def _sweep(self) -> None:
+        for path in self.half_written():
+            with suppress(OSError):
+                path.unlink()
 
 
 class Memory(Shelf):
@@ -166,9 +176,25 @@ class Memory(Shelf):
             self._files.pop(name).close()
 
     def write(self, name: str, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, Any]) -> None:
-        """See `Shelf`."""
-        file: BinaryIO = os.fdopen(os.memfd_create(name), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()  # noqa: SIM115  # it lives as long as the entry
-        tensor_file.write(file, tensors, record)
-        file.flush()
+        """See `Shelf`.
+
+        Raises:
+            OutOfMemoryError: the system has no room for the file.
+        """
+        try:
+            with ExitStack() as opened:
+                file = opened.enter_context(_new_file(name))
+                tensor_file.write(file, tensors, record)
+                file.flush()
+                opened.pop_all()  # the file stays open as long as its entry lives
+        except OSError as error:
+            raise OutOfMemoryError(
+                f"a cache cannot be kept in memory ({error.strerror}); lower the store's max_bytes or give it a folder."
+            ) from None
         self.remove(name)
         self._files[name] = file
+
+
+def _new_file(name: str) -> BinaryIO:
+    """Return an empty file in memory, or without a name on disk where the system has none in memory."""
+    return os.fdopen(os.memfd_create(name), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()

@@ -16,6 +16,7 @@ from rocketkv.config import RocketKVConfig
 from rocketkv.errors import CacheFileError, InputError, UnsupportedError
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.history import UNKNOWN, History
+from rocketkv.hf.past import SavedPast
 from rocketkv.hf.saved import identify, options_of
 from rocketkv.hf.shelf import SUFFIX, Folder, Memory, Shelf
 from rocketkv.hf.support import check_model
@@ -59,7 +60,7 @@ class PrefixStore:
         made_by = [tensor_file.VERSION, *self._identity[1:], options_of(config)]
         self._key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
         self._shelf: Shelf = Memory(max_bytes) if folder is None else Folder(Path(folder), max_bytes)
-        self._histories: dict[str, History] = {}  # of the files seen so far; a name has its ids in it
+        self._pasts: dict[str, SavedPast] = {}  # of the files seen so far; a name has its ids in it
         self._checked: set[tuple[str, int, int]] = set()  # name, inode and bytes of files whose checksums fit
         self._lock = Lock()
 
@@ -70,24 +71,28 @@ class PrefixStore:
             return sum(self._shelf.sizes().values())
 
     def get(self, ids: Tensor, attention_mask: Tensor | None = None) -> RocketKVCache:
-        """Return a cache that has seen the longest stored beginning of a text; an empty one if there is none.
+        """Return a cache that has seen the longest beginning of a text that is left of a stored one, or an empty one.
 
         Args:
             ids: `[B, L]` integers, the text so far, as it will be given to `generate` together with the cache; so one
                 token at least is left to take in, as `RocketKVCache.rewind_to` says.
             attention_mask: `[B, L]`, 0 in padded columns, as it will be given to `generate`; None: no column is padded.
                 Texts share a beginning only where the same columns are padded.
+
+        Raises:
+            OutOfMemoryError: there is no memory for the cache; the stored one stays.
         """
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         with self._lock:
             found, paths = [], self._own_paths()
-            self._histories = {name: history for name, history in self._histories.items() if name in paths}
+            self._pasts = {name: past for name, past in self._pasts.items() if name in paths}
             for name, path in paths.items():
-                history = self._history(name, path)
-                if history is not None and history.num_rows == ids.shape[0] and _pads_alike(history, mask):
-                    found.append((history.num_common(ids), -history.num_columns, name, path))
-            for common, _, name, path in sorted(found, reverse=True):
-                cache = self._load(name, path) if common > 0 else None
+                past = self._past(name, path)
+                if past is not None and past.history.num_rows == ids.shape[0] and _pads_alike(past.history, mask):
+                    left = past.columns_left(ids, self.config.window_size)
+                    found.append((left, -past.history.num_columns, name, path))
+            for left, _, name, path in sorted(found, reverse=True):
+                cache = self._load(name, path) if left > 0 else None
                 if cache is not None and self._goes_back(cache, ids):
                     self._shelf.touch(name)
                     return cache
@@ -129,18 +134,18 @@ class PrefixStore:
         """Return the paths of the caches of this model and configuration."""
         return {name: path for name, path in self._shelf.paths().items() if name.startswith(self._key)}
 
-    def _history(self, name: str, path: Path) -> History | None:
+    def _past(self, name: str, path: Path) -> SavedPast | None:
         """Return what a stored cache has seen; None if its file is gone or damaged."""
-        if name not in self._histories:
+        if name not in self._pasts:
             try:
-                _, tensors = tensor_file.load(path, check=False)
+                self._pasts[name] = SavedPast.read(*tensor_file.load(path, check=False))
             except CacheFileError as error:
                 self._give_up(name, error)
                 return None
-            self._histories[name] = History()
-            mask = tensors.get("mask")
-            self._histories[name].append(tensors["ids"], None if mask is None else mask.clone())
-        return self._histories[name]
+            except (KeyError, TypeError, ValueError) as error:
+                self._give_up(name, CacheFileError(f"{name} holds no cache ({error!r})"))
+                return None
+        return self._pasts[name]
 
     def _load(self, name: str, path: Path) -> RocketKVCache | None:
         """Return a fork of a stored cache; None if its file is gone or damaged."""
@@ -168,7 +173,7 @@ class PrefixStore:
         """Take a fork back to what it shares with a text; return whether anything is left."""
         try:
             return cache.rewind_to(ids) > 0
-        except (InputError, UnsupportedError):  # evicted tokens, or those beyond a sliding window, would be needed
+        except (InputError, UnsupportedError):  # another process has put another cache of the same text in its place
             return False
 
 
