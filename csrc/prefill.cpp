@@ -77,11 +77,11 @@ class Prefill {
       const int64_t end = prompt_.num_tokens - task % num_blocks_ * block_;
       const int64_t first = prompt_.num_tokens - (prompt_.num_queries ? prompt_.num_queries[row] : prompt_.num_tokens);
       const int64_t begin = std::max<int64_t>({0, first, end - block_, prompt_.num_tokens - prompt_.lengths[head]});
-      if (begin >= end) continue;
-      if (is_finite(head, begin, end)) {
-        attend(head, begin, end);
-      } else {
-        for (int64_t token = begin; token < end; ++token) attend(head, token, token + 1);
+      for (int64_t part = begin; part < end;) {
+        int64_t part_end = part + 1;
+        while (part_end < end && is_finite(head, visible(head, part_end) - 1)) ++part_end;
+        attend(head, part, part_end);
+        part = part_end;
       }
     }
   }
@@ -100,14 +100,18 @@ class Prefill {
     return at(rows, head / prompt_.num_kv_heads, head % prompt_.num_kv_heads, slot);
   }
 
-  // Return whether the values that only some of these tokens see are finite: a weight of zero does not remove others.
-  bool is_finite(int64_t head, int64_t begin, int64_t end) const {
-    float product = 0;
-    for (int64_t slot = visible(head, begin); slot < visible(head, end - 1); ++slot) {
-      const T* value = stored(prompt_.values, head, slot);
-      for (int c = 0; c < prompt_.head_dim; ++c) product += to_float(value[c]) * 0.0f;
+  // Return whether a slot's value is finite. Where not, the slot's first token begins a part of its own: a weight of
+  // zero would not keep the value from the tokens before, which do not see the slot.
+  bool is_finite(int64_t head, int64_t slot) const {
+    if (slot < 0) return true;
+    const T* value = stored(prompt_.values, head, slot);
+    Vec products = {};
+    for (int c = 0; c < prompt_.head_dim; c += kPair) {
+      const Part<T> part(value + c, std::min(kPair, prompt_.head_dim - c));
+      const Pair pair = load_pair(part.numbers);
+      products += pair.a * 0.0f + pair.b * 0.0f;
     }
-    return product == 0;
+    return sum_lane(products) == 0;
   }
 
   // Let the tokens from `begin` to `end` attend, in all query heads of a KV head.

@@ -4,8 +4,8 @@
 // of its work in memory that stays in its cache; while the thread chooses, what its next task reads first is fetched.
 // Where there are few, each task is cut into parts to score and pieces to attend to, and threads draw all parts before
 // the pieces. Whoever finishes a task's last part chooses its tokens, and whoever draws a piece waits until its task's
-// tokens are chosen. The wait is short and cannot deadlock: the parts waited for were drawn earlier and are running. So
-// any number of tasks, be it 1 or 3, keeps any number of threads busy.
+// tokens are chosen. The wait is short and cannot deadlock: the parts waited for were drawn earlier and are running, or
+// a thread has failed, and then nobody waits. So any number of tasks, be it 1 or 3, keeps any number of threads busy.
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -53,7 +53,12 @@ class Step {
     plan();
     auto work = [](void* data) {
       Step& step = *static_cast<Step*>(data);
-      step.view_.is_shared ? step.work_on_parts() : step.work_on_tasks();
+      try {
+        step.view_.is_shared ? step.work_on_parts() : step.work_on_tasks();
+      } catch (...) {
+        step.has_failed_ = true;
+        throw;
+      }
     };
     run_on_threads(num_threads_, work, this);
     const Layer& layer = view_.layer;
@@ -178,8 +183,10 @@ class Step {
       } else {
         drawn -= score_parts;
         HeadTask& task = tasks_[drawn / num_pieces];
-        for (int tries = 0; !task.is_ready.load(std::memory_order_acquire); ++tries)
+        for (int tries = 0; !task.is_ready.load(std::memory_order_acquire); ++tries) {
+          if (has_failed_) return;
           if (tries > 1000) std::this_thread::yield();
+        }
         attend(task, drawn % num_pieces);
         if (task.pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1) merge(task);
       }
@@ -241,6 +248,7 @@ class Step {
   int64_t num_floats_, num_ranks_;  // of a task's memory
   HeadTask* tasks_;
   std::atomic<int64_t> next_{0}, bytes_read_{0};
+  std::atomic<bool> has_failed_{false};  // a thread has thrown, for want of memory
 };
 
 }  // namespace

@@ -5,7 +5,9 @@
 #include <link.h>
 #endif
 
+#include <atomic>
 #include <cstring>
+#include <exception>
 
 namespace rocketkv {
 namespace {
@@ -47,14 +49,30 @@ const Runtime& runtime() {
   return found;
 }
 
+// A body whose exceptions stay inside: one that left a parallel region would end the process.
+struct Guarded {
+  void (*body)(void*);
+  void* data;
+  std::exception_ptr thrown = nullptr;  // what the first thread threw that threw anything
+  std::atomic<bool> has_thrown{false};
+
+  static void run(void* self) {
+    auto& guarded = *static_cast<Guarded*>(self);
+    try {
+      guarded.body(guarded.data);
+    } catch (...) {
+      if (!guarded.has_thrown.exchange(true)) guarded.thrown = std::current_exception();
+    }
+  }
+};
+
 }  // namespace
 
 void run_on_threads(int num_threads, void (*body)(void*), void* data) {
-  if (num_threads > 1 && runtime().fork) {
-    runtime().fork(body, data, num_threads, 0);
-  } else {
-    body(data);
-  }
+  if (num_threads <= 1 || !runtime().fork) return body(data);
+  Guarded guarded{body, data};
+  runtime().fork(Guarded::run, &guarded, num_threads, 0);
+  if (guarded.thrown) std::rethrow_exception(guarded.thrown);
 }
 
 std::string thread_runtime() {

@@ -13,19 +13,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 import torch
 
 from rocketkv import backends
+from rocketkv.backends import library
 from rocketkv.errors import InputError
 from rocketkv.hf.embedded import EMBEDDED, missing_wheels
 from rocketkv.hf.models import LoadedModel, load
 
 if folder := os.environ.get("ROCKETKV_TEST_KERNELS"):  # another build of the native libraries, see `make sanitize`
-    for library in backends.cpp.library_names():
-        file = next(Path(folder).glob(f"{library.rpartition('.')[2]}.*so"))
-        spec = importlib.util.spec_from_file_location(library, file)
+    for name in library.library_names():
+        file = next(Path(folder).glob(f"{name.rpartition('.')[2]}.*so"))
+        spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
         assert spec.loader is not None
-        sys.modules[library] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[library])
-    assert backends.cpp.library() is sys.modules[backends.cpp.library_names()[0]]
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    assert library.library() is sys.modules[library.library_names()[0]]
 
 torch.set_num_threads(1)  # small tensors: two pools of threads spinning against each other cost ten times the work
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import rocketkv
-from rocketkv.backends import cpp
+from rocketkv.backends import library
 
 
 def describe_machine() -> dict[str, object]:
@@ -30,7 +30,7 @@ def describe_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "rocketkv": rocketkv.__version__,
-        "instruction_set": cpp.instruction_set(),
+        "instruction_set": library.instruction_set(),
     }
 
 

@@ -5,19 +5,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rocketkv.backends import BACKENDS, Backend, Spec, cpp
+from rocketkv.backends import BACKENDS, Backend, Spec, cpp, library
 
 
 @pytest.fixture(
     params=[(backend, None) for backend in BACKENDS if backend is not cpp and "cpu" in backend.DEVICES]
-    + [(cpp, name) for name in cpp.library_names()],
+    + [(cpp, name) for name in library.library_names()],
     ids=lambda param: param[1] or param[0].NAME,
 )
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Every backend of the CPU, the C++ one with every instruction set of this one."""
-    backend, library = request.param
-    if library is not None:
-        monkeypatch.setattr(cpp, "library_names", lambda: [library])
+    backend, name = request.param
+    if name is not None:
+        monkeypatch.setattr(library, "library_names", lambda: [name])
         forget_library()
     reason = backend.decline(Spec("cpu", torch.float32, 64))
     if reason is not None:
@@ -27,8 +27,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def forget_library() -> None:
-    cpp._load.cache_clear()
-    cpp._native_dtypes.cache_clear()
+    library.load.cache_clear()
+    library._native_dtypes.cache_clear()
 
 
 @pytest.fixture

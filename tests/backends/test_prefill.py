@@ -1,6 +1,11 @@
 """The CPU's attention of a prompt against plain torch: odd sizes, ragged rows, poisoned memory, infinities."""
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from threading import get_ident
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +16,8 @@ from torch import Tensor
 from inputs import Inputs, make_inputs
 from layers import DTYPES
 from rocketkv import LayerCache, RocketKVConfig, backends, ops
-from rocketkv.backends import cpp
+from rocketkv.backends import amx, cpp
+from rocketkv.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("backend", "two_threads")
 
@@ -114,6 +120,19 @@ def test_what_is_no_number_shows_where_it_is_seen_and_nowhere_else(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_no_numbers_show_in_their_channel_alone(seeded: torch.Generator, dtype: torch.dtype) -> None:
+    x = make_inputs(seeded, 1, 6, 2, 300, 64, dtype)
+    plain, value = attend(x), x.value.clone()
+    for place in (1, 2, 3, 130, 255, 256, 290, 299):
+        value[0, place % 2, place, place % 64] = torch.nan
+        value[0, place % 2, place, 63] = torch.inf
+    output = attend(x._replace(value=value))
+    hit = (~value.isfinite()).cummax(2).values.repeat_interleave(3, 1)
+    assert torch.equal(output.isfinite(), ~hit)
+    assert torch.equal(output[~hit], plain[~hit])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_of_minus_infinity_have_no_weight(seeded: torch.Generator, dtype: torch.dtype) -> None:
     x = make_inputs(seeded, 1, 6, 2, 600, 64, dtype)
     x.query[..., 5] = 1.0
@@ -185,3 +204,46 @@ def test_a_token_without_weight_adds_nothing_however_large_its_value() -> None:
     values[0, 0, 0] = torch.finfo(torch.float32).max
     output = cpp.prefill_densely(query, keys, values, scale=1.0)
     assert torch.equal(output[:, :, 1:], torch.ones(1, 1, 3, 8))
+
+
+def test_two_threads_that_begin_at_once_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    calls: list[int] = []
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
+        calls.append(get_ident())
+        time.sleep(0.001)
+        return query
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: amx.prefer_torch(attend, torch.bfloat16, 4), range(4)))
+    assert len({*answers}) == 1
+    assert len(calls) == 1 + amx._ROUNDS
+    assert len({*calls}) == 1
+
+
+WRONG: dict[str, Callable[[Inputs], dict[str, Any]]] = {
+    r"query \[2, 3, 9, 8\].* give Hq as a multiple of Hkv": lambda x: {"query": x.query[:, :3]},
+    r"query \[1, 6, 9, 8\]": lambda x: {"query": x.query[:1]},
+    r"query \[2, 6, 9, 4\]": lambda x: {"query": x.query[..., :4]},
+    r"values \[2, 2, 4, 8\]": lambda x: {"values": x.value[:, :, :4]},
+    r"query \[6, 9, 8\]": lambda x: {"query": x.query[0]},
+    "one dtype": lambda x: {"query": x.query.bfloat16()},
+    "differ in number": lambda x: {"query": x.query[:, :, 1:]},
+    r"lengths is torch.int64 \[2\]": lambda x: {"lengths": torch.tensor([9, 9])},
+    r"lengths is torch.int32 \[2, 2\]": lambda x: {"lengths": torch.full((2, 2), 9, dtype=torch.int32)},
+    r"lengths=\[\[9, 9\], \[10, 9\]\] must be 0 to 9": lambda x: {"lengths": torch.tensor([[9, 9], [10, 9]])},
+    r"num_queries=\[-1, 9\] must be 0 to 9": lambda x: {"num_queries": torch.tensor([-1, 9])},
+    "scale=nan": lambda x: {"scale": float("nan")},
+    "no kernels for torch.float64": lambda x: dict(
+        zip(("query", "keys", "values"), (y.double() for y in x), strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_refused(seeded: torch.Generator, message: str) -> None:
+    x = make_inputs(seeded, 2, 6, 2, 9, 8)
+    given = {"query": x.query, "keys": x.key, "values": x.value, "scale": 0.1} | WRONG[message](x)
+    with pytest.raises(InputError, match=message):
+        cpp.prefill_densely(**given)

@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 import rocketkv
 from rocketkv import LayerCache, RocketKVConfig
-from rocketkv.backends import Spec, cpp
+from rocketkv.backends import Spec, cpp, library
 from rocketkv.commands.info import _meta_model
 from rocketkv.selection import SELECTION_METHODS, Hybrid
 from tiny import CONFIGS
@@ -29,7 +29,7 @@ def test_info_tells_what_a_bug_report_needs(run: Any) -> None:
         "system": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "kernels": cpp.instruction_set(),
+        "kernels": library.instruction_set(),
         "model cache": HF_HUB_CACHE,
     }.items() <= facts.items()
     for name in ("torch", "transformers"):

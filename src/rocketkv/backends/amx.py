@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from rocketkv import ops
 
 _SIZES = (8, 2, 1024)  # query heads, KV heads and tokens of the measurement, which takes a few tenths of a second
 _ROUNDS = 3
+_MEASURING = Lock()
 
 
-@cache
 def prefer_torch(attend: Callable[..., Tensor], dtype: torch.dtype, head_dim: int) -> str | None:
     """Say why torch's attention is to be taken for prompts instead of `attend`; None: it is not.
 
@@ -26,6 +27,13 @@ def prefer_torch(attend: Callable[..., Tensor], dtype: torch.dtype, head_dim: in
     """
     if dtype == torch.float32 or not torch.cpu._is_amx_tile_supported():
         return None
+    with _MEASURING:  # two measurements at a time would slow each other down and might not agree
+        return _measure(attend, dtype, head_dim)
+
+
+@cache
+def _measure(attend: Callable[..., Tensor], dtype: torch.dtype, head_dim: int) -> str | None:
+    """Time both attentions; see `prefer_torch`."""
     num_heads, num_kv_heads, num_tokens = _SIZES
     query = torch.zeros(1, num_heads, num_tokens, head_dim, dtype=dtype, device="cpu")
     keys = query[:, :num_kv_heads]

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from rocketkv.errors import InputError
 from rocketkv.ops import LowBitKeys, PageBounds
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +52,35 @@ def decline_numbers(spec: Spec) -> str | None:
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim={spec.head_dim} is more than {MAX_HEAD_DIM}"
     return None
+
+
+def check_prompt(
+    query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor | None, num_queries: Tensor | None, scale: float
+) -> None:
+    """Raise an InputError where tensors do not fit `ops.prefill_densely`: a kernel reads memory by their numbers."""
+    shapes = f"query {list(query.shape)}, keys {list(keys.shape)} and values {list(values.shape)}"
+    if not query.dim() == keys.dim() == 4 or keys.shape != values.shape or query.shape[::3] != keys.shape[::3]:
+        raise InputError(f"{shapes} do not fit; give query [B, Hq, T, D], and keys and values [B, Hkv, S, D].")
+    if keys.shape[1] == 0 or query.shape[1] % keys.shape[1]:
+        raise InputError(f"{shapes} do not fit; give Hq as a multiple of Hkv.")
+    kinds = [(x.dtype, x.device.type) for x in (query, keys, values)]
+    if len({*kinds}) > 1:
+        raise InputError(f"query, keys and values are {kinds}; give all in one dtype on one device.")
+    if lengths is None and query.shape[2] != keys.shape[2]:
+        raise InputError(f"{shapes}: queries and keys differ in number; give lengths, the number of keys of each row.")
+    numbers = (("lengths", lengths, keys.shape[:2], keys), ("num_queries", num_queries, query.shape[:1], query))
+    for name, given, shape, counted in numbers:
+        if given is None:
+            continue
+        if given.shape != shape or given.dtype != torch.int64 or given.device != keys.device:
+            raise InputError(
+                f"{name} is {given.dtype} {list(given.shape)} on {given.device}; "
+                f"give int64 {list(shape)} on {keys.device}."
+            )
+        if bool(((given < 0) | (given > counted.shape[2])).any()):
+            raise InputError(f"{name}={given.tolist()} must be 0 to {counted.shape[2]}; count no more than there are.")
+    if not 0 < scale < float("inf"):
+        raise InputError(f"scale={scale!r} is no positive, finite number; give one, such as 1 / sqrt(head_dim).")
 
 
 @dataclass(frozen=True)

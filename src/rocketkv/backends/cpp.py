@@ -1,62 +1,26 @@
-"""The CPU backend calls kernels in C++ (csrc/), which are built into one library per instruction set.
+"""The CPU backend calls kernels in C++ (csrc/)."""
 
-The libraries are optional: an installation without them, as on a machine without a compiler, computes in plain torch.
-"""
-
-import platform
-import warnings
-from functools import cache, lru_cache
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from rocketkv.backends.amx import prefer_torch
-from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, Spec, decline_numbers
+from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, Spec, check_prompt, decline_numbers
+from rocketkv.backends.library import native, native_dtype, why_missing
+from rocketkv.errors import InputError
 from rocketkv.ops import PageBounds
-
-if TYPE_CHECKING:
-    from rocketkv.backends import _kernels as native  # a stub, because all libraries have the same interface
-else:
-
-    class _Native:
-        """The native library, loaded when an attribute is read; call `decline` first."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(library(), name)
-
-    native = _Native()
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
 SCORINGS: tuple[Scoring, ...] = tuple(Scoring)
-NOT_INSTALLED = "its native library is not installed"
 OUTPUTS = 8  # output tensors allocated at a time, because allocating one per step takes torch long
-
-
-def instruction_set() -> str:
-    """Return the name of the instruction set of the library in use, or the reason why there is none."""
-    library = _load()
-    return library if isinstance(library, str) else library.__name__.rpartition("_kernels_")[2]
-
-
-def multiplies_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 numbers without widening them first."""
-    return any(name.endswith("_bf16") for name in library_names())
-
-
-def thread_runtime() -> str:
-    """Return the name of the OpenMP runtime whose threads the kernels use; empty if the kernels run on one thread."""
-    return "" if isinstance(_load(), str) else native.thread_runtime()
 
 
 def decline(spec: Spec) -> str | None:
     """Return why this backend does not accept tokens of this kind; None if it accepts them, in any `kv_dtype`."""
-    library = _load()
-    if isinstance(library, str):
-        return library
+    if reason := why_missing():
+        return reason
     if spec.device != "cpu":
         return f"it runs on the CPU, not on {spec.device}"
     return decline_numbers(spec)
@@ -76,7 +40,10 @@ def prefill_densely(
     num_queries: Tensor | None = None,
     scale: float,
 ) -> Tensor:
-    """See `ops.prefill_densely`."""
+    """See `ops.prefill_densely`; tensors that do not fit raise an InputError."""
+    check_prompt(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
+    if reason := decline(Spec.of(keys)):
+        raise InputError(f"the kernels do not attend this prompt ({reason}); call backends.prefill_densely instead.")
     query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
     batch, num_heads, num_tokens, head_dim = query.shape
     allocate = query.new_empty if lengths is None and num_queries is None else query.new_zeros
@@ -85,7 +52,7 @@ def prefill_densely(
     lengths, num_queries = lengths.contiguous(), None if num_queries is None else num_queries.contiguous()
     output = allocate(batch, num_tokens, num_heads, head_dim).transpose(1, 2)  # as models go on with it
     prompt = native.Prompt()
-    prompt.dtype = _dtype(query.dtype)
+    prompt.dtype = native_dtype(query.dtype)
     prompt.batch, prompt.num_heads, prompt.num_tokens, prompt.head_dim = query.shape
     prompt.num_kv_heads = keys.shape[1]
     prompt.scale = scale
@@ -102,7 +69,7 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
     keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
     lengths, page_size = lengths.contiguous(), page_size.contiguous()
     built_from, pages = native.Keys(), _pages(PageBounds(bounds, page_size, spread))
-    built_from.dtype = _dtype(keys.dtype)
+    built_from.dtype = native_dtype(keys.dtype)
     built_from.batch, built_from.num_kv_heads, _, built_from.head_dim = keys.shape
     built_from.keys = keys.data_ptr()
     built_from.batch_stride, built_from.head_stride = keys.stride()[:2]
@@ -112,7 +79,7 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
 
 def use_huge_pages(buffer: Tensor) -> None:
     """Request huge pages for a buffer on a CPU that nothing was written to; without them the buffer is only slower."""
-    if buffer.device.type == "cpu" and not isinstance(_load(), str):
+    if buffer.device.type == "cpu" and why_missing() is None:
         native.use_huge_pages(buffer.data_ptr(), buffer.nbytes)
 
 
@@ -123,7 +90,7 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in FLOATS
         and weight.dtype == x.dtype
         and weight.is_contiguous()
-        and not isinstance(_load(), str)
+        and why_missing() is None
     )
 
 
@@ -133,7 +100,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     num_out, num_in = weight.shape
     output = x.new_empty(*x.shape[:-1], num_out)
     native.linear(
-        dtype=_dtype(x.dtype),
+        dtype=native_dtype(x.dtype),
         weight=weight.data_ptr(),
         input=x.data_ptr(),
         output=output.data_ptr(),
@@ -184,7 +151,7 @@ class CppStep:
 def _layer(layer: LayerTensors) -> "native.Layer":
     """Return the layer as the library's struct."""
     out = native.Layer()
-    out.dtype = _dtype(layer.dtype)
+    out.dtype = native_dtype(layer.dtype)
     out.batch, out.num_kv_heads, out.token_capacity, out.head_dim = layer.keys.shape
     out.num_heads = layer.num_heads
     out.scale = layer.scale
@@ -240,55 +207,3 @@ def _address(tensor: Tensor | None) -> int:
 def _spare_outputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     """Return the list of spare outputs, shared by all steps of one kind: memory used a moment ago is still cached."""
     return []
-
-
-def library() -> ModuleType:
-    """Return the native library; call `decline` first."""
-    found = _load()
-    assert not isinstance(found, str)
-    return found
-
-
-def library_names() -> list[str]:
-    """Return the modules whose kernels this CPU can run, the fastest first; ATEN_CPU_CAPABILITY limits them, too."""
-    names = ["_kernels_generic"]
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        capability = torch.backends.cpu.get_cpu_capability()
-        names = ["_kernels_x86_64_v3"] if capability in ("AVX2", "AVX512") else []
-        if capability == "AVX512":
-            names.insert(0, "_kernels_x86_64_v4")
-            if torch.cpu._is_avx512_bf16_supported():  # this private function is the same from torch 2.9 on
-                names.insert(0, "_kernels_x86_64_v4_bf16")
-    return [f"{__package__}.{name}" for name in names]
-
-
-@cache
-def _load() -> ModuleType | str:
-    """Return the library for this CPU, or the reason why there is none, of which the first call warns."""
-    names = library_names()
-    if not names:
-        reason = f"this CPU runs {torch.backends.cpu.get_cpu_capability()} code only; the kernels need AVX2"
-    else:
-        try:
-            return import_module(names[0])
-        except ModuleNotFoundError:
-            reason = NOT_INSTALLED
-        except ImportError as error:
-            reason = f"its native library does not load ({error})"
-    warnings.warn(
-        f"on this CPU rocketkv computes in plain torch, which is slower, because the backend {NAME} has no kernels here "
-        f"({reason}); `rocketkv info` says what is missing and how to get it.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return reason
-
-
-def _dtype(dtype: torch.dtype) -> "native.Dtype":
-    """Return the library's value for a torch dtype."""
-    return _native_dtypes()[dtype]
-
-
-@cache
-def _native_dtypes() -> "dict[torch.dtype, native.Dtype]":
-    return {dtype: native.Dtype[str(dtype).removeprefix("torch.")] for dtype in FLOATS}

@@ -52,13 +52,13 @@ def info(
     from huggingface_hub.constants import HF_HUB_CACHE
 
     import rocketkv
-    from rocketkv.backends import cpp
+    from rocketkv.backends import library
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
     from rocketkv.hf.embedded import EMBEDDED, cache_folder, missing_wheels
     from rocketkv.hf.versions import dependency
 
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the table says what the warning would
-        kernels = cpp.instruction_set()
+        kernels = library.instruction_set()
     facts: dict[str, Any] = {
         "rocketkv": rocketkv.__version__,
         "python": platform.python_version(),
@@ -68,8 +68,8 @@ def info(
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "kernels": kernels,
-        **({"to get the kernels": _REMEDY} if kernels == cpp.NOT_INSTALLED else {}),
-        "kernel threads": cpp.thread_runtime() or "one: no OpenMP runtime was found in this process",
+        **({"to get the kernels": _REMEDY} if kernels == library.NOT_INSTALLED else {}),
+        "kernel threads": library.thread_runtime() or "one: no OpenMP runtime was found in this process",
         **_taken(),
         "embedded models": [
             f"{name}: {f'not installed: {model.pip}' if missing_wheels(name) else 'installed'}"

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rocketkv.backends import cpp
+from rocketkv.backends import library
 from rocketkv.errors import InputError
 from rocketkv.hf.embedded import EMBEDDED, cache_folder, embedded_path
 from rocketkv.hf.weights import check_format, quantize
@@ -131,7 +131,7 @@ def _is_packed(name: str, options: dict[str, Any]) -> bool:
 
 def _unpacked_dtype() -> torch.dtype:
     """Return the dtype in which the weights of a GGUF file are fastest and lose next to nothing."""
-    return torch.bfloat16 if cpp.multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if library.multiplies_bfloat16() else torch.float32
 
 
 @contextmanager
