@@ -5,12 +5,22 @@ import math
 import numpy as np
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max())
-    return np.asarray(e / e.sum())
+def softmax(x: np.ndarray, sink: float | None = None, cap: float | None = None) -> np.ndarray:
+    """Return the weights of logits [N], in which a sink takes its part, after a soft cap."""
+    if cap is not None:
+        x = np.array([cap * math.tanh(logit / cap) for logit in x])
+    top = max(x.max(), x.max() if sink is None else sink)
+    e = np.exp(x - top)
+    return np.asarray(e / (e.sum() + (0.0 if sink is None else math.exp(sink - top))))
 
 
-def dense(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+def dense(
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    sinks: np.ndarray | None = None,
+    cap: float | None = None,
+) -> np.ndarray:
     """Return causal attention of the last T of S tokens: query [Hq, T, D], keys, values [Hkv, S, D] -> [Hq, T, D]."""
     num_heads, num_tokens, head_dim = query.shape
     group, past = num_heads // keys.shape[0], keys.shape[1] - num_tokens
@@ -18,12 +28,20 @@ def dense(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
     for h in range(num_heads):
         for t in range(num_tokens):
             seen = past + t + 1
-            weights = softmax(keys[h // group, :seen] @ query[h, t] / math.sqrt(head_dim))
+            logits = keys[h // group, :seen] @ query[h, t] / math.sqrt(head_dim)
+            weights = softmax(logits, None if sinks is None else sinks[h], cap)
             out[h, t] = weights @ values[h // group, :seen]
     return out
 
 
-def window_scores(query: np.ndarray, keys: np.ndarray, window: int, by_peak: bool = False) -> np.ndarray:
+def window_scores(
+    query: np.ndarray,
+    keys: np.ndarray,
+    window: int,
+    by_peak: bool = False,
+    sinks: np.ndarray | None = None,
+    cap: float | None = None,
+) -> np.ndarray:
     """Return the window's attention, summed or the largest: query [Hq, T, D], keys [Hkv, S, D] -> [Hkv, S]."""
     num_heads, num_tokens, head_dim = query.shape
     group, total = num_heads // keys.shape[0], keys.shape[1]
@@ -32,7 +50,8 @@ def window_scores(query: np.ndarray, keys: np.ndarray, window: int, by_peak: boo
         for i in range(window):
             seen = total - window + i + 1
             logits = keys[h // group, :seen] @ query[h, num_tokens - window + i] / math.sqrt(head_dim)
-            given, so_far = softmax(logits), scores[h // group, :seen]
+            sink = None if sinks is None else sinks[h]
+            given, so_far = softmax(logits, sink, cap), scores[h // group, :seen]
             scores[h // group, :seen] = np.maximum(so_far, given) if by_peak else so_far + given
     return scores
 
@@ -115,6 +134,17 @@ def choose(scores: np.ndarray, top_k: int, sinks: int = 0, recents: int = 0) -> 
     return sorted([*pinned, *rest][:top_k])
 
 
-def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, chosen: list[int]) -> np.ndarray:
+def attend(
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    chosen: list[int],
+    sinks: np.ndarray | None = None,
+    cap: float | None = None,
+) -> np.ndarray:
     """Return exact attention to the chosen tokens for one KV head: query [G, D], keys, values [N, D] -> [G, D]."""
-    return np.stack([softmax(keys[chosen] @ q / math.sqrt(query.shape[1])) @ values[chosen] for q in query])
+    out = []
+    for g, q in enumerate(query):
+        logits = keys[chosen] @ q / math.sqrt(query.shape[1])
+        out.append(softmax(logits, None if sinks is None else sinks[g], cap) @ values[chosen])
+    return np.stack(out)

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from inputs import Inputs, make_inputs
 from rocketkv import LayerCache, RocketKVConfig
+from rocketkv.ops import NO_TERMS, LogitTerms
 
 TURNS = [(150, 110), (40, 60)]  # tokens of a prompt and of the answer, in which groups close and blocks fill
 
@@ -26,17 +27,19 @@ def scaled(x: Inputs, generator: torch.Generator, block: int = 1) -> Inputs:
     return Inputs(x.query / factors, x.key * factors, x.value)
 
 
-def converse(x: Inputs, turns: list[tuple[int, int]] = TURNS, **options: Any) -> Conversation:
+def converse(
+    x: Inputs, turns: list[tuple[int, int]] = TURNS, terms: LogitTerms = NO_TERMS, **options: Any
+) -> Conversation:
     """Run some turns over a long row and a short, left-padded row."""
     cache = LayerCache(RocketKVConfig(**{"token_budget": 40, "window_size": 16, "dense_below": 0, **options}))
     cache.trace = True
     outputs, kept, attended, start = [], [], [], 0
     for prompt, new in turns:
         padding = torch.tensor([0, prompt // 2])[: x.key.shape[0]]
-        outputs.append(cache.prefill(*x.part(start, start + prompt), padding=padding))
+        outputs.append(cache.prefill(*x.part(start, start + prompt), padding=padding, terms=terms))
         kept.extend(cache.positions.flatten(0, 1).tolist())
         for t in range(start + prompt, start + prompt + new):
-            outputs.append(cache.decode(*x.part(t, t + 1)))
+            outputs.append(cache.decode(*x.part(t, t + 1), terms=terms))
             assert cache.last_attended is not None
             attended.append(pad(cache.last_attended, (0, x.key.shape[2] - cache.last_attended.shape[2])))
         start += prompt + new

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from rocketkv.hf import PrefixStore, RocketKVCache, compile, disable, enable, uncompile
+    from rocketkv.ops import LogitTerms
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {  # names are imported on first use, so that `import rocketkv` and the
     "ConfigError": "errors",
     "InputError": "errors",
     "LayerCache": "attention",
+    "LogitTerms": "ops",
     "OutOfMemoryError": "errors",
     "PrefixStore": "hf",
     "RocketKVCache": "hf",
@@ -45,6 +47,7 @@ __all__ = [
     "ConfigError",
     "InputError",
     "LayerCache",
+    "LogitTerms",
     "OutOfMemoryError",
     "PrefixStore",
     "RocketKVCache",

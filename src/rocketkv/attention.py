@@ -9,18 +9,11 @@ from torch import Tensor
 
 from rocketkv import backends
 from rocketkv.cache import WorkingSet
-from rocketkv.checks import (
-    check_config,
-    check_kept,
-    check_loaded,
-    check_padding,
-    check_scale,
-    check_tokens,
-    exclusive,
-    kind_of,
-)
+from rocketkv.checks import check_config, check_kept, check_loaded, check_padding, check_terms, check_tokens, kind_of
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError
+from rocketkv.exclusive import exclusive
+from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.plan import SelectionPlan
 from rocketkv.state import LayerState, Observed
 
@@ -57,7 +50,14 @@ class LayerCache(LayerState):
 
     @exclusive
     def prefill(
-        self, query: Tensor, key: Tensor, value: Tensor, *, padding: Tensor | None = None, scale: float | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        padding: Tensor | None = None,
+        scale: float | None = None,
+        terms: LogitTerms = NO_TERMS,
     ) -> Tensor:
         """Attend a prompt, or the next turn of a conversation, exactly; then compress what decode will read.
 
@@ -70,19 +70,20 @@ class LayerCache(LayerState):
             value: like `key`.
             padding: `[B]` integers, 0 to T - 1, the padded columns at the left of each row; None means no padding.
             scale: the factor on the dot products, > 0; None means 1 / sqrt(D).
+            terms: the attention sinks and the soft cap of the logits, if the model has them.
 
         Returns:
             `[B, Hq, T, D]` in the dtype of `query`, zero in padded columns.
 
         Raises:
-            InputError: shapes, dtypes, devices, padding or scale do not fit, or an eviction policy of your own returns
-                a mask that does not fit.
+            InputError: shapes, dtypes, devices, padding, scale or terms do not fit, or an eviction policy of your own
+                returns a mask that does not fit.
             UnsupportedError: an argument requires gradients.
             ConfigError: more tokens are pinned than a step attends to, or the budget does not fit the head_dim.
         """
         check_tokens(query, key, value, self.working)
         padding = check_padding(padding, key)
-        scale = check_scale(scale, query.shape[3])
+        scale, terms = check_terms(scale, terms, query)
         num_queries = torch.full((key.shape[0],), key.shape[2], device=key.device)
         num_queries = num_queries if padding is None else num_queries - padding
         is_first = self.working is None
@@ -92,18 +93,20 @@ class LayerCache(LayerState):
         seen = tokens.views()
         keys, values = seen["keys"], seen["values"]
         lengths = None if is_first and padding is None else tokens.lengths
-        output = backends.prefill_densely(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
-        mask = self._evict(working, query, keys, tokens.lengths, num_queries, scale)
-        working.keep(tokens, mask, self.config.new_tokens)
-        observed = None
-        if self.keep_queries and working.archive is not None:
-            last = query[:, :, -self.keep_queries :].clone()
-            observed = Observed(last, num_queries.clamp(max=self.keep_queries), scale, is_first)
+        output = backends.prefill_densely(
+            query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms
+        )
+        prompt = Observed(query, num_queries, scale, terms, is_first)
+        working.keep(tokens, self._evict(working, prompt, keys, tokens.lengths), self.config.new_tokens)
+        keeps = self.keep_queries > 0 and working.archive is not None
+        observed = prompt.last(self.keep_queries) if keeps else None
         self._begin_with(working, self._plan(working), self.num_seen + key.shape[2], observed)
         return output
 
     @exclusive
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, terms: LogitTerms = NO_TERMS
+    ) -> Tensor:
         """Attend one new token per row to the best kept tokens, or to all of them where that takes no longer.
 
         Args:
@@ -111,25 +114,27 @@ class LayerCache(LayerState):
             key: `[B, Hkv, 1, D]` in the dtype of `query`, after RoPE.
             value: like `key`.
             scale: the factor on the dot products, > 0; None means 1 / sqrt(D).
+            terms: the attention sinks and the soft cap; sinks that change in place while a text is decoded may be read
+                late, so give other sinks as another tensor.
 
         Returns:
             `[B, Hq, 1, D]` in the dtype of `query`.
 
         Raises:
-            InputError: shapes, dtypes, devices or scale do not fit, or nothing was prefilled.
+            InputError: shapes, dtypes, devices, scale or terms do not fit, or nothing was prefilled.
             UnsupportedError: an argument requires gradients, or the backend named in `config` declines this cache.
             ConfigError: a row outgrew its plan, and the next plan pins more tokens than a step attends to.
         """
         working, plan = self._prefilled()
-        kind = kind_of(query, key, value, scale)
+        kind = kind_of(query, key, value, scale, terms)
         if not self._decoder.has_checked(kind) or torch.is_grad_enabled():
             check_tokens(query, key, value, working)
             if query.shape[2] != 1:
                 raise InputError(f"decode takes one token per row, not {query.shape[2]}; use prefill for a prompt.")
         if not self._decoder.is_bound(kind):
-            factor = check_scale(scale, query.shape[3])
+            factor, checked = check_terms(scale, terms, query)
             plan = self.plan = self._decoder.prepare(working, plan)
-            self._decoder.bind(working, plan, kind, query.shape[1], factor)
+            self._decoder.bind(working, plan, kind, query.shape[1], factor, checked, terms.sink_logits)
         output, self._read_bytes, self.last_attended = self._decoder(query, key, value, trace=self.trace)
         plan.steps_left -= 1
         self.num_seen += 1
@@ -207,11 +212,11 @@ class LayerCache(LayerState):
                 f"window_size={config.window_size} is more than the keep_queries={self.keep_queries} of this cache; "
                 f"make the cache with keep_queries={config.window_size}, or lower window_size."
             )
-        query, num_queries, scale, is_first = observed
-        sees_stored = working.archive is not None and not is_first  # a later turn sees what the fork has stored
+        # A later turn sees what the fork has stored.
+        sees_stored = working.archive is not None and not observed.is_first
         tokens = (working if sees_stored else past).every_token()
-        mask = forked._evict(working, query, tokens.fields["keys"], tokens.lengths, num_queries, scale)
-        if mask is not None and working.archive is None and not is_first:
+        mask = forked._evict(working, observed, tokens.fields["keys"], tokens.lengths)
+        if mask is not None and working.archive is None and not observed.is_first:
             raise InputError(
                 "a single_turn fork would have evicted at an earlier prefill already; fork after the first prefill."
             )
@@ -225,22 +230,15 @@ class LayerCache(LayerState):
         is_archived = self.config.mode == "multi_turn"
         return WorkingSet(key, self.config.format, archived=is_archived, on_host=self.config.archive_on_host)
 
-    def _evict(
-        self,
-        working: WorkingSet,
-        query: Tensor,
-        keys: Tensor,
-        lengths: Tensor,
-        num_queries: Tensor,
-        scale: float,
-    ) -> Tensor | None:
+    def _evict(self, working: WorkingSet, prompt: Observed, keys: Tensor, lengths: Tensor) -> Tensor | None:
         """Run stage 1: return `[B, Hkv, S]` bool, True for the kept tokens; None if every row may keep all of its."""
         kept = self._planner(working).keep(working.row_seen)
         num_tokens = torch.tensor(kept, device=keys.device)
         if not bool((lengths > num_tokens[:, None]).any()):
             return None
+        query, num_queries, scale, terms, _ = prompt
         mask = self.eviction.keep(
-            query, keys, lengths=lengths, num_queries=num_queries, num_tokens=num_tokens, scale=scale
+            query, keys, lengths=lengths, num_queries=num_queries, num_tokens=num_tokens, scale=scale, terms=terms
         )
         return None if mask is None else check_kept(mask, self.eviction, keys, lengths)
 

@@ -1,10 +1,7 @@
-"""The checks of `LayerCache`, which run before anything changes: tensors, numbers, and one thread at a time."""
+"""The checks of `LayerCache`, which run before anything changes."""
 
-from collections.abc import Callable
-from functools import wraps
 from numbers import Integral, Real
-from threading import get_ident
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,6 +9,7 @@ from torch import Tensor
 from rocketkv.cache import WorkingSet
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError, InputError, UnsupportedError
+from rocketkv.ops import LogitTerms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_SEEN = 1 << 30  # tokens; positions are stored in 32 bits, which leaves as many for the tokens to come
@@ -19,51 +17,18 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FLOAT32 = torch.finfo(torch.float32)
 
 
-class OneAtATime(Protocol):
-    """An object whose `exclusive` methods only one thread may run at a time.
+def kind_of(query: Tensor, key: Tensor, value: Tensor, scale: float | None, terms: LogitTerms) -> tuple[object, ...]:
+    """Return all that the checks of a step look at, except gradients; equal kinds need one check only.
 
-    Attributes:
-        user: the thread that is running such a method, or an empty dict.
+    A tensor of sinks is known by its identity, so whoever keeps the kind keeps that tensor, too.
     """
-
-    user: dict[str, int]
-
-
-Self = TypeVar("Self", bound=OneAtATime)
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
-
-
-def exclusive(method: Callable[Concatenate[Self, Args], Result]) -> Callable[Concatenate[Self, Args], Result]:
-    """Make `method` raise an InputError while another thread is inside an exclusive method of the same object.
-
-    If an interrupt ends a call before `user` is cleared, the object stays reserved for that call's thread, and the next
-    call of that thread frees the object.
-    """
-
-    @wraps(method)
-    def alone(self: Self, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
-        thread = get_ident()
-        if self.user.setdefault("thread", thread) != thread:  # setdefault is atomic and cheaper than a lock
-            raise InputError(
-                f"{method.__name__}: another thread is using this cache; use a cache in one thread at a time, "
-                "or give each thread its copy()."
-            )
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self.user.clear()
-
-    return alone
-
-
-def kind_of(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[object, ...]:
-    """Return all that `check_tokens` and `check_scale` look at, except gradients; equal kinds need one check only."""
     if scale is not None and type(scale) is not float:
         scale = check_scale(scale, 1)
     try:
         return (
             scale,
+            id(terms.sink_logits),
+            terms.softcap,
             query.shape,
             key.shape,
             value.shape,
@@ -123,9 +88,30 @@ def check_scale(scale: object, head_dim: int) -> float:
     """Return the factor on the dot products, 1 / sqrt(head_dim) for None; refuse all but positive float32 numbers."""
     if scale is None:
         return float(head_dim**-0.5)
-    if not isinstance(scale, Real) or isinstance(scale, bool) or not _FLOAT32.tiny <= float(scale) <= _FLOAT32.max:
+    if not _is_positive(scale):
         raise InputError(f"scale={scale!r} is no positive, finite number; give one, or None for 1 / sqrt(head_dim).")
     return float(scale)
+
+
+def check_terms(scale: object, terms: object, query: Tensor) -> tuple[float, LogitTerms]:
+    """Return the factor as `check_scale` does, and the terms, with the sinks as `[Hq]` float32.
+
+    An InputError is raised for terms that do not fit the query, `[B, Hq, T, D]`.
+    """
+    factor = check_scale(scale, query.shape[3])
+    if not isinstance(terms, LogitTerms):
+        raise InputError(f"terms={terms!r} is no LogitTerms; give LogitTerms(sink_logits, softcap), or leave it out.")
+    sinks, softcap = terms
+    if softcap is not None and not _is_positive(softcap):
+        raise InputError(f"softcap={softcap!r} is no positive, finite number; give one, or None for no soft cap.")
+    if sinks is None:
+        return factor, terms
+    if not isinstance(sinks, Tensor) or sinks.shape != query.shape[1:2] or not sinks.is_floating_point():
+        shown = f"{sinks.dtype} {list(sinks.shape)}" if isinstance(sinks, Tensor) else repr(sinks)
+        raise InputError(f"sink_logits={shown} do not fit {query.shape[1]} query heads; give [Hq] floats.")
+    if sinks.device != query.device:
+        raise InputError(f"sink_logits are on {sinks.device}, but the query is on {query.device}; bring them there.")
+    return factor, terms._replace(sink_logits=sinks.detach().float().contiguous())
 
 
 def check_padding(padding: object, key: Tensor) -> Tensor | None:
@@ -274,3 +260,10 @@ def _describe(x: object) -> str:
     if not isinstance(x, Tensor):
         return repr(x)
     return f"{x.dtype} {list(x.shape)}" + ("" if x.device.type == "cpu" else f" on {x.device}")
+
+
+def _is_positive(number: object) -> TypeGuard[Real]:
+    """Return whether something is a positive, finite float32 number."""
+    if not isinstance(number, Real) or isinstance(number, bool):
+        return False
+    return _FLOAT32.tiny <= float(number) <= _FLOAT32.max

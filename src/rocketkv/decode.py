@@ -16,6 +16,7 @@ from rocketkv.checks import check_logits
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import UnsupportedError
 from rocketkv.index import LowBitIndex, PageIndex
+from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.plan import Planner, SelectionPlan
 from rocketkv.selection import SelectionMethod
 
@@ -23,8 +24,16 @@ from rocketkv.selection import SelectionMethod
 class ReferenceStep:
     """The decode step in plain torch; see `backends.Step`. A call that raises leaves the working set as it was."""
 
-    def __init__(self, working: WorkingSet, plan: SelectionPlan, selection: SelectionMethod, scale: float) -> None:
-        self._working, self._plan, self._selection, self._scale = working, plan, selection, scale
+    def __init__(
+        self,
+        working: WorkingSet,
+        plan: SelectionPlan,
+        selection: SelectionMethod,
+        scale: float,
+        terms: LogitTerms = NO_TERMS,
+    ) -> None:
+        self._working, self._plan, self._selection = working, plan, selection
+        self._scale, self._terms = scale, terms
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, int]:
         """Append one token per row and attend; see `Step`."""
@@ -39,16 +48,18 @@ class ReferenceStep:
             counts, chosen = lengths, torch.arange(working.max_length, device=lengths.device).expand(*lengths.shape, -1)
             keys, values = working.keys_and_values()
             ragged = lengths if working.tokens.is_ragged else None
-            output = ops.decode_densely(query, keys, values, lengths=ragged, scale=self._scale)
+            output = ops.decode_densely(query, keys, values, lengths=ragged, scale=self._scale, terms=self._terms)
             read_bytes = int(lengths.sum()) * working.token_bytes
         else:
             logits = check_logits(logits, self._selection, grouped, working.max_length)
             counts = lengths.where(lengths <= plan.dense_lengths[:, None], plan.top_k[:, None])
-            scores = ops.score_tokens(logits, lengths)
+            scores = ops.score_tokens(logits, lengths, self._terms)
             pins = {"sinks": plan.sinks, "recents": plan.recents}
             chosen = ops.choose_tokens(scores, lengths=lengths, top_k=counts.amax(1), **pins)
             keys, values, slots = working.locate(chosen)
-            output = ops.decode_sparsely(query, keys, values, slots=slots, counts=counts, scale=self._scale)
+            output = ops.decode_sparsely(
+                query, keys, values, slots=slots, counts=counts, scale=self._scale, terms=self._terms
+            )
             read_bytes = self._count_read_bytes(working)
         if ranks is not None:
             is_chosen = torch.arange(chosen.shape[2], device=chosen.device) < counts.minimum(lengths)[..., None]
@@ -79,6 +90,7 @@ class Decoder:
         self._step: Step | None = None
         self._working: WorkingSet | None = None
         self._kind: tuple[object, ...] | None = None  # `kind_of` the checked arguments that the step was bound for
+        self._sinks: Tensor | None = None  # as they were given, by whose identity the kind knows them
         self._steps_left = 0
         self.backend: str | None = None  # the name of the bound backend, or "reference"; None if no step is bound
 
@@ -110,7 +122,14 @@ class Decoder:
         return plan
 
     def bind(
-        self, working: WorkingSet, plan: SelectionPlan, kind: tuple[object, ...], num_heads: int, scale: float
+        self,
+        working: WorkingSet,
+        plan: SelectionPlan,
+        kind: tuple[object, ...],
+        num_heads: int,
+        scale: float,
+        terms: LogitTerms,
+        given_sinks: Tensor | None,
     ) -> None:
         """Bind the next steps to a working set that `prepare` has made ready.
 
@@ -120,6 +139,8 @@ class Decoder:
             kind: `kind_of` the arguments of the steps.
             num_heads: the number of query heads.
             scale: the factor on the dot products.
+            terms: the sinks, as float32, and the soft cap.
+            given_sinks: the sinks as they were given with the step.
 
         Raises:
             UnsupportedError: the backend named in the configuration declines this cache.
@@ -128,18 +149,18 @@ class Decoder:
         is_dense = working.max_length < plan.dense_length
         if is_dense and self._config.backend == "auto":
             scoring = Scoring.DENSE  # the step attends to all tokens, the new one included, with any method
-        spec = Spec.of(working.like, self._config.kv_dtype)
+        spec = Spec.of(working.like, self._config.kv_dtype, terms)
         backend, reasons = find_backend(self._config.backend, spec, scoring)
         if backend is None and self._config.backend not in ("auto", "reference"):
             raise UnsupportedError(
                 f"backend={self._config.backend!r} declines this cache ({'; '.join(reasons)}); set backend='auto'."
             )
         if backend is None or scoring is None:
-            self._step, self.backend = ReferenceStep(working, plan, self._selection, scale), "reference"
+            self._step, self.backend = ReferenceStep(working, plan, self._selection, scale, terms), "reference"
         else:
-            self._step = _BackendStep(backend.bind(_tensors(working, plan, scoring, num_heads, scale)), working)
+            self._step = _BackendStep(backend.bind(_tensors(working, plan, scoring, num_heads, scale, terms)), working)
             self.backend = backend.NAME
-        self._working, self._kind = working, kind
+        self._working, self._kind, self._sinks = working, kind, given_sinks
         self._steps_left = min(working.room, plan.steps_left)
         if is_dense:
             self._steps_left = min(self._steps_left, plan.dense_length - working.max_length)
@@ -183,7 +204,9 @@ class _BackendStep:
         return output
 
 
-def _tensors(working: WorkingSet, plan: SelectionPlan, scoring: Scoring, num_heads: int, scale: float) -> LayerTensors:
+def _tensors(
+    working: WorkingSet, plan: SelectionPlan, scoring: Scoring, num_heads: int, scale: float, terms: LogitTerms
+) -> LayerTensors:
     """Return a working set and its plan as the tensors that backends take."""
     stored = (working.source or working.tokens).fields
     index = working.index
@@ -206,4 +229,5 @@ def _tensors(working: WorkingSet, plan: SelectionPlan, scoring: Scoring, num_hea
         recents=plan.recents,
         num_heads=num_heads,
         scale=scale,
+        terms=terms,
     )

@@ -11,9 +11,11 @@ from torch import Tensor
 from rocketkv.attention import LayerCache
 from rocketkv.budget import Split, check_count
 from rocketkv.cache import WorkingSet
-from rocketkv.checks import DTYPES, MOST_SEEN, exclusive
+from rocketkv.checks import DTYPES, MOST_SEEN, check_terms
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, telling_memory
+from rocketkv.exclusive import exclusive
+from rocketkv.ops import LogitTerms
 from rocketkv.plan import Planner, SelectionPlan
 from rocketkv.ragged import GROWTH, RaggedTokens
 from rocketkv.state import Observed
@@ -64,7 +66,10 @@ def take(cache: LayerCache) -> Snapshot:
         tensors |= _rows("archive", working.archive, max(GROWTH, working.archive.max_length // 8))
     if observed is not None:
         tensors["observed"] = observed.query
-        facts["observed"] = [observed.num_queries.tolist(), observed.scale, observed.is_first]
+        sinks, softcap = observed.terms
+        if sinks is not None:
+            tensors["observed_sinks"] = sinks
+        facts["observed"] = [observed.num_queries.tolist(), observed.scale, softcap, observed.is_first]
     return Snapshot(tensors, facts)
 
 
@@ -132,14 +137,16 @@ def _parts(
             raise ValueError("a row longer than its plan")
     observed = None
     if facts["observed"] is not None:
-        num_queries, scale, is_first = facts["observed"]
+        num_queries, scale, softcap, is_first = facts["observed"]
         query = tensors["observed"].to(device)
         if query.dtype != like.dtype or query.dim() != 4 or query.shape[::3] != like.shape[::3]:
             raise ValueError(f"queries are {query.dtype} {list(query.shape)}")
         if query.shape[1] % num_kv_heads:
             raise ValueError(f"{query.shape[1]} query heads do not share {num_kv_heads} KV heads")
         counts = _counts(num_queries, (batch,), query.shape[2]).to(device)
-        observed = Observed(query.clone(), counts, float(scale), bool(is_first))
+        sinks = tensors.get("observed_sinks")
+        terms = LogitTerms(None if sinks is None else sinks.to(device).clone(), softcap)
+        observed = Observed(query.clone(), counts, *check_terms(float(scale), terms, query), bool(is_first))
     return working, plan, observed
 
 

@@ -9,21 +9,29 @@ from torch import Tensor
 
 from rocketkv.budget import check_count
 from rocketkv.cache import WorkingSet
-from rocketkv.checks import check_config, check_rows, exclusive
+from rocketkv.checks import check_config, check_rows
 from rocketkv.config import RocketKVConfig
 from rocketkv.decode import Decoder
 from rocketkv.errors import InputError
+from rocketkv.exclusive import exclusive
+from rocketkv.ops import LogitTerms
 from rocketkv.plan import Planner, SelectionPlan
 from rocketkv.stats import LayerStats
 
 
 class Observed(NamedTuple):
-    """The input of stage 1 in the last prefill, kept so that a fork can run stage 1 later."""
+    """The input of stage 1 in a prefill; that of the last one may be kept, so that a fork can run stage 1 later."""
 
-    query: Tensor  # [B, Hq, W, D], the last queries
+    query: Tensor  # [B, Hq, W, D], the queries, or the last of them
     num_queries: Tensor  # [B] int64, how many of the W are no padding; those are the last ones
     scale: float
+    terms: LogitTerms
     is_first: bool  # True if only pieces of the same prompt came before that prefill
+
+    def last(self, num_queries: int) -> Self:
+        """Return a copy of the last queries, and how many of them are no padding."""
+        query, counts = self.query[:, :, -num_queries:].clone(), self.num_queries.clamp(max=num_queries)
+        return self._replace(query=query, num_queries=counts)
 
 
 class LayerState:

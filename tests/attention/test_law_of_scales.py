@@ -30,6 +30,12 @@ def test_scaling_keys_and_queries_changes_no_bit(
     check(x, scaled(x, seeded), **options)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_law_holds_with_sinks_and_a_soft_cap(seeded: torch.Generator, backend: str) -> None:
+    x = exact_inputs(seeded, 32, torch.bfloat16)
+    check(x, scaled(x, seeded), backend=backend, terms=ops.LogitTerms(torch.randn(4, generator=seeded), 1.5))
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("selection", PUBLISHED)
 def test_the_published_choice_of_channels_does_not_obey(seeded: torch.Generator, selection: str, backend: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from caches import SMALL, Call, assert_same, prefilled, strict, token
 from inputs import Inputs, make_inputs
 from rocketkv import Budget, ConfigError, InputError, LayerCache, RocketKVConfig, UnsupportedError
+from rocketkv.ops import LogitTerms
 
 
 def changed(**changes: Callable[[Tensor], Tensor]) -> Call:
@@ -29,6 +30,10 @@ def rows(make: Callable[[], Any]) -> Call:
 
 def scaled(scale: Any) -> Call:
     return lambda cache, x: cache.decode(*token(x), scale=scale)
+
+
+def with_terms(*terms: Any) -> Call:
+    return lambda cache, x: cache.decode(*token(x), terms=LogitTerms(*terms))
 
 
 def made_for_inference() -> Tensor:
@@ -60,6 +65,15 @@ WRONG: list[tuple[Call, str]] = [
     (scaled(True), "scale=True is no positive"),
     (scaled(torch.ones(2)), "is no positive"),
     (scaled("1"), "scale='1' is no positive"),
+    (with_terms(None, 0), "softcap=0 is no positive, finite number"),
+    (with_terms(None, float("nan")), "softcap=nan is no positive"),
+    (with_terms(None, "50"), "softcap='50' is no positive"),
+    (with_terms(None, True), "softcap=True is no positive"),
+    (with_terms(torch.zeros(3)), r"sink_logits=torch.float32 \[3\] do not fit 4 query heads; give \[Hq\] floats"),
+    (with_terms(torch.zeros(4, dtype=torch.int64)), "sink_logits=torch.int64"),
+    (with_terms([0.0] * 4), "sink_logits=.* do not fit 4 query heads"),
+    (with_terms(torch.zeros(4, device="meta")), "sink_logits are on meta, but the query is on cpu"),
+    (lambda c, x: c.prefill(*x.part(203, 210), terms=50.0), r"terms=50.0 is no LogitTerms"),
     (lambda c, x: c.prefill(*token(x), scale=float("nan")), "scale=nan is no positive"),
     (lambda c, x: c.prefill(*(a[..., :8] for a in token(x))), "the cache holds keys with head_dim 16"),
     (lambda c, x: c.prefill(*(a.to("meta") for a in token(x))), "give all tensors on one device"),

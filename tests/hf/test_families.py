@@ -16,15 +16,16 @@ from tiny import generate, prompts
 README = Path(__file__).parents[2].joinpath("README.md").read_text()
 
 WORKS = """
-    afmoe apertus apertus1p5_text arcee aria_text beam bert bert-generation bitnet camembert codegen
-    cohere cohere2 cohere2_moe ctrl cwm data2vec-text dots1 electra emu3 ernie ernie4_5 ernie4_5_moe
-    exaone exaone4 exaone_moe flex_olmo fuyu gemma gemma3 gemma3_text glm glm4 glm4_moe
-    gpt-sw3 gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
-    laguna lfm2 llama mellum minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
-    moss_transcribe_diarize nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal
-    phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelayernorm roc_bert sarvam_moe seed_oss
-    smollm3 solar_open starcoder2 xlm-roberta xlm-roberta-xl
+    afmoe apertus apertus1p5_text arcee aria_text beam bert bert-generation bitnet camembert
+    codegen cohere cohere2 cohere2_moe ctrl cwm data2vec-text dots1 electra emu3 ernie ernie4_5
+    ernie4_5_moe exaone exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text
+    glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa
+    granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama mellum
+    mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+    moss_transcribe_diarize nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3
+    phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelayernorm roc_bert
+    sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma xlm-roberta xlm-roberta-xl
 """
 
 BEFORE_5_24 = {"recurrent_gemma": "it has sliding-window layers only, so there is nothing to compress"}
@@ -46,14 +47,8 @@ REFUSED = {  # by the sentence that says why
     "its attention is bidirectional unless its configuration has is_decoder=True": """
         big_bird megatron-bert rembert roformer xmod
     """,
-    "its attention has sinks, learned logits that share in every softmax": """
-        flint gpt_oss granite_swa granitemoe_swa mimo_v2_flash
-    """,
     "it runs its layers several times over and caches each time anew": """
         dory hrm_text
-    """,
-    r"it caps attention logits \(softcap\)": """
-        gemma2 vaultgemma
     """,
     "its layers attend in chunks": """
         llama4 llama4_text

@@ -15,7 +15,7 @@ from torch.nn import functional
 from rocketkv import ops
 from rocketkv.backends import cpp, triton
 from rocketkv.backends.base import Backend, LayerTensors, Scoring, Spec, Step
-from rocketkv.ops import LowBitKeys, PageBounds
+from rocketkv.ops import NO_TERMS, LogitTerms, LowBitKeys, PageBounds
 
 # The fastest backend comes first; the reference in plain torch runs what no backend accepts.
 BACKENDS: tuple[Backend, ...] = (cpp, triton)
@@ -71,18 +71,30 @@ def prefill_densely(
     lengths: Tensor | None = None,
     num_queries: Tensor | None = None,
     scale: float,
+    terms: LogitTerms = NO_TERMS,
 ) -> Tensor:
     """See `ops.prefill_densely`."""
-    attend = fastest("prefill_densely", keys)
-    return attend(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)  # type: ignore[no-any-return]
+    attend = fastest("prefill_densely", keys, terms)
+    output: Tensor = attend(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms)
+    return output
 
 
 def score_window(
-    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+    query: Tensor,
+    keys: Tensor,
+    *,
+    lengths: Tensor,
+    num_queries: Tensor,
+    scale: float,
+    terms: LogitTerms = NO_TERMS,
+    by_peak: bool = False,
 ) -> Tensor:
     """See `ops.score_window`."""
-    score = fastest("score_window", keys)
-    return score(query, keys, lengths=lengths, num_queries=num_queries, scale=scale, by_peak=by_peak)  # type: ignore[no-any-return]
+    score = fastest("score_window", keys, terms)
+    scores: Tensor = score(
+        query, keys, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms, by_peak=by_peak
+    )
+    return scores
 
 
 def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
@@ -119,12 +131,12 @@ def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None 
     return storage
 
 
-def fastest(operation: str, tokens: Tensor) -> Callable[..., Any]:
+def fastest(operation: str, tokens: Tensor, terms: LogitTerms = NO_TERMS) -> Callable[..., Any]:
     """The operation of this name of the first backend that has it and takes the tokens, `[B, H, S, D]`, or of `ops`.
 
     A backend may have a `decline_` of its own for an operation.
     """
-    spec = Spec.of(tokens)
+    spec = Spec.of(tokens, terms=terms)
     for backend in BACKENDS:
         own: Callable[..., Any] | None = getattr(backend, operation, None)
         decline = getattr(backend, f"decline_{operation}", backend.decline)

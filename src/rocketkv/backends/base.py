@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.errors import InputError
-from rocketkv.ops import LowBitKeys, PageBounds
+from rocketkv.ops import NO_TERMS, LogitTerms, LowBitKeys, PageBounds
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -32,21 +32,30 @@ class Spec(NamedTuple):
         dtype: the dtype of incoming queries, keys and values.
         head_dim: the number of channels of a key.
         kv_dtype: the name of the format in which keys and values are stored, as in `RocketKVConfig`.
+        has_terms: whether sinks share in the softmax, or logits are capped (`LogitTerms`).
     """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     kv_dtype: str = "auto"
+    has_terms: bool = False
 
     @classmethod
-    def of(cls, tokens: Tensor, kv_dtype: str = "auto") -> Self:
+    def of(cls, tokens: Tensor, kv_dtype: str = "auto", terms: LogitTerms = NO_TERMS) -> Self:
         """Return the kind of these tokens, `[..., D]`."""
-        return cls(tokens.device.type, tokens.dtype, tokens.shape[-1], kv_dtype)
+        return cls(tokens.device.type, tokens.dtype, tokens.shape[-1], kv_dtype, not terms.are_none)
 
 
-def decline_numbers(spec: Spec) -> str | None:
-    """Return why no backend has kernels for the dtype or the head_dim; None if backends have them."""
+def decline_numbers(spec: Spec, *, takes_terms: bool = False) -> str | None:
+    """Return why a backend has no kernels for the dtype, the head_dim or the terms; None if it has them.
+
+    Args:
+        spec: the kind of the tokens.
+        takes_terms: whether the backend's kernels know sinks and soft caps.
+    """
+    if spec.has_terms and not takes_terms:
+        return "it has no kernels for attention sinks and soft-capped logits"
     if spec.dtype not in FLOATS:
         return f"it has no kernels for {spec.dtype}"
     if spec.head_dim > MAX_HEAD_DIM:
@@ -110,6 +119,7 @@ class LayerTensors:
         recents: `[B]` int64, the number of last tokens that every step attends to.
         num_heads: the number of query heads, Hq.
         scale: the factor on the dot products.
+        terms: the soft cap, and the sinks as `[Hq]` float32.
     """
 
     keys: Tensor
@@ -130,6 +140,7 @@ class LayerTensors:
     recents: Tensor
     num_heads: int
     scale: float
+    terms: LogitTerms = NO_TERMS
 
     @property
     def index(self) -> tuple[Tensor, ...]:

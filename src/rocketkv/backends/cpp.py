@@ -9,7 +9,7 @@ from rocketkv.backends.amx import prefer_torch
 from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, Spec, check_prompt, decline_numbers
 from rocketkv.backends.library import native, native_dtype, why_missing
 from rocketkv.errors import InputError
-from rocketkv.ops import PageBounds
+from rocketkv.ops import NO_TERMS, LogitTerms, PageBounds
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
@@ -39,10 +39,11 @@ def prefill_densely(
     lengths: Tensor | None = None,
     num_queries: Tensor | None = None,
     scale: float,
+    terms: LogitTerms = NO_TERMS,
 ) -> Tensor:
     """See `ops.prefill_densely`; tensors that do not fit raise an InputError."""
     check_prompt(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
-    if reason := decline(Spec.of(keys)):
+    if reason := decline(Spec.of(keys, terms=terms)):
         raise InputError(f"the kernels do not attend this prompt ({reason}); call backends.prefill_densely instead.")
     query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
     batch, num_heads, num_tokens, head_dim = query.shape

@@ -16,6 +16,7 @@ from rocketkv.bench.tensors import dense_config, held_bytes, kept_tokens, random
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.hf import RocketKVCache, cache_stats
 from rocketkv.hf.switch import disable, enable
+from rocketkv.ops import NO_TERMS, LogitTerms
 
 Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # `disable` undoes it
 
@@ -61,7 +62,15 @@ class NoAttention(LayerCache):
         super().__init__(sparse_config(256))
         self.num_seen = num_seen
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        terms: LogitTerms = NO_TERMS,
+    ) -> Tensor:
         """Return zeros in the shape of `query`."""
         self.num_seen += 1
         return torch.zeros_like(query)

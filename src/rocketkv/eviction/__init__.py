@@ -9,6 +9,7 @@ from rocketkv.eviction.keep_all import KeepAll
 from rocketkv.eviction.peak import Peak
 from rocketkv.eviction.snapkv import SnapKV
 from rocketkv.eviction.streaming_llm import StreamingLLM
+from rocketkv.ops import NO_TERMS, LogitTerms
 
 if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
@@ -18,7 +19,15 @@ class EvictionPolicy(Protocol):
     """The interface of an eviction policy; any object with this method is one."""
 
     def keep(
-        self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        *,
+        lengths: Tensor,
+        num_queries: Tensor,
+        num_tokens: Tensor,
+        scale: float,
+        terms: LogitTerms = NO_TERMS,
     ) -> Tensor | None:
         """Mark the tokens to keep. Stage 1 calls this method only if some row has more tokens than it may keep.
 
@@ -29,6 +38,7 @@ class EvictionPolicy(Protocol):
             num_queries: `[B]` int64, how many of the T query columns, the last ones, are no padding.
             num_tokens: `[B]` int64, the number of tokens that each row should keep.
             scale: the factor on the dot products.
+            terms: the sinks, as `[Hq]` float32, and the soft cap of the layer's attention.
 
         Returns:
             `[B, Hkv, S]` bool with at least one True per row and head; values beyond the lengths are ignored. None

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
+from rocketkv.ops import NO_TERMS, LogitTerms
+
 if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
 
@@ -17,7 +19,15 @@ class KeepAll:
         return cls()
 
     def keep(
-        self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        *,
+        lengths: Tensor,
+        num_queries: Tensor,
+        num_tokens: Tensor,
+        scale: float,
+        terms: LogitTerms = NO_TERMS,
     ) -> Tensor | None:
         """Keep every token; see `EvictionPolicy.keep`."""
         return None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from rocketkv.backends import score_window
-from rocketkv.ops import topk_mask
+from rocketkv.ops import NO_TERMS, LogitTerms, topk_mask
 
 if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
@@ -36,12 +36,22 @@ class SnapKV:
         return cls(config.window_size, config.kernel_size)
 
     def keep(
-        self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        *,
+        lengths: Tensor,
+        num_queries: Tensor,
+        num_tokens: Tensor,
+        scale: float,
+        terms: LogitTerms = NO_TERMS,
     ) -> Tensor | None:
         """Keep the window and the best tokens before it; see `EvictionPolicy.keep`."""
         window = num_queries.clamp(max=self.window_size)  # [B]
         last = query[:, :, -self.window_size :]
-        scores = score_window(last, keys, lengths=lengths, num_queries=window, scale=scale, by_peak=self.by_peak)
+        scores = score_window(
+            last, keys, lengths=lengths, num_queries=window, scale=scale, terms=terms, by_peak=self.by_peak
+        )
         before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv], the number of tokens before the window
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)

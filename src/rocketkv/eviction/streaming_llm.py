@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from rocketkv.ops import NO_TERMS, LogitTerms
+
 if TYPE_CHECKING:
     from rocketkv.config import RocketKVConfig
 
@@ -27,7 +29,15 @@ class StreamingLLM:
         return cls()
 
     def keep(
-        self, query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, num_tokens: Tensor, scale: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        *,
+        lengths: Tensor,
+        num_queries: Tensor,
+        num_tokens: Tensor,
+        scale: float,
+        terms: LogitTerms = NO_TERMS,
     ) -> Tensor | None:
         """Keep the sinks and the most recent tokens; see `EvictionPolicy.keep`."""
         slots = torch.arange(keys.shape[2], device=keys.device)

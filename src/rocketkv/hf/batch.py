@@ -11,6 +11,7 @@ from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.padding import Padding
 from rocketkv.hf.plain import join_rows, plain_stats
+from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.stats import CacheStats, LayerStats
 
 
@@ -25,12 +26,20 @@ class StackedLayer(RocketKVLayer):
         super().__init__(parts[0].cache, parts[0].window)
         self.parts = list(parts)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Padding,
+        scale: float | None,
+        terms: LogitTerms = NO_TERMS,
+    ) -> Tensor:
         """Attend the new tokens, `[B, Hq, T, D]`: row i through the i-th part, as the part would attend alone."""
         outputs = []
         for i, part in enumerate(self.parts):
             row = slice(i, i + 1)
-            outputs.append(part.attend(query[row], key[row], value[row], padding.row(i), scale))
+            outputs.append(part.attend(query[row], key[row], value[row], padding.row(i), scale, terms))
         return torch.cat(outputs)
 
     def end_turn(self) -> None:

@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 
 from rocketkv.hf.history import UNKNOWN
 from rocketkv.hf.hooks import Given, given, passed_cache
-from rocketkv.hf.interface import NAME
+from rocketkv.hf.interface import NAMES
 
 
 @wraps(GenerationMixin.generate)
@@ -35,14 +35,15 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 @wraps(GenerationMixin.init_continuous_batching)
 def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Begin `generate_batch` as the model's class does, with plain SDPA attention until its manager stops."""
-    self.set_attn_implementation("sdpa")
+    """Begin `generate_batch` as the model's class does, with transformers' attention until its manager stops."""
+    own = self.config._attn_implementation
+    self.set_attn_implementation(next((plain for plain, name in NAMES.items() if name == own), own))
     try:
         manager = type(self).init_continuous_batching(self, *args, **kwargs)
     except BaseException:
-        self.set_attn_implementation(NAME)
+        self.set_attn_implementation(own)
         raise
-    manager._original_attn_impl = NAME  # the manager returns to this implementation when it stops
+    manager._original_attn_impl = own  # the manager returns to this implementation when it stops
     return manager
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.history import UNKNOWN
-from rocketkv.hf.interface import NAME
+from rocketkv.hf.interface import NAMES
 from rocketkv.hf.support import joins_images, rope_limit, unsupported
 from rocketkv.hf.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency
 
@@ -69,7 +69,7 @@ def _announce(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str,
         return None
     if len(args) > 1:
         raise InputError("with a RocketKVCache pass everything but input_ids by keyword, attention_mask too.")
-    if decoder.config._attn_implementation != NAME:
+    if decoder.config._attn_implementation not in NAMES.values():
         raise UnsupportedError(
             f"{type(decoder).__name__} was enabled, but its attn_implementation is now "
             f"{decoder.config._attn_implementation!r}; call rocketkv.disable(model) and rocketkv.enable(model)."

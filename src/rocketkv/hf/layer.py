@@ -14,7 +14,7 @@ from rocketkv.errors import UnsupportedError
 from rocketkv.hf.padding import Padding
 from rocketkv.hf.support import is_full
 from rocketkv.hf.versions import dependency
-from rocketkv.ops import take_tokens
+from rocketkv.ops import NO_TERMS, LogitTerms, take_tokens
 from rocketkv.stats import LayerStats
 
 
@@ -57,7 +57,15 @@ class RocketKVLayer(CacheLayerMixin):
         """
         raise unannounced()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Padding,
+        scale: float | None,
+        terms: LogitTerms = NO_TERMS,
+    ) -> Tensor:
         """Attend the new tokens of a forward pass through the compressed cache.
 
         Args:
@@ -66,6 +74,7 @@ class RocketKVLayer(CacheLayerMixin):
             value: like `key`.
             padding: the padding among the T new columns.
             scale: the factor on the dot products; None stands for 1 / sqrt(D).
+            terms: the layer's sinks and soft cap.
 
         Returns:
             `[B, Hq, T, D]`.
@@ -74,12 +83,12 @@ class RocketKVLayer(CacheLayerMixin):
             RocketKVError: as `LayerCache.prefill` and `LayerCache.decode` raise it.
         """
         if query.shape[2] == 1 and self.cache.num_seen > 0 and not self.cache.awaits_prompt:
-            return self.cache.decode(query, key, value, scale=scale)
+            return self.cache.decode(query, key, value, scale=scale, terms=terms)
         if padding.order is None:
-            return self.cache.prefill(query, key, value, padding=padding.counts, scale=scale)
+            return self.cache.prefill(query, key, value, padding=padding.counts, scale=scale, terms=terms)
         order = padding.order.to(query.device)  # a device map may put layers on several devices
         query, key, value = (_take_columns(x, order) for x in (query, key, value))
-        output = self.cache.prefill(query, key, value, padding=padding.counts, scale=scale)
+        output = self.cache.prefill(query, key, value, padding=padding.counts, scale=scale, terms=terms)
         return _take_columns(output, order.argsort(1))
 
     def end_turn(self) -> None:

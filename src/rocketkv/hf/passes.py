@@ -15,6 +15,7 @@ from rocketkv.hf.history import UNKNOWN, History
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.padding import Padding
 from rocketkv.hf.padding import read as read_padding
+from rocketkv.ops import LogitTerms
 
 
 class Pass:
@@ -43,9 +44,11 @@ class Pass:
         self.plain_layers = {i: copy(layer) for i, layer in find_plain_layers(layers).items()}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped; our step runs uncompiled
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, terms: LogitTerms
+    ) -> Tensor:
         """Attend the new tokens in the compressed layer `index`; see `RocketKVLayer.attend`."""
-        output: Tensor = self.layers[index].attend(query, key, value, self.padding, scale)
+        output: Tensor = self.layers[index].attend(query, key, value, self.padding, scale, terms)
         self.waits[index] = False  # not before: a layer that still waits tells of a pass that broke off
         return output
 

@@ -97,6 +97,11 @@ def joins_images(model_class: type) -> bool:
     return any(name in source for name in ("or_mask_function", "block_sequence_ids", "token_type_ids_mask_function"))
 
 
+def plain_implementation(model_class: type[PreTrainedModel]) -> str:
+    """Return the attention implementation that a model must be loaded with, which computes what is not compressed."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
 def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class of transformers that generates text with this configuration; None if there is none."""
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
@@ -125,8 +130,6 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
             raise unsupported(name, _PECULIAR[kind])
     if getattr(text, "kv_lora_rank", None) is not None:
         raise unsupported(name, "multi-head latent attention (MLA) caches no plain keys and values")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise unsupported(name, "it caps attention logits (softcap)")
     if getattr(text, "alibi", False):
         raise unsupported(name, "it adds position biases to the attention logits (ALiBi)")
     if getattr(text, "num_kv_shared_layers", None):
@@ -160,7 +163,6 @@ def _check_class(model_class: type[PreTrainedModel], name: str) -> None:
     """Refuse, by name, a model or decoder whose attention is not ours to compute."""
     if not model_class._can_set_attn_implementation() or not getattr(model_class, "_supports_attention_backend", False):
         raise unsupported(name, "its attention bypasses transformers' attention interface")
-    if not model_class._supports_sdpa:
-        if "s_aux" in _source_of(model_class):
-            raise unsupported(name, "its attention has sinks, learned logits that share in every softmax")
+    source = _source_of(model_class)
+    if plain_implementation(model_class) != "sdpa" and "s_aux=" not in source and "softcap=" not in source:
         raise unsupported(name, "its attention does not run as attn_implementation='sdpa'")

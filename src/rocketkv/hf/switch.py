@@ -17,13 +17,13 @@ from types import MethodType
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf.generation import METHODS
 from rocketkv.hf.hooks import after_forward, before_forward, before_model
-from rocketkv.hf.interface import NAME, attention, mask
-from rocketkv.hf.support import check_model
+from rocketkv.hf.interface import NAMES, register
+from rocketkv.hf.support import check_model, plain_implementation
 from rocketkv.hf.versions import dependency
 
 
@@ -46,7 +46,8 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     The first call with a version of transformers that is not among the tested ones warns.
 
     Args:
-        model: a decoder of transformers, with the `sdpa` attention implementation.
+        model: a decoder of transformers, with the `sdpa` attention implementation, or with `eager` if the model has no
+            `sdpa`, as models with attention sinks and with soft-capped logits.
 
     Returns:
         The same model.
@@ -60,24 +61,25 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     decoder = check_model(model)
     name = type(model).__name__
     implementation = model.config._attn_implementation
-    if implementation == NAME:
+    if implementation in NAMES.values():
         raise UnsupportedError(
             f"{name} shares its configuration with a model that is enabled already; load or configure it on its own."
         )
-    if implementation != "sdpa":
+    needed = plain_implementation(type(decoder))
+    if implementation != needed:
         raise UnsupportedError(
-            f"{name} was loaded with attn_implementation={implementation!r}; load it with attn_implementation='sdpa'."
+            f"{name} was loaded with attn_implementation={implementation!r}; "
+            f"load it with attn_implementation={needed!r}."
         )
     _warn_if_untested()
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
-    model.set_attn_implementation(NAME)
+    register()
+    model.set_attn_implementation(NAMES[implementation])
     own_hook = model.register_forward_pre_hook(before_model, with_kwargs=True)
     decoder_hooks = [
         decoder.register_forward_pre_hook(before_forward, with_kwargs=True),
         decoder.register_forward_hook(after_forward, with_kwargs=True),
     ]
-    model._rocketkv = _Enabled(own_hook, [partial(model.set_attn_implementation, "sdpa")])
+    model._rocketkv = _Enabled(own_hook, [partial(model.set_attn_implementation, implementation)])
     for hook in (own_hook, *decoder_hooks):
         on_disable(model, hook.remove)
     for method in METHODS:

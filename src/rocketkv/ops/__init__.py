@@ -23,11 +23,14 @@ from rocketkv.ops.pages import (
     hybrid_logits,
 )
 from rocketkv.ops.scores import choose_tokens, score_tokens, score_window, topk_mask
+from rocketkv.ops.terms import NO_TERMS, LogitTerms
 
 __all__ = [
     "GROUP",
     "GROUPS_PER_BLOCK",
+    "NO_TERMS",
     "PAGES_PER_BLOCK",
+    "LogitTerms",
     "LowBitKeys",
     "PageBounds",
     "append_lowbit",

@@ -5,8 +5,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rocketkv.ops.gather import take_tokens
+from rocketkv.ops.terms import NO_TERMS, LogitTerms
 
 QUERY_BLOCK = 512  # query tokens per masked block: a mask is never larger than [B, H, QUERY_BLOCK, S]
+BLOCK_LOGITS = 1 << 25  # the most float32 logits, 128 MiB, in memory at a time where there are terms
 
 
 def prefill_densely(
@@ -17,6 +19,7 @@ def prefill_densely(
     lengths: Tensor | None = None,
     num_queries: Tensor | None = None,
     scale: float,
+    terms: LogitTerms = NO_TERMS,
 ) -> Tensor:
     """Compute the causal attention of each row's last tokens to all tokens of the row.
 
@@ -29,13 +32,18 @@ def prefill_densely(
         lengths: `[B, Hkv]` int64, the number of tokens in each row; None means all S, and T must equal S.
         num_queries: `[B]` int64, how many of the T query columns, the last ones, are no padding; None means all.
         scale: the factor on the dot products.
+        terms: the sinks and the soft cap.
 
     Returns:
         `[B, Hq, T, D]` in the dtype of `query`; zero in padded columns.
 
-    Reads `2 * B * Hkv * S * D` elements of keys and values for each block of `QUERY_BLOCK` query tokens.
+    Reads `2 * B * Hkv * S * D` elements of keys and values for each block of `QUERY_BLOCK` query tokens; with terms,
+    for each block that has `BLOCK_LOGITS` logits or fewer.
     """
-    num_tokens = query.shape[2]
+    num_tokens, block = query.shape[2], QUERY_BLOCK
+    if not terms.are_none:
+        block = max(1, min(block, BLOCK_LOGITS // (query.shape[0] * query.shape[1] * keys.shape[2])))
+        lengths = keys.new_full(keys.shape[:2], keys.shape[2], dtype=torch.int64) if lengths is None else lengths
     if lengths is None:
         return scaled_dot_product_attention(
             query, keys, values, is_causal=True, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
@@ -49,17 +57,17 @@ def prefill_densely(
     slots = torch.arange(keys.shape[2], device=query.device)
     key_from_end = lengths[..., None] - 1 - slots  # [B, 1 | Hq, S]; negative where there is no token
     output = torch.empty_like(query)
-    for start in range(0, num_tokens, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, num_tokens)
+    for start in range(0, num_tokens, block):
+        stop = min(start + block, num_tokens)
         query_from_end = num_tokens - 1 - torch.arange(start, stop, device=query.device)  # [T]
         seen = keys.shape[2] - (num_tokens - stop)  # no query of this block sees a later slot
-        output[:, :, start:stop] = scaled_dot_product_attention(
+        output[:, :, start:stop] = _attend(
             query[:, :, start:stop],
             keys[:, :, :seen],
             values[:, :, :seen],
-            attn_mask=key_from_end[:, :, None, :seen] >= query_from_end[:, None],
-            scale=scale,
-            enable_gqa=query.shape[1] != keys.shape[1],
+            key_from_end[:, :, None, :seen] >= query_from_end[:, None],
+            scale,
+            terms,
         )
     if num_queries is not None:
         from_end = num_tokens - 1 - torch.arange(num_tokens, device=query.device)
@@ -68,7 +76,14 @@ def prefill_densely(
 
 
 def decode_sparsely(
-    query: Tensor, keys: Tensor, values: Tensor, *, slots: Tensor, counts: Tensor, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    slots: Tensor,
+    counts: Tensor,
+    scale: float,
+    terms: LogitTerms = NO_TERMS,
 ) -> Tensor:
     """Compute the exact attention of one token per row to the chosen tokens only.
 
@@ -81,6 +96,7 @@ def decode_sparsely(
         slots: `[B, Hkv, K]` int64, the slots of the chosen tokens; all query heads of a KV head share them.
         counts: `[B, Hkv]` int64, 1 to K; only the first `counts` of the K slots are chosen.
         scale: the factor on the dot products.
+        terms: the sinks, which share in the softmax as they do where all tokens are attended to, and the soft cap.
 
     Returns:
         `[B, Hq, 1, D]` in the dtype of `query`.
@@ -89,14 +105,19 @@ def decode_sparsely(
     """
     is_chosen = torch.arange(slots.shape[2], device=slots.device) < counts[..., None]  # [B, Hkv, K]
     slots = slots.where(is_chosen, slots[..., :1])  # slots beyond the counts may point to undefined memory
-    grouped = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])  # [B, Hkv, G, D]
-    output = scaled_dot_product_attention(
-        grouped, take_tokens(keys, slots), take_tokens(values, slots), attn_mask=is_chosen[:, :, None], scale=scale
-    )
-    return output.reshape(query.shape)
+    keys, values = take_tokens(keys, slots), take_tokens(values, slots)
+    return _attend_together(query, keys, values, is_chosen, scale, terms)
 
 
-def decode_densely(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor | None, scale: float) -> Tensor:
+def decode_densely(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor | None,
+    scale: float,
+    terms: LogitTerms = NO_TERMS,
+) -> Tensor:
     """Compute the exact attention of one token per row to every token of the row.
 
     Args:
@@ -105,6 +126,7 @@ def decode_densely(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tens
         values: like `keys`.
         lengths: `[B, Hkv]` int64, the number of tokens in each row; None means all S.
         scale: the factor on the dot products.
+        terms: the sinks and the soft cap.
 
     Returns:
         `[B, Hq, 1, D]` in the dtype of `query`.
@@ -114,9 +136,36 @@ def decode_densely(query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tens
     mask = None
     if lengths is not None:
         keys, values = _zero_beyond(keys, lengths), _zero_beyond(values, lengths)
-        mask = (torch.arange(keys.shape[2], device=keys.device) < lengths[..., None])[:, :, None]
-    grouped = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])  # [B, Hkv, G, D]
-    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).reshape(query.shape)
+        mask = torch.arange(keys.shape[2], device=keys.device) < lengths[..., None]
+    return _attend_together(query, keys, values, mask, scale, terms)
+
+
+def _attend_together(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, terms: LogitTerms
+) -> Tensor:
+    """Attend `[B, Hq, 1, D]` where `mask`, `[B, Hkv, S]` bool, is True for all query heads of a KV head."""
+    if terms.are_none:
+        grouped = query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[3])  # [B, Hkv, G, D]
+        own = None if mask is None else mask[:, :, None]
+        return scaled_dot_product_attention(grouped, keys, values, attn_mask=own, scale=scale).reshape(query.shape)
+    if mask is not None:
+        mask = mask.repeat_interleave(query.shape[1] // keys.shape[1], 1)[:, :, None]
+    return _attend(query, keys, values, mask, scale, terms)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, terms: LogitTerms
+) -> Tensor:
+    """Attend `[B, Hq, T, D]` where `mask`, `[B, 1 | Hq, T, S]` bool, is True; a row that sees nothing is undefined."""
+    if terms.are_none:
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).reshape(*keys.shape[:2], -1, query.shape[3])  # [B, Hkv, G * T, D]
+    logits = terms.cap((grouped @ keys.to(wide).transpose(2, 3)) * scale).reshape(*query.shape[:3], -1)
+    weights = terms.softmax(logits if mask is None else logits.masked_fill(~mask, -torch.inf))
+    return (weights.reshape(*grouped.shape[:3], -1) @ values.to(wide)).reshape(query.shape).to(query.dtype)
 
 
 def _zero_beyond(tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -3,11 +3,20 @@
 import torch
 from torch import Tensor
 
+from rocketkv.ops.terms import NO_TERMS, LogitTerms
+
 BLOCK_ELEMENTS = 1 << 20  # the most float32 logits, 4 MiB, in memory at a time while a window is scored
 
 
 def score_window(
-    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+    query: Tensor,
+    keys: Tensor,
+    *,
+    lengths: Tensor,
+    num_queries: Tensor,
+    scale: float,
+    terms: LogitTerms = NO_TERMS,
+    by_peak: bool = False,
 ) -> Tensor:
     """Compute the attention that a row's last queries give to each of its tokens.
 
@@ -21,6 +30,7 @@ def score_window(
         lengths: `[B, Hkv]` int64, the number of tokens in each row.
         num_queries: `[B]` int64, how many of the W columns, the last ones, are no padding.
         scale: the factor on the dot products.
+        terms: the sinks and the soft cap; a sink takes its part of a head's weights.
         by_peak: True makes a token's score the largest weight that any query gives it, False the sum of the weights.
 
     Returns:
@@ -35,6 +45,7 @@ def score_window(
     scores = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float32, device=keys.device)
     block = max(1, BLOCK_ELEMENTS // (batch * num_heads // num_kv_heads * num_tokens))
     for head in range(num_kv_heads):
+        own = terms.of_group(head, num_kv_heads)
         transposed = keys[:, head].float().transpose(1, 2)  # [B, D, S]
         key_from_end = lengths[:, head, None] - 1 - slots  # [B, S]
         for start in range(0, window, block):
@@ -43,8 +54,8 @@ def score_window(
             visible = key_from_end[:, None] >= query_from_end[:, None]  # [B, w, S]
             visible &= (query_from_end < num_queries[:, None])[..., None]
             logits = (queries.flatten(1, 2) @ transposed).reshape(*queries.shape[:3], num_tokens)  # [B, G, w, S]
-            logits.mul_(scale).masked_fill_(~visible[:, None], -torch.inf)
-            shares = logits.softmax(-1).nan_to_num_(0.0)  # a padded query sees no token, and its softmax is NaN
+            logits = own.cap(logits.mul_(scale)).masked_fill_(~visible[:, None], -torch.inf)
+            shares = own.softmax(logits).nan_to_num_(0.0)  # a padded query sees no token, and its softmax is NaN
             if by_peak:
                 scores[:, head] = scores[:, head].maximum(shares.amax((1, 2)))
             else:
@@ -74,7 +85,7 @@ def topk_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tens
     return mask
 
 
-def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
+def score_tokens(logits: Tensor, lengths: Tensor, terms: LogitTerms = NO_TERMS) -> Tensor:
     """Turn logits into the score of each token: softmax per query head, mean over the heads of a KV head.
 
     Equal logits give equal scores. A token whose logit is NaN or infinite gets all of its head's score, so that the
@@ -83,14 +94,15 @@ def score_tokens(logits: Tensor, lengths: Tensor) -> Tensor:
     Args:
         logits: `[B, Hkv, G, S]` float, undefined beyond the lengths.
         lengths: `[B, Hkv]` int64, the number of tokens in each row.
+        terms: the soft cap, which is laid on these logits, and the sinks, which take their part of a head's weights.
 
     Returns:
         `[B, Hkv, S]` float32, zero beyond the lengths.
     """
     beyond = torch.arange(logits.shape[3], device=logits.device) >= lengths[..., None]
     largest = torch.finfo(torch.float32).max
-    logits = logits.float().nan_to_num(largest, largest).masked_fill_(beyond[:, :, None], -torch.inf)
-    scores, *others = logits.softmax(-1).unbind(2)
+    logits = terms.cap(logits.float()).nan_to_num(largest, largest).masked_fill_(beyond[:, :, None], -torch.inf)
+    scores, *others = terms.softmax(logits.flatten(1, 2)).view_as(logits).unbind(2)
     for other in others:  # torch's mean would add the heads of the last tokens in another order than the others
         scores = scores + other
     return scores / logits.shape[2]

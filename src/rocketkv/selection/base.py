@@ -66,7 +66,7 @@ class SelectionMethod(ABC):
         return None
 
     def logits(self, query: Tensor, working: WorkingSet, num_channels: Tensor, scale: float) -> Tensor | None:
-        """Estimate the logit of every token of the working set, by default through its index.
+        """Estimate the logit of every token, before a soft cap, of the working set; by default through its index.
 
         Args:
             query: `[B, Hkv, G, D]` float, the query heads of each KV head.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.backends.base import LayerTensors, Scoring, Spec, decline_numbers
-from rocketkv.ops import LowBitKeys, PageBounds
+from rocketkv.ops import NO_TERMS, LogitTerms, LowBitKeys, PageBounds
 
 if TYPE_CHECKING:
     from rocketkv.backends.triton.step import TritonStep
@@ -51,12 +51,21 @@ def bind(layer: LayerTensors) -> "TritonStep":
 
 
 def score_window(
-    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+    query: Tensor,
+    keys: Tensor,
+    *,
+    lengths: Tensor,
+    num_queries: Tensor,
+    scale: float,
+    terms: LogitTerms = NO_TERMS,
+    by_peak: bool = False,
 ) -> Tensor:
     """See `ops.score_window`."""
     from rocketkv.backends.triton import window
 
-    return window.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=scale, by_peak=by_peak)
+    return window.score_window(
+        query, keys, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms, by_peak=by_peak
+    )
 
 
 def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:

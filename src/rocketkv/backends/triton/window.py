@@ -13,6 +13,7 @@ from torch import Tensor
 from rocketkv.backends.triton import sizes
 from rocketkv.backends.triton.common import product
 from rocketkv.backends.triton.launch import Launch, key_arguments
+from rocketkv.ops import NO_TERMS, LogitTerms
 
 
 @triton.jit(do_not_specialize=["num_parts", "part_size", "batch_stride", "head_stride"])
@@ -86,7 +87,14 @@ def score_window_kernel(
 
 
 def score_window(
-    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool = False
+    query: Tensor,
+    keys: Tensor,
+    *,
+    lengths: Tensor,
+    num_queries: Tensor,
+    scale: float,
+    terms: LogitTerms = NO_TERMS,
+    by_peak: bool = False,
 ) -> Tensor:
     """Compute the scores in two launches, in which a program has one tile's logits; see `score_window` in ops."""
     batch, num_heads, window, head_dim = query.shape

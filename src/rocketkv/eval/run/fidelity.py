@@ -27,6 +27,7 @@ from rocketkv.hf.models import LoadedModel
 from rocketkv.hf.padding import Padding
 from rocketkv.hf.progress import prefill_progress
 from rocketkv.hf.switch import enable
+from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.stats import LayerStats
 
 OnStep = Callable[[float, float], None]  # forward passes done, the prefill's counted by layer, of how many
@@ -43,6 +44,7 @@ class Step(NamedTuple):
     key: Tensor  # [1, Hkv, 1, D]
     value: Tensor  # [1, Hkv, 1, D]
     scale: float
+    terms: LogitTerms
     output: Tensor  # [1, Hq, 1, D]
 
 
@@ -168,11 +170,19 @@ class _Recorder(RocketKVLayer):
         super().__init__(layer.cache, layer.window)
         self.steps: list[Step] = []
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Padding,
+        scale: float | None,
+        terms: LogitTerms = NO_TERMS,
+    ) -> Tensor:
         """Attend as the layer does, and record the step."""
-        output: Tensor = super().attend(query, key, value, padding, scale)
+        output: Tensor = super().attend(query, key, value, padding, scale, terms)
         factor = query.shape[3] ** -0.5 if scale is None else scale
-        self.steps.append(Step(query.clone(), key.clone(), value.clone(), factor, output.clone()))
+        self.steps.append(Step(query.clone(), key.clone(), value.clone(), factor, terms, output.clone()))
         return output
 
 
@@ -247,7 +257,7 @@ def _compare_layer(cache: LayerCache, steps: Sequence[Step], masses: Tensor, arm
     fork.trace = True
     errors, reached = [], []
     for number, step in enumerate(steps):
-        output = fork.decode(step.query, step.key, step.value, scale=step.scale)
+        output = fork.decode(step.query, step.key, step.value, scale=step.scale, terms=step.terms)
         errors.append(((output - step.output).float().norm(dim=-1) / step.output.float().norm(dim=-1)).mean())
         assert fork.last_attended is not None
         attended = fork.last_attended[0]  # [Hkv, tokens so far]
@@ -267,8 +277,9 @@ def _attention_masses(cache: LayerCache, steps: Sequence[Step]) -> Tensor:
     grouped = query.reshape(keys.shape[0], -1, *query.shape[1:])  # [Hkv, G, STEPS, D]
     positions = torch.arange(keys.shape[1], device=keys.device)
     last = past.shape[2] + torch.arange(len(steps), device=keys.device)
-    logits = (grouped @ keys[:, None].transpose(2, 3)) * steps[0].scale
-    masses: Tensor = logits.masked_fill(positions > last[:, None], -torch.inf).softmax(-1).mean(1)
+    logits = steps[0].terms.cap((grouped @ keys[:, None].transpose(2, 3)) * steps[0].scale)
+    logits = logits.masked_fill(positions > last[:, None], -torch.inf)  # [Hkv, G, STEPS, N]
+    masses: Tensor = steps[0].terms.softmax(logits.flatten(0, 1)[None]).view_as(logits).mean(1)
     return masses
 
 

@@ -1,0 +1,46 @@
+"""One thread at a time: a second thread that calls an object meanwhile is refused."""
+
+from collections.abc import Callable
+from functools import wraps
+from threading import get_ident
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from rocketkv.errors import InputError
+
+
+class OneAtATime(Protocol):
+    """An object whose `exclusive` methods only one thread may run at a time.
+
+    Attributes:
+        user: the thread that is running such a method, or an empty dict.
+    """
+
+    user: dict[str, int]
+
+
+Self = TypeVar("Self", bound=OneAtATime)
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+def exclusive(method: Callable[Concatenate[Self, Args], Result]) -> Callable[Concatenate[Self, Args], Result]:
+    """Make `method` raise an InputError while another thread is inside an exclusive method of the same object.
+
+    If an interrupt ends a call before `user` is cleared, the object stays reserved for that call's thread, and the next
+    call of that thread frees the object.
+    """
+
+    @wraps(method)
+    def alone(self: Self, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        thread = get_ident()
+        if self.user.setdefault("thread", thread) != thread:  # setdefault is atomic and cheaper than a lock
+            raise InputError(
+                f"{method.__name__}: another thread is using this cache; use a cache in one thread at a time, "
+                "or give each thread its copy()."
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.user.clear()
+
+    return alone
