@@ -7,6 +7,7 @@ import numpy as np
 from eval_records import BINS, LAYERS, answers, record, rows_of
 from rocketkv.eval.report import plots, tables
 from rocketkv.eval.report.results import Results
+from rocketkv.eval.report.words import NAMES, words_of
 from rocketkv.eval.run.methods import METHODS
 
 
@@ -45,7 +46,12 @@ def test_lines_hold_the_scores_and_incomplete_methods_have_no_point() -> None:
     ]  # fmt: skip
     [plot] = plots.draw_budgets(Results(records)).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in plot.lines}
-    assert lines == {"full": [[64, 75], [128, 75]], "quest": [[128, 50]]}
+    assert lines == {"full cache": [[64, 75], [128, 75]], "Quest": [[128, 50]]}
+
+
+def test_plots_name_methods_in_words() -> None:
+    assert set(NAMES) == set(METHODS)
+    assert words_of("rocketkv:kv_dtype=int8:window_size=16") == "RocketKV, 8 bits, window_size=16"
 
 
 def test_snapkv_is_counted_per_query_head_as_well() -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rocketkv.eval.report.results import FULL_CACHE, Results, layer_means, turn_scores
 from rocketkv.eval.report.statistics import score_interval
+from rocketkv.eval.report.words import words_of
 from rocketkv.eval.run.methods import FULL, METHODS, Arm
 
 COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00")
@@ -42,7 +43,7 @@ def draw_budgets(results: Results) -> Figure:
             for budget in results.budgets if arm == FULL_CACHE else [arm.token_budget or 0]:
                 lines[arm.method][budget] = 100 * score_interval(tasks).value
     for method, points in lines.items():
-        plot.plot(list(points), list(points.values()), label=method, **_style(method))
+        plot.plot(list(points), list(points.values()), label=words_of(method), **_style(method))
     _finish(plot, results.budgets)
     _legend(figure)
     return figure
@@ -119,7 +120,7 @@ def _lines(results: Results, line: Callable[[Arm], Mapping[int, float]], x: str,
             ticks |= set(points)
             if points:
                 style = _style(arm.method) | {"markevery": max(1, len(points) // 6)}
-                plot.plot(list(points), list(points.values()), label=arm.method, **style)
+                plot.plot(list(points), list(points.values()), label=words_of(arm.method), **style)
         plot.set_title(_budget(budget), fontsize="medium")
         plot.set_xlabel(x)
         _finish(plot, sorted(ticks)[:: max(1, len(ticks) // 6)])
@@ -149,7 +150,7 @@ def _heat_maps(results: Results, grid: Callable[[Arm], Grid], label: str, norm: 
             _budget(budget), (1.04, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize="small"
         )
     for plot, method in zip(panels[0], methods, strict=True):
-        plot.set_title(method.replace(":", "\n"), fontsize="small")
+        plot.set_title(words_of(method).replace(", ", "\n").replace(" (", "\n("), fontsize="small")
     bar = figure.colorbar(image, ax=panels, shrink=0.8, format="{x:.0f}")
     bar.set_label(f"{label} (hatched: no data)", fontsize="small")
     bar.ax.tick_params(labelsize="x-small")
