@@ -20,14 +20,14 @@ _FLOAT32 = torch.finfo(torch.float32)
 def kind_of(query: Tensor, key: Tensor, value: Tensor, scale: float | None, terms: LogitTerms) -> tuple[object, ...]:
     """Return all that the checks of a step look at, except gradients; equal kinds need one check only.
 
-    A tensor of sinks is known by its identity, so whoever keeps the kind keeps that tensor, too.
+    A tensor of sinks is known by its memory, so whoever keeps the kind keeps that tensor, too.
     """
     if scale is not None and type(scale) is not float:
         scale = check_scale(scale, 1)
     try:
         return (
             scale,
-            id(terms.sink_logits),
+            None if terms.sink_logits is None else terms.sink_logits.data_ptr(),
             terms.softcap,
             query.shape,
             key.shape,
@@ -104,14 +104,15 @@ def check_terms(scale: object, terms: object, query: Tensor) -> tuple[float, Log
     sinks, softcap = terms
     if softcap is not None and not _is_positive(softcap):
         raise InputError(f"softcap={softcap!r} is no positive, finite number; give one, or None for no soft cap.")
+    softcap = None if softcap is None else float(softcap)
     if sinks is None:
-        return factor, terms
+        return factor, LogitTerms(None, softcap)
     if not isinstance(sinks, Tensor) or sinks.shape != query.shape[1:2] or not sinks.is_floating_point():
         shown = f"{sinks.dtype} {list(sinks.shape)}" if isinstance(sinks, Tensor) else repr(sinks)
         raise InputError(f"sink_logits={shown} do not fit {query.shape[1]} query heads; give [Hq] floats.")
     if sinks.device != query.device:
         raise InputError(f"sink_logits are on {sinks.device}, but the query is on {query.device}; bring them there.")
-    return factor, terms._replace(sink_logits=sinks.detach().float().contiguous())
+    return factor, LogitTerms(sinks.detach().float().contiguous(), softcap)
 
 
 def check_padding(padding: object, key: Tensor) -> Tensor | None:

@@ -90,7 +90,7 @@ class Decoder:
         self._step: Step | None = None
         self._working: WorkingSet | None = None
         self._kind: tuple[object, ...] | None = None  # `kind_of` the checked arguments that the step was bound for
-        self._sinks: Tensor | None = None  # as they were given, by whose identity the kind knows them
+        self._sinks: Tensor | None = None  # as they were given, by whose memory the kind knows them
         self._steps_left = 0
         self.backend: str | None = None  # the name of the bound backend, or "reference"; None if no step is bound
 

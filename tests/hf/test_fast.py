@@ -101,7 +101,7 @@ def test_every_linear_layer_is_our_operation(name: str, monkeypatch: pytest.Monk
     decode(rocketkv.compile(model), RocketKVCache(model.config, SMALL), 2, 30)
     targets = [node.target for node in seen]
     assert targets.count(torch.ops.rocketkv.linear.default) == 3 * 7 + 1
-    assert targets.count(torch.ops.rocketkv.attend) + targets.count(torch.ops.rocketkv.attend.default) == 3
+    assert targets.count(torch.ops.rocketkv.attend_layer) + targets.count(torch.ops.rocketkv.attend_layer.default) == 3
     assert torch._C._nn.linear not in targets
 
 

@@ -1,14 +1,16 @@
 """Models with attention sinks and soft-capped logits: exact with a large budget, alike in all ways with a small one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import tiny_config
-from rocketkv import Budget, CacheFileError, RocketKVCache, RocketKVConfig, UnsupportedError, disable, enable
+from rocketkv import Budget, CacheFileError, RocketKVCache, RocketKVConfig, UnsupportedError, compile, disable, enable
 from rocketkv.hf.versions import pass_cache
 from tiny import EVERYTHING, SMALL, generate, prompts
 
@@ -17,10 +19,12 @@ COMPRESSED = {"dense_below": 0, "token_budget": 16, "budget": Budget(36, 1, 4, 1
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def model_with_terms(kind: str) -> PreTrainedModel:
+def model_with_terms(kind: str, **changes: Any) -> PreTrainedModel:
     """Return a tiny model whose terms matter: sinks as large as logits, and a cap below them."""
     config = tiny_config(kind)
     config.sliding_window = 16
+    for name, value in changes.items():
+        setattr(config, name, value)
     if hasattr(config, "attn_logit_softcapping"):
         config.attn_logit_softcapping = 0.5
     torch.manual_seed(0)
@@ -83,6 +87,20 @@ def test_a_fork_and_a_file_of_it_know_the_terms_of_the_prompt(tmp_path: Path) ->
         model.model.layers[1].self_attn.sinks += 1.0
     with pytest.raises(CacheFileError, match="other weights than the model at hand"):
         RocketKVCache.load(tmp_path / "cache", model)
+
+
+@pytest.mark.usefixtures("uncompiled_graph")
+@pytest.mark.parametrize("kind", ["granite_swa", "gemma2"])
+def test_a_compiled_step_has_the_terms(kind: str) -> None:
+    model = enable(model_with_terms(kind, layer_types=["full_attention"] * 2))
+    ids, _ = prompts(40)
+    expected = generate(model, ids, new=6, **pass_cache(RocketKVCache(model.config, EVERYTHING)))
+    torch._dynamo.reset()
+    counters.clear()
+    compile(model)
+    assert torch.equal(generate(model, ids, new=6, **pass_cache(RocketKVCache(model.config, EVERYTHING))), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 def test_a_model_with_terms_in_another_implementation_is_refused() -> None:

@@ -2,8 +2,8 @@
 
 The way of a call: a compiled model looks at the arguments. One new token per row with a `RocketKVCache` goes to the
 compiled graph, everything else to the model as it was. In the graph the model sees a cache of stand-in layers and a
-stand-in pass, whose attention is one opaque operation, `rocketkv::attend`; that operation looks up the live pass by a
-handle. The graph knows nothing of the cache, which may grow or give way to another without a new compilation.
+stand-in pass, whose attention is one opaque operation, `rocketkv::attend_layer`; that operation looks up the live pass
+by a handle. The graph knows nothing of the cache, which may grow or give way to another without a new compilation.
 """
 
 import operator
@@ -30,15 +30,25 @@ from rocketkv.hf.passes import Pass
 from rocketkv.hf.switch import enable, has_own_hook_only, on_disable
 from rocketkv.hf.versions import CACHE_ARGUMENT, pass_cache
 from rocketkv.hf.weights import quantize, quantized_as
+from rocketkv.ops import LogitTerms
 
 _COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 
 _live: WeakValueDictionary[int, Pass] = WeakValueDictionary()  # the passes that handles stand for, by id
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, handle: Tensor, layer: int, scale: float | None) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor,
+    layer: int,
+    scale: float | None,
+    sink_logits: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
     """Attend one new token per row, `[B, Hq, 1, D]`, in the pass that `handle` (int64 scalar) stands for."""
-    output: Tensor = _live[int(handle)].attend(layer, query, key, value, scale)
+    output: Tensor = _live[int(handle)].attend(layer, query, key, value, scale, LogitTerms(sink_logits, softcap))
     return output.contiguous()
 
 
@@ -50,10 +60,12 @@ def _fake_attend(query: Tensor, *args: Any) -> Tensor:
 # A change of signature needs a new name: torch's cache on disk keeps compiled calls of the old one.
 # A plain registration, as its calls take half the time of torch.library.custom_op's.
 torch.library.define(
-    "rocketkv::attend", "(Tensor query, Tensor key, Tensor value, Tensor handle, int layer, float? scale) -> Tensor"
+    "rocketkv::attend_layer",
+    "(Tensor query, Tensor key, Tensor value, Tensor handle, int layer, float? scale, Tensor? sink_logits, "
+    "float? softcap) -> Tensor",
 )
-torch.library.impl("rocketkv::attend", "CompositeExplicitAutograd", _attend)
-torch.library.register_fake("rocketkv::attend", _fake_attend)
+torch.library.impl("rocketkv::attend_layer", "CompositeExplicitAutograd", _attend)
+torch.library.register_fake("rocketkv::attend_layer", _fake_attend)
 
 
 def _fake_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -88,9 +100,11 @@ class _PassInGraph(Pass):
         self.layers, self.handle = layers, handle
         self.waits = [True] * len(layers)
 
-    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, terms: LogitTerms
+    ) -> Tensor:
         """Attend the new token outside of the graph."""
-        output: Tensor = torch.ops.rocketkv.attend(query, key, value, self.handle, index, scale)
+        output: Tensor = torch.ops.rocketkv.attend_layer(query, key, value, self.handle, index, scale, *terms)
         return output
 
 

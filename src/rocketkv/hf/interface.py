@@ -102,7 +102,6 @@ def mask(plain: str, *args: Any, kv_length: int, **kwargs: Any) -> Tensor | None
     return None if kv_length == 0 else _MASKS[plain](*args, kv_length=kv_length, **kwargs)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def _eager_attention(module_class: type) -> Callable[..., Any]:
     """Return the attention function in plain torch that transformers defines beside a model's attention layer."""
     attend: Callable[..., Any] = sys.modules[module_class.__module__].eager_attention_forward
