@@ -5,6 +5,7 @@
 
 #include "dot.h"
 #include "restore.h"
+#include "softcap.h"
 #include "view.h"
 
 namespace rocketkv {
@@ -57,14 +58,16 @@ struct Attention {
     return (end - begin) * view.token_bytes();
   }
 
-  // Join the pieces of a task and write its output.
+  // Join the pieces of a task, and the sinks of its query heads, and write its output.
   static void merge(const View<T>& view, const HeadTask& task) {
     int64_t stride = 2 + view.padded;
     T* output = static_cast<T*>(view.token.output) + task.index * view.group * view.layer.head_dim;
     std::vector<float>& sums = Scratch<T>::mine().sums;
+    const float* sinks = view.sinks_of(task);
     for (int g = 0; g < view.group; ++g) {
-      float top = -kInfinity, total = 0.0f;
+      float top = sinks ? sinks[g] : -kInfinity;
       for (int64_t p = 0; p < view.num_pieces; ++p) top = std::max(top, task.pieces[(p * view.group + g) * stride]);
+      float total = sinks ? std::exp(sinks[g] - top) : 0.0f;
       sums.assign(view.padded, 0.0f);
       for (int64_t p = 0; p < view.num_pieces; ++p) {
         const float* state = task.pieces + (p * view.group + g) * stride;
@@ -148,12 +151,14 @@ struct Attention {
       dot_rows<H, false>(tile_rows, query, view.padded, dim, products);
       for (int h = 0; h < H; ++h) std::memcpy(&logits[h][i], products + h * N, N * sizeof(float));
     }
+    const float softcap = view.layer.terms.softcap, scale = softcap > 0 ? 1.0f : view.layer.scale;
     for (int h = 0; h < H; ++h) {
       float* state = states + h * (2 + view.padded);
+      if (softcap > 0) cap(logits[h], n, view.layer.scale / softcap, softcap);
       for (int i = n; i < round_up(n, kWidth); ++i) logits[h][i] = -kInfinity;
       Vec best = broadcast(state[0]), sum = {};
       for (int i = 0; i < n; i += kWidth) {
-        Vec scaled = load<Vec>(&logits[h][i]) * view.layer.scale;
+        Vec scaled = load<Vec>(&logits[h][i]) * scale;
         best = max(scaled, best);  // no NaN
         store(&logits[h][i], scaled);
       }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cut.h"
+#include "softcap.h"
 #include "view.h"
 
 namespace rocketkv {
@@ -9,17 +10,20 @@ namespace {  // see view.h
 
 constexpr int kFetchesAPass = 12;  // addresses fetched in each pass over a task's scores
 
-// scores[unit] = mean over heads of the softmax over tokens, each of which has its unit's logit. A unit whose logit
-// is NaN has the best score, NaN, and the others keep their order: so that unit is chosen, and shows in the output.
+// scores[unit] = mean over heads of the softmax over tokens, each of which has its unit's capped logit, and over the
+// head's sink. A unit whose logit is NaN has the best score, NaN, and the others keep their order: so that unit is
+// chosen, and shows in the output.
 template <class T>
 inline void average_softmax(const View<T>& view, const HeadTask& task, float* scores, Prefetcher<T>& prefetcher) {
   int64_t num_units = task.num_units, end = (num_units + kWidth - 1) / kWidth * kWidth;
   float in_last = static_cast<float>(task.length - (num_units - 1) * task.page_size);
+  const float softcap = view.layer.terms.softcap, *sinks = view.sinks_of(task);
   for (int g = 0; g < view.group; ++g) {
     float* logits = task.logits + g * view.unit_stride;
     prefetcher.fetch(kFetchesAPass);
+    if (softcap > 0) cap(logits, num_units, 1.0f / softcap, softcap);
     for (int64_t i = num_units; i < end; ++i) logits[i] = -kInfinity;
-    Vec best = broadcast(-kInfinity), sum = {};
+    Vec best = broadcast(sinks ? sinks[g] : -kInfinity), sum = {};
     for (int64_t i = 0; i < end; i += kWidth) best = max(load<Vec>(logits + i), best);  // no NaN
     Vec top = broadcast(max_lane(best));
     for (int64_t i = 0; i < end; i += kWidth) {
@@ -29,6 +33,7 @@ inline void average_softmax(const View<T>& view, const HeadTask& task, float* sc
     }
     float size = static_cast<float>(task.page_size);
     float total = sum_lane(sum) * size - (size - in_last) * logits[num_units - 1];
+    if (sinks) total += std::exp(sinks[g] - top[0]);
     if (total != total) total = 1.0f;
     Vec share = broadcast(1.0f / (total * static_cast<float>(view.group)));
     for (int64_t i = 0; i < end; i += kWidth) {

@@ -47,11 +47,18 @@ struct LowBitKeys {
 constexpr int kStepChannels = 32;  // channels that share a step where keys and values are stored in 8 bits
 constexpr int kNotFinite = -128;   // the exponent of a step whose channels are not all finite
 
+// What stands between the dot products of a layer and its weights, beside the scale; see ops/terms.py.
+struct LogitTerms {
+  const float* sink_logits = nullptr;  // [Hq] a logit more in each query head's softmax, or null
+  float softcap = 0;                   // a logit becomes softcap * tanh(logit / softcap); 0: it stays as it is
+};
+
 // One layer's buffers and parameters, which stay fixed from token to token until a buffer is reallocated.
 struct Layer {
   Dtype dtype = Dtype::kFloat32;
   int batch = 0, num_kv_heads = 0, num_heads = 0, head_dim = 0;
   float scale = 0;
+  LogitTerms terms;
 
   void *keys = nullptr, *values = nullptr;  // [B, Hkv, token_capacity, D], int8 if there are exponents
   int8_t* exponents = nullptr;              // [B, Hkv, token_capacity, 2, steps of a row], or null
@@ -105,6 +112,7 @@ struct Prompt {
   int batch = 0, num_kv_heads = 0, num_heads = 0, head_dim = 0;
   int64_t num_tokens = 0;  // columns of the query, T
   float scale = 0;
+  LogitTerms terms;
   Rows query, output;                    // [B, Hq, T, D]
   Rows keys, values;                     // [B, Hkv, S, D]
   const int64_t* lengths = nullptr;      // [B, Hkv] keys of each row, the new ones included

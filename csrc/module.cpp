@@ -74,6 +74,9 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       .field("batch_stride", &Keys::batch_stride)
       .field("head_stride", &Keys::head_stride)
       .field("lengths", &Keys::lengths);
+  Fields<LogitTerms>(m, "LogitTerms")
+      .field("sink_logits", &LogitTerms::sink_logits)
+      .field("softcap", &LogitTerms::softcap);
   Fields<Rows>(m, "Rows")
       .field("data", &Rows::data)
       .field("batch_stride", &Rows::batch_stride)
@@ -87,6 +90,7 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       .field("head_dim", &Prompt::head_dim)
       .field("num_tokens", &Prompt::num_tokens)
       .field("scale", &Prompt::scale)
+      .field("terms", &Prompt::terms)
       .field("query", &Prompt::query)
       .field("output", &Prompt::output)
       .field("keys", &Prompt::keys)
@@ -100,6 +104,7 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
       .field("num_heads", &Layer::num_heads)
       .field("head_dim", &Layer::head_dim)
       .field("scale", &Layer::scale)
+      .field("terms", &Layer::terms)
       .field("keys", &Layer::keys)
       .field("values", &Layer::values)
       .field("exponents", &Layer::exponents)

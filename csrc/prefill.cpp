@@ -13,11 +13,13 @@
 #include "prefill_pack.h"
 #include "prefill_product.h"
 #include "prefill_softmax.h"
+#include "softcap.h"
 #include "threads.h"
 
 namespace rocketkv {
 namespace {
 
+constexpr float kLog2e = 1.44269504f;   // the softmax counts in powers of two
 constexpr int kTileKeys = 256;          // keys and values of a tile
 constexpr int kMostRows = 384;          // rows of a task at most: they and a tile fit in a core's second cache
 constexpr int kFewestRows = 48;         // at least, so that packing a tile takes little of the time
@@ -132,8 +134,9 @@ class Prefill {
     for (int r = 0; r < rows; ++r)
       pack_query(query(head, begin, r), dim, queries + r / kRowsAtOnce * query_stride + r % kRowsAtOnce);
 
-    const float factor = std::min(prompt_.scale * 1.44269504f,
-                                  std::numeric_limits<float>::max());  // log2(e): the softmax counts in powers of two
+    // A capped score is tanh of a dot product, and its logit is softcap times that.
+    const float softcap = prompt_.terms.softcap, *sinks = prompt_.terms.sink_logits;
+    const float factor = std::min((softcap > 0 ? softcap : prompt_.scale) * kLog2e, std::numeric_limits<float>::max());
     const int64_t num_keys = visible(head, end - 1);
     for (int64_t slot = 0; slot < num_keys; slot += kTileKeys) {
       const int count = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - slot));
@@ -148,6 +151,7 @@ class Prefill {
         for (int r = first; r <= last; ++r) {
           const int own = static_cast<int>(std::min<int64_t>(visible(head, begin + r / group_) - slot, seen));
           const int i = r - first;
+          if (softcap > 0) cap(scores + i * kTileKeys, own, prompt_.scale / softcap, 1.0f);
           shrink[i] = mine.softmax[r].weigh(scores + i * kTileKeys, own, seen, factor,
                                             reinterpret_cast<O*>(weights + i * kWeightStride));
         }
@@ -158,15 +162,17 @@ class Prefill {
     for (int r = 0; r < rows; ++r) {
       const float* sums = outputs + r * padded_;
       T* output = const_cast<T*>(row_at(prompt_.output, head, begin, r));
-      const float weight = mine.softmax[r].normalizer();
+      const float sink = sinks ? sinks[query_head(head, r)] * kLog2e : Softmax::kLeast;
+      const float weight = mine.softmax[r].normalizer(factor, sink);
       for (int c = 0; c < dim; ++c) output[c] = from_float<T>(sums[c] * weight);
     }
   }
 
   // Return a row of a task: row r is token begin + r / group_, in query head r % group_ of the KV head.
   const T* row_at(const Rows& rows, int64_t head, int64_t begin, int r) const {
-    return at(rows, head / prompt_.num_kv_heads, head % prompt_.num_kv_heads * group_ + r % group_, begin + r / group_);
+    return at(rows, head / prompt_.num_kv_heads, query_head(head, r), begin + r / group_);
   }
+  int64_t query_head(int64_t head, int r) const { return head % prompt_.num_kv_heads * group_ + r % group_; }
   const T* query(int64_t head, int64_t begin, int r) const { return row_at(prompt_.query, head, begin, r); }
 
   const Prompt& prompt_;

@@ -73,7 +73,13 @@ struct Softmax {
   }
 
   // Return what a row's sums are multiplied with in the end; 0 if nothing has a weight.
-  float normalizer() const { return sum == 0 ? 0.0f : 1.0f / sum; }
+  //
+  // sink: the binary logarithm of a weight that is added to those of the tokens, before their shift; minus infinity
+  // adds none.
+  float normalizer(float factor, float sink) const {
+    const float total = sink == kLeast ? sum : sum + std::exp2(sink - largest * factor);
+    return total == 0 ? 0.0f : 1.0f / total;
+  }
 
  private:
   static Vec lane_numbers() {

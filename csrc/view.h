@@ -102,6 +102,11 @@ struct View {
   const T* query_of(const HeadTask& task) const {  // [G][D]
     return static_cast<const T*>(token.query) + task.index * group * layer.head_dim;
   }
+  // The sinks of the task's query heads, [G], or null.
+  const float* sinks_of(const HeadTask& task) const {
+    const float* sinks = layer.terms.sink_logits;
+    return sinks ? sinks + task.index % layer.num_kv_heads * group : nullptr;
+  }
   // The task's queries as operands, [G][padded]; they last until this thread asks for another task's.
   const Operand<T>* query_operands(const HeadTask& task) const {
     std::vector<Operand<T>>& out = Scratch<T>::mine().query;

@@ -7,6 +7,7 @@ import torch
 from rocketkv import ops
 from rocketkv.backends import Backend, LayerTensors, Scoring
 from rocketkv.index import LowBitIndex, PageIndex
+from rocketkv.ops import NO_TERMS, LogitTerms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCORINGS = tuple(Scoring)
@@ -30,6 +31,7 @@ def make_layer(
     tied: bool = False,
     int8: bool = False,
     weighted: bool = True,
+    terms: LogitTerms = NO_TERMS,
 ) -> LayerTensors:
     """Return a layer's storage with NaN in all unwritten memory; `tied` draws keys of few distinct values.
 
@@ -90,6 +92,7 @@ def make_layer(
         recents=column(recents),
         num_heads=group * num_kv_heads,
         scale=head_dim**-0.5,
+        terms=terms,
     )
 
 
@@ -148,7 +151,7 @@ def reference_scores(layer: LayerTensors, query: torch.Tensor, spread: torch.Ten
     else:
         keys = ops.take_tokens(keys_and_values(layer)[0], slots_of(layer)[:, :, :num_tokens]).float()
         logits = grouped.float() @ keys.transpose(2, 3) * layer.scale
-    return ops.score_tokens(logits, layer.lengths)
+    return ops.score_tokens(logits, layer.lengths, layer.terms)
 
 
 def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generator, steps: int = 3) -> None:
@@ -231,7 +234,7 @@ def check_steps(backend: Backend, layer: LayerTensors, generator: torch.Generato
         # attend
         places = chosen.clamp_min(0).long()
         at = slots_of(layer).gather(2, places[:, :, : int(counts.max())])
-        arguments = {"slots": at, "counts": counts, "scale": layer.scale}
+        arguments = {"slots": at, "counts": counts, "scale": layer.scale, "terms": layer.terms}
         keys, values = keys_and_values(layer)
         exact = ops.decode_sparsely(query.double(), keys.double(), values.double(), **arguments)
         plain = ops.decode_sparsely(query, keys, values, **arguments)

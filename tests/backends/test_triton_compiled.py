@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from layers import make_layer
-from rocketkv.backends import Scoring, triton
+from rocketkv.backends import triton
 from rocketkv.backends.triton.launch import Launch
 from rocketkv.index import LowBitIndex, PageIndex
+from rocketkv.ops import NO_TERMS, LogitTerms
 
 kernels = triton._load()
 if isinstance(kernels, str) or kernels.INTERPRETED:
@@ -39,6 +40,7 @@ TARGETS = {  # and the shared memory of a program there, in KiB
 }
 
 
+BOTH_TERMS = LogitTerms(torch.zeros(8), 50.0)
 KERNELS = (  # of a prefill
     "build_lowbit",
     "sum_lowbit_spread",
@@ -65,18 +67,26 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("scoring", "dtype", "head_dim", "archived", "int8"),
+    ("scoring", "dtype", "head_dim", "archived", "int8", "terms"),
     [
-        *((scoring, torch.bfloat16, 128, False, False) for scoring in triton.SCORINGS),
-        *((scoring, torch.float32, 256, True, False) for scoring in (Scoring.PAGES, Scoring.LOWBIT)),  # the widest
-        ("lowbit", torch.bfloat16, 128, False, True),
-        ("lowbit", torch.bfloat16, 256, True, True),
+        *((scoring, torch.bfloat16, 128, False, False, NO_TERMS) for scoring in triton.SCORINGS),
+        *((scoring, torch.float32, 256, True, False, NO_TERMS) for scoring in ("pages", "lowbit")),  # the widest
+        ("lowbit", torch.bfloat16, 128, False, True, NO_TERMS),
+        ("lowbit", torch.bfloat16, 256, True, True, NO_TERMS),
+        ("lowbit", torch.bfloat16, 128, False, False, BOTH_TERMS),
     ],
 )
 def test_kernels_compile_fit_and_do_not_spill(
-    seeded: torch.Generator, scoring: str, dtype: torch.dtype, head_dim: int, archived: bool, int8: bool, target: str
+    seeded: torch.Generator,
+    scoring: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    archived: bool,
+    int8: bool,
+    terms: LogitTerms,
+    target: str,
 ) -> None:
-    options = {"group": 4, "head_dim": head_dim, "dtype": dtype, "archived": archived, "int8": int8}
+    options = {"group": 4, "head_dim": head_dim, "dtype": dtype, "archived": archived, "int8": int8, "terms": terms}
     small = make_layer(seeded, scoring, [[8, 8]], **options)
     step = triton.bind(replace(small, top_k=torch.tensor([256])))
     x = torch.empty(0, dtype=dtype)
@@ -86,9 +96,11 @@ def test_kernels_compile_fit_and_do_not_spill(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float32, 256)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "terms"), [(torch.bfloat16, 128, BOTH_TERMS), (torch.float32, 256, NO_TERMS)]
+)
 def test_kernels_of_a_prefill_compile_too(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, target: str
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, terms: LogitTerms, target: str
 ) -> None:
     launches: list[Launch] = []
     monkeypatch.setattr(Launch, "__call__", lambda self: launches.append(self))
@@ -97,7 +109,7 @@ def test_kernels_of_a_prefill_compile_too(
     page_size = torch.tensor([3])
     triton.build_pages(PageIndex(keys, lengths, page_size, weighted=True).stored, keys, lengths)
     query, num_queries = torch.zeros(1, 8, 32, head_dim, dtype=dtype), torch.tensor([32])
-    triton.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=0.1)
+    triton.score_window(query, keys, lengths=lengths, num_queries=num_queries, scale=0.1, by_peak=False, terms=terms)
     assert sorted(launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches) == sorted(KERNELS)
     for launch in launches:
         check(source_of(launch.kernel, launch.arguments), launch.options, target)

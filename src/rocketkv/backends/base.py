@@ -64,7 +64,14 @@ def decline_numbers(spec: Spec, *, takes_terms: bool = False) -> str | None:
 
 
 def check_prompt(
-    query: Tensor, keys: Tensor, values: Tensor, *, lengths: Tensor | None, num_queries: Tensor | None, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    lengths: Tensor | None,
+    num_queries: Tensor | None,
+    scale: float,
+    terms: LogitTerms,
 ) -> None:
     """Raise an InputError where tensors do not fit `ops.prefill_densely`: a kernel reads memory by their numbers."""
     shapes = f"query {list(query.shape)}, keys {list(keys.shape)} and values {list(values.shape)}"
@@ -88,6 +95,9 @@ def check_prompt(
             )
         if bool(((given < 0) | (given > counted.shape[2])).any()):
             raise InputError(f"{name}={given.tolist()} must be 0 to {counted.shape[2]}; count no more than there are.")
+    sinks = terms.sink_logits
+    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32):
+        raise InputError(f"sinks are {sinks.dtype} {list(sinks.shape)}; give float32 [{query.shape[1]}].")
     if not 0 < scale < float("inf"):
         raise InputError(f"scale={scale!r} is no positive, finite number; give one, such as 1 / sqrt(head_dim).")
 

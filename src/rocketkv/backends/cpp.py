@@ -23,11 +23,13 @@ def decline(spec: Spec) -> str | None:
         return reason
     if spec.device != "cpu":
         return f"it runs on the CPU, not on {spec.device}"
-    return decline_numbers(spec)
+    return decline_numbers(spec, takes_terms=True)
 
 
 def decline_prefill_densely(spec: Spec) -> str | None:
     """Say why this backend does not attend prompts of this kind; None: it does."""
+    if spec.has_terms:  # torch's attention has none
+        return decline(spec)
     return decline(spec) or prefer_torch(prefill_densely, spec.dtype, spec.head_dim)
 
 
@@ -42,7 +44,7 @@ def prefill_densely(
     terms: LogitTerms = NO_TERMS,
 ) -> Tensor:
     """See `ops.prefill_densely`; tensors that do not fit raise an InputError."""
-    check_prompt(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale)
+    check_prompt(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms)
     if reason := decline(Spec.of(keys, terms=terms)):
         raise InputError(f"the kernels do not attend this prompt ({reason}); call backends.prefill_densely instead.")
     query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
@@ -57,6 +59,7 @@ def prefill_densely(
     prompt.batch, prompt.num_heads, prompt.num_tokens, prompt.head_dim = query.shape
     prompt.num_kv_heads = keys.shape[1]
     prompt.scale = scale
+    _set_terms(prompt.terms, terms)
     prompt.query, prompt.output, prompt.keys, prompt.values = (_rows(x) for x in (query, output, keys, values))
     prompt.lengths = lengths.data_ptr()
     prompt.num_queries = _address(num_queries)
@@ -156,6 +159,7 @@ def _layer(layer: LayerTensors) -> "native.Layer":
     out.batch, out.num_kv_heads, out.token_capacity, out.head_dim = layer.keys.shape
     out.num_heads = layer.num_heads
     out.scale = layer.scale
+    _set_terms(out.terms, layer.terms)
     out.keys = layer.keys.data_ptr()
     out.values = layer.values.data_ptr()
     out.exponents = _address(layer.exponents)
@@ -180,6 +184,13 @@ def _layer(layer: LayerTensors) -> "native.Layer":
     out.recents = layer.recents.data_ptr()
     out.dense_lengths = layer.dense_lengths.data_ptr()
     return out
+
+
+def _set_terms(out: "native.LogitTerms", terms: LogitTerms) -> None:
+    """Let the library's struct have these terms, whose sinks must stay alive while the struct is used."""
+    assert terms.sink_logits is None or (terms.sink_logits.dtype, terms.sink_logits.stride()) == (torch.float32, (1,))
+    out.sink_logits = _address(terms.sink_logits)
+    out.softcap = terms.softcap or 0.0
 
 
 def _pages(index: PageBounds) -> "native.Pages":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rocketkv.backends.base import LayerTensors, Scoring, Spec, decline_numbers
-from rocketkv.ops import NO_TERMS, LogitTerms, LowBitKeys, PageBounds
+from rocketkv.ops import LogitTerms, LowBitKeys, PageBounds
 
 if TYPE_CHECKING:
     from rocketkv.backends.triton.step import TritonStep
@@ -36,7 +36,7 @@ def decline(spec: Spec) -> str | None:
     if spec.device != wanted:
         hint = " under TRITON_INTERPRET=1" if kernels.INTERPRETED else ""
         return f"it runs on {wanted}{hint}, not on {spec.device}"
-    if reason := decline_numbers(spec):
+    if reason := decline_numbers(spec, takes_terms=True):
         return reason
     if spec.kv_dtype == "int8" and spec.dtype == torch.float32:  # dequantized float32 tiles would not fit in registers
         return "it takes keys and values in 8 bits for 16-bit dtypes only"
@@ -51,14 +51,7 @@ def bind(layer: LayerTensors) -> "TritonStep":
 
 
 def score_window(
-    query: Tensor,
-    keys: Tensor,
-    *,
-    lengths: Tensor,
-    num_queries: Tensor,
-    scale: float,
-    terms: LogitTerms = NO_TERMS,
-    by_peak: bool = False,
+    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool, terms: LogitTerms
 ) -> Tensor:
     """See `ops.score_window`."""
     from rocketkv.backends.triton import window

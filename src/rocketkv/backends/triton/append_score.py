@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from rocketkv.backends.triton.channels import are_largest, store_channel_sizes
-from rocketkv.backends.triton.common import UNSPECIALIZED, load_query, product
+from rocketkv.backends.triton.common import UNSPECIALIZED, capped, load_query, product
 from rocketkv.backends.triton.int8 import num_steps, store_in_8_bits
 from rocketkv.backends.triton.lowbit import GROUP, close_group, group_start, lowbit_products
 from rocketkv.backends.triton.pages import PAGES_PER_BLOCK, fold_key, page_start
@@ -16,10 +16,10 @@ from rocketkv.backends.triton.pages import PAGES_PER_BLOCK, fold_key, page_start
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def append_and_score(
     query, key, value, keys, values, exponents, positions, lengths, archive_lengths, seen, bounds, codes, ranges,
-    open_keys, spread, page_size, num_channels, dense_lengths, channel_sizes, logits, partials, scale, token_capacity,
-    position_capacity, num_blocks, num_units, num_parts, SCORING: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, NUM_ROWS: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr, PART: tl.constexpr,
-    WIDTH: tl.constexpr
+    open_keys, spread, page_size, num_channels, dense_lengths, channel_sizes, logits, partials, scale, softcap,
+    token_capacity, position_capacity, num_blocks, num_units, num_parts, SCORING: tl.constexpr, HKV: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, NUM_ROWS: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    PART: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """Store the new token; compute the logits of `PART` units of a head, `WIDTH` channels at once. Grid: heads, parts.
 
@@ -73,6 +73,8 @@ def append_and_score(
                     )
                 else:
                     products = _score_bounds(q, bounds, start, is_there, scale, NUM_ROWS, D, D_PAD)
+        if softcap is not None:
+            products = capped(products, softcap)
         _store_logits(logits, partials, products, head, part, unit, units, size, length, num_units, num_parts, G, G_PAD)
 
 

@@ -6,7 +6,7 @@ step.py describes the tensors.
 import triton
 import triton.language as tl
 
-from rocketkv.backends.triton.common import UNSPECIALIZED, load_query, product, rounded
+from rocketkv.backends.triton.common import UNSPECIALIZED, capped, load_query, product, rounded
 from rocketkv.backends.triton.int8 import load_rows, num_steps
 from rocketkv.backends.triton.lowbit import GROUP, HALF
 
@@ -14,9 +14,10 @@ from rocketkv.backends.triton.lowbit import GROUP, HALF
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend(
     query, output, report, keys, values, exponents, positions, lengths, archive_lengths, seen, page_size, num_channels,
-    top_k, dense_lengths, chosen, pieces, states, pieces_done, read_bytes, scale, token_capacity, position_capacity,
-    num_pieces, most_chosen, SCORING: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    NUM_ROWS: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr
+    top_k, dense_lengths, chosen, pieces, states, pieces_done, read_bytes, scale, softcap, sink_logits, token_capacity,
+    position_capacity, num_pieces, most_chosen, SCORING: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, NUM_ROWS: tl.constexpr, G_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    WEIGHTED: tl.constexpr
 ):  # fmt: skip
     """Attend to the chosen tokens of a head, or to all, in pieces that the last program merges. Grid: heads, pieces.
 
@@ -57,7 +58,10 @@ def attend(
         offsets = (slot * D)[:, None] + channel[None, :]
         k = load_rows(keys, offsets, exponents, slot, is_token, 0, D, D_PAD, q.dtype)
         v = load_rows(values, offsets, exponents, slot, is_token, STEPS, D, D_PAD, q.dtype)
-        logits = tl.where(is_token[None, :], product(q, tl.trans(k)) * scale, -float("inf"))
+        logits = product(q, tl.trans(k)) * scale
+        if softcap is not None:
+            logits = capped(logits, softcap)
+        logits = tl.where(is_token[None, :], logits, -float("inf"))
         higher = tl.maximum(best, tl.max(logits, 1))
         weights = rounded(tl.exp(logits - higher[:, None]), v.dtype)
         shrunk = tl.exp(best - higher)
@@ -76,7 +80,10 @@ def attend(
     if tl.atomic_add(pieces_done + head, 1, sem="acq_rel") < num_pieces - 1:  # the last program goes on
         return
 
-    mean = rounded(_merge(pieces, states, head, num_pieces, used_pieces, G, D, G_PAD, D_PAD), output.dtype.element_ty)
+    if sink_logits is not None:
+        sink_logits += head % HKV * G
+    mean = _merge(pieces, states, sink_logits, head, num_pieces, used_pieces, G, D, G_PAD, D_PAD)
+    mean = rounded(mean, output.dtype.element_ty)
     is_out = is_head[:, None] & is_channel[None, :]
     tl.store(output + (head * G + group[:, None]) * D + channel[None, :], mean, mask=is_out)
 
@@ -97,16 +104,18 @@ def attend(
 
 @triton.jit
 def _merge(
-    pieces, states, head, num_pieces, used_pieces, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr,
+    pieces, states, sink_logits, head, num_pieces, used_pieces, G: tl.constexpr, D: tl.constexpr, G_PAD: tl.constexpr,
     D_PAD: tl.constexpr
 ):  # fmt: skip
-    """Merge the pieces of a head into the weighted mean of its values, `[G_PAD, D_PAD]` float32."""
+    """Merge the pieces of a head and its sinks into the weighted mean of its values, `[G_PAD, D_PAD]` float32."""
     channel, group = tl.arange(0, D_PAD), tl.arange(0, G_PAD)
     is_head = group < G
     is_out = is_head[:, None] & (channel < D)[None, :]
     best = tl.full([G_PAD], -float("inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     sums = tl.zeros([G_PAD, D_PAD], tl.float32)
+    if sink_logits is not None:
+        best, total = tl.load(sink_logits + group, mask=is_head, other=0.0), total + 1.0
     for other in range(used_pieces):
         at = head * num_pieces + other
         piece_best = tl.load(states + at * (2 * G) + group, mask=is_head, other=0.0, cache_modifier=".cg")

@@ -13,8 +13,8 @@ from rocketkv.backends.triton.pages import PAGES_PER_BLOCK, page_range
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def choose(
-    lengths, page_size, top_k, dense_lengths, sinks, recents, logits, partials, scores, chosen, bounds, ranges,
-    open_keys, spread, num_blocks, num_units, num_parts, most_chosen, HKV: tl.constexpr, G: tl.constexpr,
+    lengths, page_size, top_k, dense_lengths, sinks, recents, sink_logits, logits, partials, scores, chosen, bounds,
+    ranges, open_keys, spread, num_blocks, num_units, num_parts, most_chosen, HKV: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, NUM_ROWS: tl.constexpr, D_PAD: tl.constexpr, G_POW: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr, WAYS_BITS: tl.constexpr
 ):  # fmt: skip
@@ -31,7 +31,9 @@ def choose(
     if length <= tl.load(dense_lengths + row):
         return
     units = (length + size - 1) // size
-    _store_scores(scores, logits, partials, head, units, num_units, num_parts, G, G_POW, PART, BLOCK)
+    if sink_logits is not None:
+        sink_logits += head % HKV * G
+    _store_scores(scores, logits, partials, sink_logits, head, units, num_units, num_parts, G, G_POW, PART, BLOCK)
     tl.debug_barrier()
     first = tl.minimum(tl.load(sinks + row).to(tl.int32), length)
     end = length - tl.minimum(tl.load(recents + row).to(tl.int32), length - first)
@@ -63,13 +65,15 @@ def _extend_spread(
 
 @triton.jit
 def _store_scores(
-    scores, logits, partials, head, units, num_units, num_parts, G: tl.constexpr, G_POW: tl.constexpr,
+    scores, logits, partials, sink_logits, head, units, num_units, num_parts, G: tl.constexpr, G_POW: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Store the scores of a head's units: the softmax of the logits over all tokens, as a mean over the group."""
+    """Store the scores of a head's units: the softmax over all tokens and the sink, as a mean over the group."""
     group = tl.arange(0, G_POW)
     best = tl.full([G_POW], -float("inf"), tl.float32)
     total = tl.zeros([G_POW], tl.float32)
+    if sink_logits is not None:
+        best, total = tl.load(sink_logits + group, mask=group < G, other=0.0), total + 1.0
     parts = (units + PART - 1) // PART
     part_lane = tl.arange(0, PART)
     for start in range(0, parts, PART):

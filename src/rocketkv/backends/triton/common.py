@@ -33,6 +33,20 @@ def product(a, b):
 
 
 @triton.jit
+def capped(logits, softcap):
+    """Return the logits as a soft cap leaves them; the polynomial, for small numbers, is that of tanhf in Cephes."""
+    x = logits / softcap
+    size, squared = tl.abs(x), x * x
+    p = -5.70498872745e-3 * squared + 2.06390887954e-2
+    p = p * squared - 5.37397155531e-2
+    p = p * squared + 1.33314422036e-1
+    p = p * squared - 3.33332819422e-1
+    e = tl.exp(-2.0 * size)
+    large = (1.0 - e) / (1.0 + e)
+    return softcap * tl.where(size < 0.625, x + x * squared * p, tl.where(x < 0, -large, large))
+
+
+@triton.jit
 def rounded(numbers, dtype: tl.constexpr):
     """Round float32 numbers to the nearest of another dtype; alone, the interpreter would truncate to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:

@@ -93,6 +93,8 @@ def _storage(layer: LayerTensors) -> dict[str, Any]:
         "sinks": layer.sinks,
         "recents": layer.recents,
         "scale": layer.scale,
+        "softcap": layer.terms.softcap,
+        "sink_logits": layer.terms.sink_logits,
         "token_capacity": layer.keys.shape[2],
         "position_capacity": layer.positions.shape[2],
     }

@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rocketkv.backends.triton import sizes
-from rocketkv.backends.triton.common import product
+from rocketkv.backends.triton.common import capped, product
 from rocketkv.backends.triton.launch import Launch, key_arguments
-from rocketkv.ops import NO_TERMS, LogitTerms
+from rocketkv.ops import LogitTerms
 
 
 @triton.jit(do_not_specialize=["num_parts", "part_size", "batch_stride", "head_stride"])
 def sum_window_kernel(
-    query, keys, lengths, num_queries, partials, scale, num_parts, part_size, batch_stride, head_stride,
+    query, keys, lengths, num_queries, partials, scale, softcap, num_parts, part_size, batch_stride, head_stride,
     HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr,
     TILE: tl.constexpr
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def sum_window_kernel(
     begin = part * part_size
     for start in range(begin, tl.minimum(begin + part_size, length), TILE):
         logits = _window_logits(
-            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, R_PAD, D_PAD, TILE
+            query, keys, head, length, seeing, first_row, start, scale, softcap, ROWS, W, D, R_PAD, D_PAD, TILE
         )
         higher = tl.maximum(best, tl.max(logits, 1))
         safe = tl.where(higher > -float("inf"), higher, 0.0)  # a query may have seen no token yet
@@ -49,9 +49,9 @@ def sum_window_kernel(
 
 @triton.jit(do_not_specialize=["num_parts", "part_size", "num_tokens", "batch_stride", "head_stride"])
 def score_window_kernel(
-    query, keys, lengths, num_queries, partials, scores, scale, num_parts, part_size, num_tokens, batch_stride,
-    head_stride, BY_PEAK: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-    R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
+    query, keys, lengths, num_queries, partials, scores, scale, softcap, sink_logits, num_parts, part_size, num_tokens,
+    batch_stride, head_stride, BY_PEAK: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    D: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Store the sum or the largest of the weights that `R_PAD` queries give to each token of a part.
 
@@ -64,6 +64,9 @@ def score_window_kernel(
     row = first_row + tl.arange(0, R_PAD)
     best = tl.full([R_PAD], -float("inf"), tl.float32)
     total = tl.zeros([R_PAD], tl.float32)
+    if sink_logits is not None:
+        best = tl.load(sink_logits + head % HKV * G + row // W, mask=row < ROWS, other=0.0)
+        total += 1.0
     for other in range(num_parts):
         at = partials + (head * num_parts + other) * 2 * ROWS + row
         part_best = tl.load(at, mask=row < ROWS, other=-float("inf"))
@@ -79,7 +82,7 @@ def score_window_kernel(
     end = tl.minimum(begin + part_size, num_tokens)
     for start in range(begin, end, TILE):
         logits = _window_logits(
-            query, keys, head, length, seeing, first_row, start, scale, ROWS, W, D, R_PAD, D_PAD, TILE
+            query, keys, head, length, seeing, first_row, start, scale, softcap, ROWS, W, D, R_PAD, D_PAD, TILE
         )
         mass = tl.where(share[:, None] > 0, tl.exp(logits - safe[:, None]) * share[:, None], 0.0)
         token = start + tl.arange(0, TILE)
@@ -87,14 +90,7 @@ def score_window_kernel(
 
 
 def score_window(
-    query: Tensor,
-    keys: Tensor,
-    *,
-    lengths: Tensor,
-    num_queries: Tensor,
-    scale: float,
-    terms: LogitTerms = NO_TERMS,
-    by_peak: bool = False,
+    query: Tensor, keys: Tensor, *, lengths: Tensor, num_queries: Tensor, scale: float, by_peak: bool, terms: LogitTerms
 ) -> Tensor:
     """Compute the scores in two launches, in which a program has one tile's logits; see `score_window` in ops."""
     batch, num_heads, window, head_dim = query.shape
@@ -113,6 +109,8 @@ def score_window(
         "partials": keys.new_empty(batch * num_kv_heads, num_parts, 2, group * window, dtype=torch.float32),
         "scores": scores,
         "scale": scale,
+        "softcap": terms.softcap,
+        "sink_logits": terms.sink_logits,
         "num_parts": num_parts,
         "part_size": part_size,
         "num_tokens": num_tokens,
@@ -129,7 +127,7 @@ def score_window(
 
 @triton.jit
 def _window_logits(
-    query, keys, head, length, num_queries, first_row, start, scale, ROWS: tl.constexpr, W: tl.constexpr,
+    query, keys, head, length, num_queries, first_row, start, scale, softcap, ROWS: tl.constexpr, W: tl.constexpr,
     D: tl.constexpr, R_PAD: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Return the logits, `[R_PAD, TILE]`, of some queries for the tokens from `start` on; -inf for unseen tokens."""
@@ -148,4 +146,7 @@ def _window_logits(
     query_from_end = W - 1 - row % W
     sees = (row < ROWS) & (query_from_end < num_queries)
     is_visible = sees[:, None] & ((length - 1 - token)[None, :] >= query_from_end[:, None])
-    return tl.where(is_visible, product(q, tl.trans(k)) * scale, -float("inf"))
+    logits = product(q, tl.trans(k)) * scale
+    if softcap is not None:
+        logits = capped(logits, softcap)
+    return tl.where(is_visible, logits, -float("inf"))
