@@ -13,6 +13,7 @@ from rocketkv.commands.budget import budget
 from rocketkv.commands.chat import chat
 from rocketkv.commands.generate import generate
 from rocketkv.commands.info import info
+from rocketkv.commands.models import models
 from rocketkv.commands.options import expand_options
 from rocketkv.commands.prefill import prefill
 from rocketkv.commands.recommend import recommend
@@ -21,7 +22,6 @@ from rocketkv.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -49,7 +49,7 @@ app.add_typer(bench_app, name="bench")
 store_app = typer.Typer(help="Look at what --store has kept, and delete it.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 for _group, _commands in (
-    (app, (generate, chat, prefill, budget, recommend, info)),
+    (app, (generate, chat, prefill, budget, recommend, models, info)),
     (eval_app, (evaluate.run, evaluate.report)),
     (bench_app, (bench.attention, bench.decode, bench.prefill, reuse.reuse, memory.memory)),
     (store_app, (store.size, store.clear)),

@@ -81,7 +81,7 @@ def _interruptible() -> Iterator[None]:
 def test_an_interrupt_at_the_prompt_leaves(
     run: Any, loaded: LoadedModel, document: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rocketkv.commands.terminal.out.input", lambda prompt: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("builtins.input", lambda prompt: signal.raise_signal(signal.SIGINT))
     result = run("chat", "-f", document)
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"

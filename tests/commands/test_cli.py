@@ -15,8 +15,8 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "from typer.testing import CliRunner\n"
         "from rocketkv.cli import app\n"
         "for command in ('', 'generate', 'chat', 'prefill', 'store', 'store list', 'budget', 'recommend', 'info',\n"
-        "                'eval run', 'eval report', 'bench', 'bench attention', 'bench decode', 'bench prefill',\n"
-        "                'bench reuse', 'bench memory'):\n"
+        "                'models', 'eval run', 'eval report', 'bench', 'bench attention', 'bench decode',\n"
+        "                'bench prefill', 'bench reuse', 'bench memory'):\n"
         "    result = CliRunner().invoke(app, [*command.split(), '--help'])\n"
         "    assert result.exit_code == 0, result.output\n"
         "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
@@ -82,6 +82,7 @@ def test_bench_does_not_advise_an_option_that_it_has_not(run: Any) -> None:
 
 def test_version_and_short_help(run: Any) -> None:
     assert run("--version").stdout.startswith("rocketkv ")
+    assert "--install-completion" in run("--help").stdout
     for command in ("", "generate", "eval", "eval run", "bench decode"):
         assert run(*command.split(), "-h").stdout == run(*command.split(), "--help").stdout != ""
 

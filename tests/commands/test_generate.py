@@ -73,6 +73,8 @@ def test_generate_reads_standard_input_and_samples(run: Any, tmp_path: Path) -> 
 
     assert answer(*drawn, "1") == answer(*drawn, "1") != answer(*drawn, "2")
     assert answer(*arguments) == answer(*arguments, "--repetition-penalty", "1.0")
+    drawn_too = [option for option in drawn if option != "--do-sample"]
+    assert answer(*drawn_too, "1", "--min-p", "0") == answer(*drawn, "1")
     result = run(*arguments, "--system", "Be brief.", stdin=text)
     assert "no chat template and so no system prompt" in result.stderr
 
@@ -80,13 +82,12 @@ def test_generate_reads_standard_input_and_samples(run: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--temperature 0.5", "--temperature 0.5 has no effect on greedy answers; add --do-sample or leave it out."),
-        ("--seed 1", "--seed 1 has no effect on greedy answers"),
-        ("--do-sample --temperature 0", "--temperature 0.0 is out of range; give a number above 0."),
+        ("--temperature 0", "--temperature 0.0 is out of range; give a number above 0."),
         ("--do-sample --temperature nan", "--temperature nan is out of range"),
         ("--do-sample --temperature inf", "--temperature inf is out of range"),
         ("--do-sample --top-p 1.5", "--top-p 1.5 is out of range; give a number above 0 and at most 1."),
         ("--do-sample --top-k -1", "--top-k -1 is out of range; give 0 or more."),
+        ("--do-sample --min-p 2", "--min-p 2.0 is out of range; give a number from 0 to 1."),
         ("--do-sample --seed -1", "--seed -1 is out of range"),
         ("--repetition-penalty 0", "--repetition-penalty 0.0 is out of range"),
     ],
@@ -109,6 +110,8 @@ def test_sampling_options_that_make_no_sense_are_refused(run: Any, document: str
         (("-m", "/no/model"), "model '/no/model' is neither a folder nor a GGUF file"),
         (("-m", "no-such-model"), "model 'no-such-model' cannot be loaded"),
         (("--dtype", "int3"), "dtype='int3' does not exist"),
+        (("--device", "cuda:99"), "--device cuda:99 is not there; choose from cpu"),
+        (("--show-kept", "--json"), "--show-kept draws for a reader and --json writes for a program"),
         (("--weight-dtype", "int3"), "weight_dtype='int3' does not exist; choose from int8, int4."),
     ],
 )

@@ -13,7 +13,7 @@ from rich import box
 from rich.progress import TextColumn
 from rich.table import Table
 
-from rocketkv.commands.options import Dtype, KvDtype, Model, TokenBudget, WeightDtype, WindowSize
+from rocketkv.commands.options import Device, Dtype, KvDtype, Model, TokenBudget, WeightDtype, WindowSize
 from rocketkv.commands.terminal import out, passing_bar
 from rocketkv.errors import InputError
 
@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from rocketkv.hf.session import Answer, Session
 
 System = Annotated[str | None, typer.Option(help="System prompt. Default: the chat template's own.")]
-DoSample = Annotated[bool, typer.Option("--do-sample", help="Draw each token instead of taking the likeliest.")]
+DoSample = Annotated[
+    bool,
+    typer.Option("--do-sample", help="Draw each token instead of taking the likeliest; options of the draws imply it."),
+]
 Temperature = Annotated[
     float | None, typer.Option(help="A value above 1 makes draws more random. Default: the model's.")
 ]
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together have this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens; 0 draws from all.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
+]
 Penalty = Annotated[float | None, typer.Option(help="A value above 1 makes tokens that occurred less likely.")]
 Seed = Annotated[
     int | None, typer.Option(help="Seed of the draws: the same seed gives the same answers. Default: a new one.")
@@ -53,6 +59,7 @@ class Setup:
     token_budget: TokenBudget = 256
     max_new_tokens: MaxNewTokens = 128
     window_size: WindowSize = 32
+    device: Device = "cpu"
     dtype: Dtype = "auto"
     kv_dtype: KvDtype = "auto"
     weight_dtype: WeightDtype = None
@@ -138,6 +145,7 @@ class Sampling:
     temperature: Temperature = None
     top_p: TopP = None
     top_k: TopK = None
+    min_p: MinP = None
     repetition_penalty: Penalty = None
     seed: Seed = None
 
@@ -145,25 +153,25 @@ class Sampling:
         """Check the options and name them as `Session` takes them.
 
         Raises:
-            InputError: an option is out of its range, or has no effect since nothing is drawn.
+            InputError: an option is out of its range.
         """
         ranges = {
             "temperature": (0 < (self.temperature or math.nan) < math.inf, "a number above 0"),
             "top_p": (0 < (self.top_p or math.nan) <= 1, "a number above 0 and at most 1"),
             "top_k": ((self.top_k or 0) >= 0, "0 or more"),
+            "min_p": (0 <= (self.min_p or 0) <= 1, "a number from 0 to 1"),
             "repetition_penalty": (0 < (self.repetition_penalty or math.nan) < math.inf, "a number above 0"),
             "seed": (0 <= (self.seed or 0) < 2**63, "a whole number from 0 up to 2**63 - 1"),
         }
         given = {name: getattr(self, name) for name in ranges if getattr(self, name) is not None}
         for name, value in given.items():
             fits, allowed = ranges[name]
-            option = "--" + name.replace("_", "-")
             if not fits:
+                option = "--" + name.replace("_", "-")
                 raise InputError(f"{option} {value} is out of range; give {allowed}.")
-            if not self.do_sample and name != "repetition_penalty":
-                raise InputError(f"{option} {value} has no effect on greedy answers; add --do-sample or leave it out.")
-        seed = given.pop("seed", secrets.randbits(32)) if self.do_sample else None
-        return {"sampling": {"do_sample": self.do_sample, **given}, "seed": seed}
+        draws = self.do_sample or not given.keys() <= {"repetition_penalty"}
+        seed = given.pop("seed", secrets.randbits(32)) if draws else None
+        return {"sampling": {"do_sample": draws, **given}, "seed": seed}
 
 
 def ask(

@@ -31,13 +31,14 @@ def chat(
 
     /stats prints what the cache stores and reads, /reset forgets the conversation, and /quit ends the program.
     Ctrl-C ends an answer; while nothing is being answered, Ctrl-C ends the program.
+    In a terminal the arrow keys edit the line and bring back earlier ones.
     """
     if file == STANDARD_INPUT:
         raise InputError("chat reads your questions from standard input, so --file cannot be -; give a file instead.")
     source.check(file, "--file", setup)
     config, options = setup.config("multi_turn"), {"system": setup.system, **sampling.options()}
     text = "" if file is None else read_text(file)
-    loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, fast=setup.fast)
+    loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, fast=setup.fast, device=setup.device)
     from rocketkv.hf.session import Session
 
     session = Session(loaded, config, setup.max_new_tokens, **options)
@@ -46,7 +47,7 @@ def chat(
     name = (file or source.cache or Path()).name
     out.print(f"Ask about {name}. Commands: /stats, /reset, /quit.", style="dim")
     while True:
-        message = read_line("[bold]> [/]")
+        message = read_line("> ")
         if message in (None, "/quit"):
             break
         if message == "/reset":

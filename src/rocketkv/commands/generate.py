@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rocketkv.commands.answers import Sampling, Setup, Source, answer_table, ask
+from rocketkv.commands.kept import kept_line
 from rocketkv.commands.options import AsJson
 from rocketkv.commands.terminal import load_model, out, read_text
 from rocketkv.errors import InputError
@@ -25,6 +26,9 @@ def generate(
     setup: Setup = Setup(),
     sampling: Sampling = Sampling(),
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache, too.")] = False,
+    show_kept: Annotated[
+        bool, typer.Option("--show-kept", help="Draw the text as one line, darker where more heads keep its tokens.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about a long text with a compressed cache."""
@@ -32,8 +36,10 @@ def generate(
     source.check(prompt_file, "--prompt-file", setup)
     if compare and prompt_file is None:
         raise InputError("--compare reads the text with the full cache too; give --prompt-file instead of --cache.")
+    if show_kept and as_json:
+        raise InputError("--show-kept draws for a reader and --json writes for a program; leave one of them out.")
     text = "" if prompt_file is None else read_text(prompt_file)
-    loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, fast=setup.fast)
+    loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, fast=setup.fast, device=setup.device)
     from rocketkv.hf.session import Session
 
     session = Session(loaded, config, setup.max_new_tokens, **options)
@@ -50,6 +56,8 @@ def generate(
         print(json.dumps({"model": setup.model, "token_budget": setup.token_budget, **records}, indent=2))
     else:
         out.print(answer_table(answers))
+    if show_kept:
+        out.print(kept_line(next(iter(sessions.values())).cache))
 
 
 def _answer_record(answer: "Answer") -> dict[str, object]:

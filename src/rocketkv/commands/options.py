@@ -13,6 +13,7 @@ from rocketkv.errors import InputError
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, GGUF file, smollm2 or gemma3-270m.")]
 TokenBudget = Annotated[int, typer.Option("--token-budget", "-t", help="KV traffic per decode step, in tokens.")]
 WindowSize = Annotated[int, typer.Option(help="Number of last prompt tokens that decide which tokens stay.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, or cuda or cuda:1 for a GPU.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 WeightDtype = Annotated[
     str | None, typer.Option(help="int8 or int4: the format of linear layers' weights. Default: the one of --dtype.")

@@ -27,7 +27,7 @@ def prefill(
     text = read_text(file)
     if to.is_dir() or not os.access(to.absolute().parent, os.W_OK):
         raise InputError(f"--out {to} cannot be written; give a file in a folder that exists and is yours to write.")
-    loaded = load_model(setup.model, setup.dtype, setup.weight_dtype)
+    loaded = load_model(setup.model, setup.dtype, setup.weight_dtype, device=setup.device)
     from rocketkv.hf import RocketKVCache
     from rocketkv.hf.session import Session
 

@@ -4,7 +4,7 @@ import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
 from threading import Event
@@ -109,9 +109,11 @@ def read_line(prompt: str) -> str | None:
     Raises:
         InputError: standard input is closed or cannot be read.
     """
-    _standard_input()
+    if _standard_input().isatty():
+        with suppress(ImportError):  # Windows has the arrow keys without it
+            import readline  # noqa: F401  # `input` then lets the arrow keys edit a line and bring back earlier ones
     try:
-        return out.input(prompt).strip()
+        return input(prompt).strip()
     except EOFError:
         return None
     except OSError as error:
@@ -155,18 +157,37 @@ def quieten() -> None:
     hub_logging.get_logger("huggingface_hub").setLevel("ERROR")
 
 
-def load_model(name: str, dtype: str, weight_dtype: str | None = None, *, fast: bool = False) -> "LoadedModel":
-    """Load a model, and show a spinner meanwhile."""
+def load_model(
+    name: str, dtype: str, weight_dtype: str | None = None, *, fast: bool = False, device: str = "cpu"
+) -> "LoadedModel":
+    """Load a model onto a device, and show a spinner meanwhile.
+
+    Raises:
+        InputError: there is no such model, or no such device; or the device has no products with such weights.
+    """
     from rocketkv.hf.models import load
 
     quieten()
+    _check_device(device, weight_dtype)
     with err.status(f"loading {name}"):
         loaded = load(name, dtype, weight_dtype)
+        loaded.model.to(device)
     if fast:
         import rocketkv
 
         rocketkv.compile(loaded.model)
     return loaded
+
+
+def _check_device(device: str, weight_dtype: str | None) -> None:
+    """Refuse a device that is not there, and weights in few bits elsewhere than on the CPU."""
+    import torch
+
+    at_hand = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if device not in (*at_hand, *(["cuda"] if len(at_hand) > 1 else [])):
+        raise InputError(f"--device {device} is not there; choose from {', '.join(at_hand)}.")
+    if weight_dtype is not None and device != "cpu":
+        raise InputError(f"--weight-dtype {weight_dtype} is for CPUs; leave it out, or --device {device}.")
 
 
 @contextmanager

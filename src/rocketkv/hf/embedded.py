@@ -60,6 +60,11 @@ def missing_wheels(name: str) -> list[str]:
     return [wheel for wheel in EMBEDDED[name].wheels if find_spec(wheel.replace("-", "_")) is None]
 
 
+def embedded_bytes(name: str) -> int:
+    """Return the bytes of an embedded model's GGUF file, whose wheels are installed."""
+    return sum(_installed(part).stat().st_size for part in EMBEDDED[name].parts)
+
+
 def embedded_path(name: str) -> Path:
     """Return the path of an embedded model's GGUF file; parts are joined in the cache folder, once.
 
