@@ -86,6 +86,23 @@ def test_what_is_written_to_a_tensor_changes_memory_alone(tmp_path: Path) -> Non
     assert found[1].count_nonzero() == load(tmp_path / "file")[1]["a"].count_nonzero() == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
+def test_checking_a_file_takes_no_memory_for_holes_and_tensors(tmp_path: Path) -> None:
+    path = tmp_path.resolve() / "file"
+    rows = torch.ones(1, 4, 100 * PAGE, 1)
+    save(path, {"rows": Rows(rows, torch.full((1, 4), 50 * PAGE), 150 * PAGE)}, {})
+
+    def resident_kib() -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        sizes = [next(line for line in lines if line.startswith("Rss:")) for line in lines if line.endswith(str(path))]
+        return sum(int(size.split()[1]) for size in sizes)
+
+    _, found = load(path)
+    assert resident_kib() <= 128
+    assert found["rows"].sum() == 4 * 50 * PAGE
+    assert resident_kib() >= 4 * 50 * PAGE * 4 // 1024
+
+
 def test_what_is_no_saved_cache_is_refused_in_one_sentence(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     (tmp_path / "empty").touch()

@@ -1,6 +1,8 @@
 """A second question about the same document: its first token from a saved cache, and what many forks hold."""
 
+import gc
 from collections.abc import Callable
+from ctypes import CDLL
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,9 +70,9 @@ def measure_forks(model: PreTrainedModel, config: RocketKVConfig, seq_len: int, 
     """Measure the memory of forks of one document, each of which has answered a question of its own.
 
     Returns:
-        `memory_bytes`, what the process holds more than before the document, in proportional set size;
-        `archive_bytes`, one archive; `working_bytes`, all working sets with their indices and the own tail of each
-        archive; `bound_bytes`, 1.05 times their sum.
+        `memory_bytes`, what the process holds with the forks and without, in proportional set size, the document
+        included; `archive_bytes`, the document's keys and values; `working_bytes`, all working sets with their indices
+        and the own tail of each archive; `bound_bytes`, 1.05 times the sum of both.
 
     Raises:
         UnsupportedError: the system does not tell the proportional set size.
@@ -80,8 +82,8 @@ def measure_forks(model: PreTrainedModel, config: RocketKVConfig, seq_len: int, 
     enable(model)
     document, store = _tokens(model, seq_len), PrefixStore(model, config)
     _take_in(model, RocketKVCache(model.config, config), document[:, :64])  # what the first pass allocates for good
-    before = _held_bytes()
     store.put(_read(model, config, document))
+    before = _held_bytes()  # without the stored document, which nothing maps yet
     forks = []
     for _ in range(num_forks):
         question = _tokens(model, QUESTION)
@@ -97,9 +99,9 @@ def measure_forks(model: PreTrainedModel, config: RocketKVConfig, seq_len: int, 
             held = layer.cache.working
             assert held is not None
             assert held.archive is not None
-            tail = (QUESTION + ANSWER) * held.lengths.numel() * held.token_bytes
-            working += held.num_bytes - held.archive.num_bytes + tail
-            archive += held.archive.num_bytes
+            token_bytes = held.lengths.numel() * held.token_bytes
+            working += held.num_bytes - held.archive.num_bytes + (QUESTION + ANSWER) * token_bytes
+            archive += seq_len * token_bytes
     archive //= num_forks
     return {
         "name": "forks",
@@ -140,6 +142,13 @@ def _ask_copy(model: PreTrainedModel, cache: RocketKVCache, question: Tensor) ->
 
 
 def _held_bytes() -> int:
-    """Return the proportional set size of this process in bytes: a shared page counts once, however often mapped."""
+    """Return the proportional set size of this process in bytes: a shared page counts once, however often mapped.
+
+    Free memory that the C library keeps for later is given back before, where the library can (glibc).
+    """
+    gc.collect()
+    give_back = getattr(CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
     line = next(line for line in _ROLLUP.read_text().splitlines() if line.startswith("Pss:"))
     return int(line.split()[1]) * 1024
