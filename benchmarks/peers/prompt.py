@@ -26,6 +26,6 @@ def save_checkpoint(gguf: Path, folder: Path) -> None:
 
     model, tokenizer = load_model(str(gguf), "float32")
     model.hf_quantizer = None  # transformers would refuse to save a GGUF model, although its weights are plain here
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
