@@ -92,18 +92,19 @@ sanitize: setup
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/backends/test_prefill.py tests/attention/test_fuzz.py tests/attention/test_any_order.py
 
+CXX_FILES := csrc/* tests/native/* src/rocketkv/backends/cuda/kernels/* $(wildcard tests/backends/cuda/*.h tests/backends/cuda/*.cpp)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/clang-format --dry-run -Werror csrc/* tests/native/*
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/rumdl check --no-cache --quiet .
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/* tests/native/*
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # This builds the documentation site into build/site; a warning is an error.
 docs: setup

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "rocketkv"
 PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = {  # the files that need an extra, by the beginning of their path
+    "backends/cuda": ("cuda",),
     "backends/triton": ("triton",),
     "bench/lines": ("plot",),
     "bench/plot": ("plot",),
@@ -41,7 +42,8 @@ def test_nothing_is_imported_that_is_not_asked_for(folder: str) -> None:
         allowed = names(PROJECT["dependencies"]) | set(sys.stdlib_module_names) | {"rocketkv"}
         for extra in (extra for start, extras in EXTRAS.items() if place.startswith(start) for extra in extras):
             allowed |= names(PROJECT["optional-dependencies"][extra])
-        modules = {name.removesuffix("-py").replace("-", "_") for name in allowed}  # markdown-it-py is markdown_it
+        shorter = (re.sub("-(py|core)$", "", name) for name in allowed)  # markdown-it-py is markdown_it
+        modules = {name.replace("-", "_") for name in shorter}
         assert set(imported(file)) <= modules, place
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("src/**/*.py", "csrc/*.cpp", "csrc/*.h")
+SOURCES = ("src/**/*.py", "src/**/*.cu", "src/**/*.cuh", "csrc/*.cpp", "csrc/*.h")
 
 
 def num_lines(*patterns: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from layers import DTYPES, check_steps, make_layer
 from rocketkv import RocketKVCache, RocketKVConfig, enable
-from rocketkv.backends import LayerTensors, Scoring, Step, triton
+from rocketkv.backends import Backend, LayerTensors, Scoring, Spec, Step, cuda, triton
 from rocketkv.cli import app
 from rocketkv.hf.versions import pass_cache
 from rocketkv.ops import LowBitKeys, PageBounds
@@ -33,13 +33,24 @@ def on_gpu(layer: LayerTensors) -> LayerTensors:
     return replace(layer, pages=pages, lowbit=lowbit, **tensors)
 
 
-class OnGpu:
-    """The Triton backend for storage on the CPU, which it copies to the GPU and back."""
+@pytest.fixture(params=[cuda, triton], ids=lambda backend: backend.NAME)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend of GPUs."""
+    found: Backend = request.param
+    if reason := found.decline(Spec("cuda", torch.float32, 64)):
+        pytest.skip(f"{found.NAME}: {reason}")
+    return found
 
-    @staticmethod
-    def bind(layer: LayerTensors) -> Step:
+
+class OnGpu:
+    """A backend for storage on the CPU, which it copies to the GPU and back."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def bind(self, layer: LayerTensors) -> Step:
         there = on_gpu(layer)
-        step = triton.bind(there)
+        step = self.backend.bind(there)
 
         def call(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chosen: torch.Tensor
@@ -59,23 +70,24 @@ class OnGpu:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.BOUNDS, Scoring.EXACT, Scoring.LOWBIT])
-def test_steps_are_the_references(scoring: str, dtype: torch.dtype) -> None:
+def test_steps_are_the_references(backend: Backend, scoring: str, dtype: torch.dtype) -> None:
+    here = OnGpu(backend)
     lengths = [[5000, 300], [61, 4095]]
     generator = torch.Generator().manual_seed(0)
     for group, head_dim in ((4, 128), (3, 64), (5, 80), (8, 96), (1, 256)):
         options = {"group": group, "head_dim": head_dim, "dtype": dtype, "recents": 3}
-        check_steps(OnGpu, make_layer(generator, scoring, lengths, **options), generator, steps=5)
+        check_steps(here, make_layer(generator, scoring, lengths, **options), generator, steps=5)
         if scoring != Scoring.EXACT and dtype != torch.float32:
-            check_steps(OnGpu, make_layer(generator, scoring, lengths, int8=True, **options), generator, steps=5)
+            check_steps(here, make_layer(generator, scoring, lengths, int8=True, **options), generator, steps=5)
 
 
 @pytest.mark.parametrize("scoring", [Scoring.DENSE, Scoring.PAGES, Scoring.LOWBIT])
-def test_a_step_is_captured_in_a_graph_and_replayed(scoring: str) -> None:
+def test_a_step_is_captured_in_a_graph_and_replayed(backend: Backend, scoring: str) -> None:
     generator = torch.Generator().manual_seed(0)
     layers = [on_gpu(make_layer(torch.Generator().manual_seed(1), scoring, [[3000, 127]])) for _ in range(2)]
     tokens = [torch.randn(1, heads, 1, 64, generator=generator).cuda() for heads in (6, 2, 2)]
-    triton.bind(on_gpu(make_layer(generator, scoring, [[3000, 127]])))(*tokens)  # this first step compiles
-    captured, plain = (triton.bind(layer) for layer in layers)
+    backend.bind(on_gpu(make_layer(generator, scoring, [[3000, 127]])))(*tokens)  # this first step compiles
+    captured, plain = (backend.bind(layer) for layer in layers)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output, _ = captured(*tokens)

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from rocketkv import ops
-from rocketkv.backends import cpp, triton
+from rocketkv.backends import cpp, cuda, triton
 from rocketkv.backends.base import Backend, LayerTensors, Scoring, Spec, Step
 from rocketkv.ops import NO_TERMS, LogitTerms, LowBitKeys, PageBounds
 
 # The fastest backend comes first; the reference in plain torch runs what no backend accepts.
-BACKENDS: tuple[Backend, ...] = (cpp, triton)
+BACKENDS: tuple[Backend, ...] = (cpp, cuda, triton)
 MAX_LINEAR_ROWS = 8  # with more rows, reading the weights no longer dominates and torch's own product is faster
 
 __all__ = [

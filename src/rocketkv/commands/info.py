@@ -54,7 +54,8 @@ def info(
     import rocketkv
     from rocketkv.backends import library
     from rocketkv.config import DEFAULT_SELECTION, RocketKVConfig
-    from rocketkv.hf.embedded import EMBEDDED, cache_folder, missing_wheels
+    from rocketkv.folders import cache_folder
+    from rocketkv.hf.embedded import EMBEDDED, missing_wheels
     from rocketkv.hf.versions import dependency
 
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the table says what the warning would

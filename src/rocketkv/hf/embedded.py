@@ -1,6 +1,5 @@
-"""The models that wheels carry: where their GGUF files lie, and a folder for the files that are made of them once."""
+"""The models that wheels carry: where their GGUF files lie, and how one file is made of a wheel's parts."""
 
-import os
 from dataclasses import dataclass
 from hashlib import file_digest
 from importlib.util import find_spec
@@ -8,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rocketkv.errors import InputError
+from rocketkv.folders import cache_folder
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,6 @@ EMBEDDED = {  # by the name that `--model` takes
         f"{_GEMMA}/data/SHA256SUMS",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Return, and make, the folder for files that can be made again: `rocketkv` in XDG_CACHE_HOME or in ~/.cache.
-
-    Raises:
-        InputError: the folder cannot be made.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rocketkv"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the cache folder {folder} cannot be made ({error}); set XDG_CACHE_HOME.") from None
-    return folder
 
 
 def missing_wheels(name: str) -> list[str]:

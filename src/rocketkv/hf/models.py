@@ -22,7 +22,8 @@ from transformers import (
 
 from rocketkv.backends import library
 from rocketkv.errors import InputError
-from rocketkv.hf.embedded import EMBEDDED, cache_folder, embedded_path
+from rocketkv.folders import cache_folder
+from rocketkv.hf.embedded import EMBEDDED, embedded_path
 from rocketkv.hf.weights import check_format, quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

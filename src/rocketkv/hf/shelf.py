@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rocketkv import tensor_file
 from rocketkv.errors import InputError, OutOfMemoryError
-from rocketkv.hf.embedded import cache_folder
+from rocketkv.folders import cache_folder
 from rocketkv.tensor_file import Rows
 
 SUFFIX = ".kv"

@@ -1,0 +1,87 @@
+"""Kernels on a GPU: compiled by NVRTC through cuda-core, kept on disk, started by the driver on torch's stream."""
+
+import ctypes
+from functools import cache
+
+import torch
+from cuda.bindings import driver, nvrtc
+from cuda.core import Kernel as CompiledKernel
+from cuda.core import ObjectCode, ProgramOptions
+from cuda.core import Program as Source
+from cuda.core.utils import FileStreamProgramCache
+
+from rocketkv.backends.cuda.arguments import Layer
+from rocketkv.backends.cuda.launch import Kernel, Program
+from rocketkv.folders import cache_folder
+
+
+def check_compiler() -> None:
+    """Raise RuntimeError if there is no NVRTC, or if it does not know a GPU of this machine."""
+    _, known = nvrtc.nvrtcGetSupportedArchs()
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor not in known:
+            raise RuntimeError(f"NVRTC does not know sm_{major}{minor}")
+
+
+def compile_for(program: Program, architecture: str, logs: object = None) -> bytes:
+    """Compile a kernel, or read from the cache folder what an earlier call compiled.
+
+    Args:
+        program: the kernel with its constants.
+        architecture: the device's architecture, such as `sm_90`.
+        logs: an object whose `write` takes the compiler's remarks, with registers and spills; it compiles anew.
+
+    Returns:
+        The machine code, a cubin.
+
+    Raises:
+        InputError: the cache folder cannot be made.
+    """
+    options = ProgramOptions(arch=architecture, std="c++17", ptxas_options=None if logs is None else ["-v"])
+    kept = None if logs is not None else FileStreamProgramCache(cache_folder() / "kernels")
+    return bytes(Source(program.source(), "c++", options).compile("cubin", logs=logs, cache=kept).code)
+
+
+@cache
+def gpu_of(device: torch.device) -> "Gpu":
+    """Return the GPU with this name, which loads each kernel once."""
+    return Gpu(device)
+
+
+class Gpu:
+    """A GPU as `Device` describes it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.num_cores: int = properties.multi_processor_count
+        self._architecture = f"sm_{properties.major}{properties.minor}"
+        self._kernels: dict[Program, Kernel] = {}
+
+    def load(self, program: Program) -> Kernel:
+        """See `Device`."""
+        if program not in self._kernels:
+            code = ObjectCode.from_cubin(compile_for(program, self._architecture))
+            self._kernels[program] = GpuKernel(code.get_kernel(program.kernel), self._device)
+        return self._kernels[program]
+
+
+class GpuKernel:
+    """A kernel on a GPU as `Kernel` describes it."""
+
+    def __init__(self, compiled: CompiledKernel, device: torch.device) -> None:
+        self._compiled = compiled  # keeps the code alive
+        self._device = device
+        self._function = driver.CUfunction(int(compiled.handle))
+
+    def __call__(self, layer: Layer, grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
+        """See `Kernel`."""
+        parameters = ctypes.c_void_p(ctypes.addressof(layer))
+        with torch.cuda.device(self._device):  # the default stream is that of the current device
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            (error,) = driver.cuLaunchKernel(
+                self._function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0
+            )
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the driver does not start a kernel with grid {grid}: {error.name}")

@@ -1,0 +1,78 @@
+"""Kernels, what they are compiled with, and what a launch needs of a device. The tests have a device that is a CPU."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from rocketkv.backends.cuda.arguments import Layer
+
+SOURCES = Path(__file__).parent / "kernels"
+
+
+class Program(NamedTuple):
+    """A kernel with its constants.
+
+    Attributes:
+        kernel: the name of the kernel and, with the suffix `.cu`, of its file.
+        constants: the macros that the kernel is compiled with, each as name and value.
+    """
+
+    kernel: str
+    constants: tuple[tuple[str, str | int], ...]
+
+    def source(self) -> str:
+        """Return the whole source: the constants, and the file with all that it includes, each once."""
+        included: set[str] = set()
+
+        def text_of(name: str) -> str:
+            if name in included:
+                return ""
+            included.add(name)
+            text = (SOURCES / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+            return re.sub(r'#include "(.+)"\n', lambda match: text_of(match[1]), text)
+
+        constants = "".join(f"#define {name} {value}\n" for name, value in self.constants)
+        return constants + text_of(f"{self.kernel}.cu")
+
+
+class Kernel(Protocol):
+    """A compiled kernel."""
+
+    def __call__(self, layer: Layer, grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
+        """Start the kernel on the current stream.
+
+        Args:
+            layer: the argument, of which the launch takes a copy.
+            grid: the number of blocks along x, y and z.
+            threads: the threads of a block, whole warps.
+            shared_bytes: the bytes of `dynamic_shared` of a block, 48 KiB less the kernel's own at most.
+        """
+        ...
+
+
+class Device(Protocol):
+    """What runs kernels.
+
+    Attributes:
+        num_cores: the number of multiprocessors.
+    """
+
+    num_cores: int
+
+    def load(self, program: Program) -> Kernel:
+        """Compile a kernel, unless that was done before."""
+        ...
+
+
+class Launch(NamedTuple):
+    """A kernel with its grid, its threads and its memory, which stay the same from token to token."""
+
+    program: Program
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int = 0
+
+    def __call__(self, layer: Layer) -> None:
+        """Start the kernel for a token."""
+        self.kernel(layer, self.grid, self.threads, self.shared_bytes)

@@ -1,0 +1,106 @@
+"""A device for the CUDA kernels that is a CPU: g++ compiles their source behind emulator.h, and fibers are the threads.
+
+The libraries stay in build/emulator, by what they were compiled from.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+from rocketkv.backends.base import LayerTensors
+from rocketkv.backends.cuda.arguments import Layer
+from rocketkv.backends.cuda.launch import Kernel, Program
+from rocketkv.backends.cuda.step import CudaStep
+
+if shutil.which("g++") is None:
+    pytest.skip("there is no g++ to compile the kernels for the CPU", allow_module_level=True)
+
+HERE = Path(__file__).parent
+CACHE = HERE.parents[2] / "build" / "emulator"
+SHARED_BYTES = 48 * 1024  # of a block on any GPU, without asking for more
+# -O0 compiles fast, and these rows are short. A GPU's own rounding of products that are added is not emulated.
+OPTIONS = ("-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE}", "-xc++", "-")
+CALL = """
+extern char __start_shared_memory, __stop_shared_memory;
+extern "C" void call(const void* argument) { KERNEL(*static_cast<const ARGUMENT*>(argument)); }
+extern "C" void* memory(bool is_end) { return is_end ? &__stop_shared_memory : &__start_shared_memory; }
+extern "C" int argument_bytes() { return sizeof(ARGUMENT); }
+"""
+
+
+class Emulator:
+    """A device of few cores, so that short rows have several pieces; its threads run in an order drawn by `seed`."""
+
+    num_cores = 4
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def load(self, program: Program) -> Kernel:
+        """Compile a kernel for the CPU, unless an earlier run did."""
+        return self.kernel(program.source(), program.kernel, "Layer", Layer)
+
+    def kernel(self, source: str, name: str, argument: str, structure: type[ctypes.Structure]) -> Kernel:
+        """Compile the kernel `name`, whose argument is the struct `argument`, in Python `structure`."""
+        call = CALL.replace("KERNEL", name).replace("ARGUMENT", argument)
+        library = compiled(f'#include "emulator.h"\n{source}{call}')
+        assert library.argument_bytes() == ctypes.sizeof(structure)
+        library.memory.restype = ctypes.c_void_p
+        start, end = library.memory(False), library.memory(True)
+
+        def run(layer: ctypes.Structure, grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
+            assert end - start + shared_bytes <= SHARED_BYTES
+            self.seed += 1
+            address = ctypes.c_void_p
+            sizes = ((ctypes.c_uint * 3)(*grid), threads, address(start), address(end), shared_bytes, self.seed)
+            fibers().launch(library.call, ctypes.byref(layer), *sizes)
+
+        return run
+
+
+class Emulated:
+    """The CUDA backend on that device, as far as `check_steps` needs a backend."""
+
+    @staticmethod
+    def bind(layer: LayerTensors, seed: int = 0) -> CudaStep:
+        """Return a step whose scratch memory is no number."""
+        step = CudaStep(layer, Emulator(seed))
+        for name, memory in step.scratch.items():
+            if memory is not None and name != "pieces_done":
+                memory.view(torch.uint8).fill_(255)
+        return step
+
+
+@cache
+def fibers() -> ctypes.CDLL:
+    """Return the library of emulator.cpp, whose names the kernels find."""
+    return ctypes.CDLL(built((HERE / "emulator.cpp").read_text()), mode=ctypes.RTLD_GLOBAL)
+
+
+@cache
+def compiled(source: str) -> ctypes.CDLL:
+    """Return a library compiled from this source."""
+    fibers()
+    return ctypes.CDLL(built(source))
+
+
+def built(source: str) -> str:
+    """Return the file compiled from this source, by this run or an earlier one."""
+    digest = sha256("\0".join((source, (HERE / "emulator.h").read_text(), *OPTIONS)).encode()).hexdigest()
+    path = CACHE / f"{digest[:24]}.so"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=CACHE) as folder:
+            new = f"{folder}/new.so"
+            done = subprocess.run(["g++", *OPTIONS, "-o", new], input=source, text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr
+            os.replace(new, path)
+    return str(path)

@@ -1,0 +1,97 @@
+"""The CUDA kernels compile for every architecture without a GPU, and need no more of a block than any GPU has."""
+
+import re
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from backends.cuda.emulator import SHARED_BYTES
+from layers import SCORINGS, make_layer
+from rocketkv.backends import Scoring, Spec, cuda
+from rocketkv.backends.cuda.launch import Kernel, Launch, Program
+from rocketkv.backends.cuda.step import CudaStep
+
+gpu = pytest.importorskip("rocketkv.backends.cuda.gpu", reason="`make setup` installs what compiles CUDA")
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+MOST_LOCAL = 64  # bytes of a thread that may lie in memory for want of registers
+REGISTERS = 65536  # of a multiprocessor, which one block at least must fit
+
+
+class Nowhere:
+    """A device of many cores that runs nothing."""
+
+    num_cores = 132
+
+    def load(self, program: Program) -> Kernel:
+        return lambda *launch: None
+
+
+def launches(
+    scoring: Scoring, dtype: torch.dtype = torch.bfloat16, group: int = 4, head_dim: int = 128, int8: bool = False
+) -> list[Launch]:
+    generator = torch.Generator().manual_seed(0)
+    layer = make_layer(generator, scoring, [[8]], group=group, head_dim=head_dim, dtype=dtype, int8=int8)
+    return CudaStep(layer, Nowhere()).launches
+
+
+VARIANTS = {  # every architecture has the default; the oldest and the newest have the widest; one has all the rest
+    **{arch: launches(Scoring.LOWBIT) for arch in ARCHITECTURES},
+    "sm_80 wide": launches(Scoring.LOWBIT, torch.float32, 8, 256),
+    "sm_120 wide": launches(Scoring.BOUNDS, torch.float32, 8, 256),
+    "sm_90 int8": launches(Scoring.LOWBIT, torch.float16, 8, 128, int8=True),
+    **{f"sm_90 {scoring}": launches(scoring)[: 1 if scoring == Scoring.DENSE else 2] for scoring in SCORINGS[:-1]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_compile_fit_and_hardly_spill(variant: str) -> None:
+    for launch in VARIANTS[variant]:
+        log = StringIO()
+        code = gpu.compile_for(launch.program, variant.split()[0], log)
+        assert code.startswith(b"\x7fELF")
+        remarks = log.getvalue()
+        assert "warning" not in remarks
+        registers, local, shared = (
+            sum(map(int, re.findall(rf"(\d+) {what}", remarks)))
+            for what in ("registers", "bytes stack frame", "bytes smem")
+        )
+        assert 0 < registers * launch.threads <= REGISTERS
+        assert local <= MOST_LOCAL
+        assert shared + launch.shared_bytes <= SHARED_BYTES
+
+
+def test_what_was_compiled_is_kept_by_source_options_and_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (program, *_), *_ = launches(Scoring.DENSE)
+    first = gpu.compile_for(program, "sm_90")
+    (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept.read_bytes() == first
+    kept.write_bytes(b"kept")
+    assert gpu.compile_for(program, "sm_90") == b"kept"
+    assert gpu.compile_for(program, "sm_80") != b"kept"
+    assert gpu.compile_for(program._replace(constants=(*program.constants, ("OTHER", 1))), "sm_90") == first
+
+
+def test_it_declines_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(name)
+
+    assert cuda.decline(Spec("cpu", torch.float32, 64)) == "it runs on cuda, not on cpu"
+    assert cuda.decline(Spec("cuda", torch.float32, 64, "int8")) is None
+    assert "head_dim=257" in str(cuda.decline(Spec("cuda", torch.float32, 257)))
+    cuda._load.cache_clear()
+    monkeypatch.setattr(cuda, "import_module", fail)
+    assert "install rocketkv[cuda]" in str(cuda.decline(Spec("cuda", torch.float32, 64)))
+    cuda._load.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "compute capability 7.5" in str(cuda.decline(Spec("cuda", torch.float32, 64)))
+    cuda._load.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "for AMD's" in str(cuda.decline(Spec("cuda", torch.float32, 64)))
+    cuda._load.cache_clear()
