@@ -43,14 +43,38 @@ def test_window_scores_in_blocks_and_of_ragged_rows(
         assert not scores[row, head, count:].any()
 
 
-def test_top_mask_takes_the_best_of_the_candidates() -> None:
+def best_by_loops(scores: list[float], end: int, count: int) -> list[int]:
+    """Return the positions of the `count` best of the first `end` scores, ascending; of equal scores the later wins."""
+    ordered = sorted(range(end), key=lambda position: (scores[position], position), reverse=True)
+    return sorted(ordered[:count])
+
+
+def test_top_mask_takes_the_best_of_the_candidates_and_the_later_of_equals() -> None:
     scores = torch.tensor([[[5.0, 1, 4, 9, 3], [1.0, 1, 1, 1, 1]]])
     mask = ops.topk_mask(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([2]))
-    assert mask[0, 0].tolist() == [True, False, True, False, False]
-    assert mask[0, 1].sum() == 2
-    assert ops.topk_mask(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([9])).sum(2).tolist() == [
-        [3, 5]
-    ]
+    assert mask.tolist() == [[[True, False, True, False, False], [False, False, False, True, True]]]
+    for wanted, marked in ((0, [0, 0]), (9, [3, 5])):
+        mask = ops.topk_mask(scores, candidates=torch.tensor([[3, 5]]), num_tokens=torch.tensor([wanted]))
+        assert mask.sum(2).tolist() == [marked]
+
+
+def test_top_mask_of_plateaus_is_the_same_alone_and_in_a_ragged_batch(seeded: torch.Generator) -> None:
+    levels = torch.randint(0, 6, (3, 2, 90), generator=seeded) * torch.tensor([1e-30, 0.125, 0.0])[:, None, None]
+    scores = torch.nn.functional.max_pool1d(levels, 7, stride=1, padding=3)
+    candidates = torch.tensor([[90, 31], [0, 64], [17, 89]])
+    num_tokens = torch.tensor([30, 25, 12])
+    scores = scores.masked_fill(torch.arange(90) >= candidates[..., None], torch.nan)  # what lies beyond is never read
+    together = ops.topk_mask(scores, candidates=candidates, num_tokens=num_tokens)
+    for row, head in np.ndindex(3, 2):
+        end, count = int(candidates[row, head]), int(num_tokens[row])
+        alone = ops.topk_mask(
+            scores[row : row + 1, head : head + 1, : max(1, end)],
+            candidates=candidates[row : row + 1, head : head + 1],
+            num_tokens=num_tokens[row : row + 1],
+        )
+        expected = best_by_loops(scores[row, head].tolist(), end, count)
+        assert together[row, head].nonzero().flatten().tolist() == expected
+        assert alone[0, 0].nonzero().flatten().tolist() == expected
 
 
 def test_best_tokens_pin_and_break_ties_by_position() -> None:

@@ -64,25 +64,29 @@ def score_window(
 
 
 def topk_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tensor:
-    """Mark the best of each row's first tokens; of equal scores those that `torch.topk` takes.
+    """Mark the best of each row's first tokens; of equal scores the later token wins.
 
-    Max-pooling gives neighbours equal scores, so ties are common. `torch.topk` breaks them as in the published results;
-    it runs row by row, so that a row in a batch gets the same tokens as alone.
+    Max-pooling gives neighbours equal scores, so ties are common. The rule gives a row the same tokens on every device,
+    alone and in a batch. On a GPU the host does not wait for the device.
 
     Args:
-        scores: `[B, Hkv, S]` float.
+        scores: `[B, Hkv, S]` float32, >= 0, no NaN within the candidates.
         candidates: `[B, Hkv]` int64, how many tokens, the first ones, can be marked.
         num_tokens: `[B]` int64, how many tokens to mark; where a row has fewer candidates, all of them are marked.
 
     Returns:
         `[B, Hkv, S]` bool.
     """
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for row, (ends, count) in enumerate(zip(candidates.tolist(), num_tokens.tolist(), strict=True)):
-        for head, end in enumerate(ends):
-            best = scores[row, head, :end].topk(min(count, end), sorted=False).indices
-            mask[row, head, best] = True
-    return mask
+    slots = torch.arange(scores.shape[2], device=scores.device)
+    counts = num_tokens[:, None].minimum(candidates)[..., None]
+    order = (scores.view(torch.int32).long() << 32) + slots  # as the scores, then by position: no two are equal
+    order.masked_fill_(slots >= candidates[..., None], -1)
+    if order.device.type == "cpu":
+        best = order.topk(max(1, int(counts.max()))).values
+    else:  # the host would have to wait for the largest count
+        best = order.sort(descending=True).values
+    cut = best.gather(2, (counts - 1).clamp(min=0))
+    return (order >= cut) & (counts > 0)
 
 
 def score_tokens(logits: Tensor, lengths: Tensor, terms: LogitTerms = NO_TERMS) -> Tensor:
