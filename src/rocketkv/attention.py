@@ -136,10 +136,7 @@ class LayerCache(LayerState):
             plan = self.plan = self._decoder.prepare(working, plan)
             self._decoder.bind(working, plan, kind, query.shape[1], factor, checked, terms.sink_logits)
         output, self._read_bytes, self.last_attended = self._decoder(query, key, value, trace=self.trace)
-        plan.steps_left -= 1
-        self.num_seen += 1
-        self.num_decoded += 1
-        self.just_prefilled = False
+        self._count_decoded(plan)
         return output
 
     @exclusive

@@ -203,12 +203,13 @@ class WorkingSet:
         self.num_pending += 1
 
     def reserve(self) -> None:
-        """Make room for at least one more token in every row."""
-        for part in (self.tokens, self.source):
-            if part is not None:
-                part.reserve(1)
-        if self.index is not None:
-            self.index.reserve(self.max_length + 1)
+        """Make room for at least one more token in every row; on a GPU all buffers grow together, and seldom."""
+        if self.room == 0:
+            num_new = 1 if self.like.device.type == "cpu" else self.tokens.growth
+            for part in filter(None, (self.tokens, self.source)):
+                part.reserve(num_new)
+            if self.index is not None:
+                self.index.reserve(self.max_length + num_new)
 
     def count_appended(self) -> None:
         """Advance the host-side lengths by one after a backend has appended a token to the buffers itself."""

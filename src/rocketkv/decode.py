@@ -102,6 +102,17 @@ class Decoder:
         """Return whether the bound step can run again for arguments of this kind."""
         return kind == self._kind and self._steps_left > 0
 
+    @property
+    def bound_step(self) -> Step | None:
+        """A backend's step that can run again; None if there is none, or if the reference is bound."""
+        return self._step if self._steps_left > 0 and self.backend != "reference" else None
+
+    def count_step(self) -> None:
+        """Count a run of the bound step that took place without a call of this object."""
+        assert self._working is not None
+        self._working.count_appended()
+        self._steps_left -= 1
+
     def prepare(self, working: WorkingSet, plan: SelectionPlan) -> SelectionPlan:
         """Prepare the next token: return its plan, make room, and build the index once there is anything to select.
 

@@ -8,6 +8,7 @@ from rocketkv.formats import Fields
 from rocketkv.ops import take_tokens
 
 GROWTH = 32  # the least spare capacity, in tokens, so that decode does not reallocate at every token
+GROWTH_ON_GPU = 256  # as above; a captured decode step must be captured anew whenever an array has grown
 EXPECTED = 1024  # `keep` makes room for at most as many tokens to come as it keeps, and this many more
 
 
@@ -48,10 +49,15 @@ class RaggedTokens:
         """Return the same tokens in an object that can grow without a change to this one; both share the arrays."""
         return RaggedTokens(self.fields, self.lengths, self.max_length, self.is_ragged)
 
+    @property
+    def growth(self) -> int:
+        """The least spare capacity, in tokens, that new arrays get."""
+        return GROWTH if self.lengths.device.type == "cpu" else GROWTH_ON_GPU
+
     def reserve(self, num_new: int) -> None:
         """Make room for `num_new` more tokens in every row."""
         if self.room < num_new:
-            self._reallocate(self.max_length + num_new + max(GROWTH, self.max_length // 8))
+            self._reallocate(self.max_length + num_new + max(self.growth, self.max_length // 8))
 
     def views(self) -> Fields:
         """Return the arrays without their spare capacity, each `[B, Hkv, max_length, ...]`."""
@@ -98,7 +104,7 @@ class RaggedTokens:
             views = {name: take_tokens(x, slots) for name, x in self.fields.items()}
         kept = RaggedTokens.empty_like(views)
         num_kept = next(iter(views.values())).shape[2]
-        kept._reallocate(num_kept + max(GROWTH, min(num_new, num_kept + EXPECTED)))
+        kept._reallocate(num_kept + max(kept.growth, min(num_new, num_kept + EXPECTED)))
         kept.append(views)
         kept.set_lengths(lengths)
         return kept

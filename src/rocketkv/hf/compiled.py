@@ -4,6 +4,7 @@ The way of a call: a compiled model looks at the arguments. One new token per ro
 compiled graph, everything else to the model as it was. In the graph the model sees a cache of stand-in layers and a
 stand-in pass, whose attention is one opaque operation, `rocketkv::attend_layer`; that operation looks up the live pass
 by a handle. The graph knows nothing of the cache, which may grow or give way to another without a new compilation.
+On a GPU, `graph.py` captures the compiled step as a whole.
 """
 
 import operator
@@ -24,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rocketkv import backends
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.graph import StepGraphs
 from rocketkv.hf.hooks import after_forward, before_forward
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.passes import Pass
@@ -115,6 +117,7 @@ class _FastCall:
         self.windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
         self.model = model
         self.step: Callable[..., Tensor] | None = torch.compile(self._step, fullgraph=True, backend=_compile_graph)
+        self.graphs = StepGraphs(model, self._run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the step in the graph if it fits there, and call the model as it was if not."""
@@ -126,9 +129,8 @@ class _FastCall:
             positions = torch.full_like(input_ids, cache.get_seq_length())
         _, announced = before_forward(decoder, (), kwargs)
         current = announced["rocketkv_pass"]
-        _live[id(current)] = current
         try:
-            logits = self.step(_canonical(input_ids), _canonical(positions), torch.tensor(id(current)))
+            logits = self.graphs(_canonical(input_ids), _canonical(positions), current, cache)
         except _COMPILE_ERRORS as error:  # nothing was computed
             warnings.warn(
                 f"{type(self.model).__name__} cannot be compiled and goes on uncompiled, only slower "
@@ -168,6 +170,12 @@ class _FastCall:
             and has_own_hook_only(model)  # of which a step has no need
         )
 
+    def _run(self, input_ids: Tensor, position_ids: Tensor, current: Pass) -> Tensor:
+        """Take an announced step in the compiled graph; see `ModelStep`."""
+        assert self.step is not None
+        _live[id(current)] = current
+        return self.step(input_ids, position_ids, torch.tensor(id(current)))
+
     def _step(self, input_ids: Tensor, position_ids: Tensor, handle: Tensor) -> Tensor:
         """Compute the logits `[B, 1, V]` of one new token per row, `[B, 1]` int64. This method is compiled."""
         layers = [_StandIn(window) for window in self.windows]
@@ -189,6 +197,10 @@ def compile(model: PreTrainedModel, *, weight_dtype: str | None = None) -> PreTr
     work in torch's cache on disk. A cache that grows, or another cache, compiles nothing anew; a second and a third
     batch size do, further ones do not. Models with sliding-window layers are left uncompiled. A hook that is put on a
     layer after the first decoded token is not called in decode steps.
+
+    On a GPU each cache gets a CUDA graph of the whole step. The graph is captured anew when the buffers grow, by 256
+    tokens or more, when the plan changes, and when the weights lie elsewhere; a layer that takes another's place after
+    the first decoded token is not seen. Beam search reorders the rows after each step and runs without a graph.
 
     Args:
         model: a decoder of transformers; a model that is not enabled is enabled first.
