@@ -20,11 +20,11 @@ WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}  # operation
 plain_step = CppStep.__call__
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its classes untyped
     """A `Recording` (`rocketkv.hf.graph`) whose `replay` repeats the operations one by one."""
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parts: list[Callable[[], None]] = []
         CppStep.__call__ = lambda *token: self.record_step(*token)  # type: ignore[method-assign]
         try:
@@ -40,11 +40,11 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func is torch.ops.rocketkv.attend.default:
-            query, key, value, handle, layer, scale = args
-            current = compiled._live[int(handle)]
+        if func is torch.ops.rocketkv.attend_layer.default:  # Python that a GPU does not see
+            query, key, value, handle, *others = args
+            number = int(handle)
             with self:
-                return current.attend(layer, query, key, value, scale).contiguous()
+                return compiled._attend(query, key, value, number, *others)  # type: ignore[arg-type]
         if name in WAITING:
             raise RuntimeError(f"{name} waits for the device")
         result = func(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rocketkv.attention import LayerCache
 from rocketkv.backends import Step
-from rocketkv.checks import exclusive
+from rocketkv.exclusive import exclusive
 
 
 class Counts(NamedTuple):

@@ -1,9 +1,12 @@
 """Which versions of transformers and torch this package was tested with, and what differs between them.
 
-The ranges stand in one place, the dependencies in `pyproject.toml`; this file reads them from the installed metadata.
+The ranges stand in one place, the dependencies in `pyproject.toml`; this file reads them from the installed metadata,
+or from that file itself where the package runs from its source tree.
 """
 
-from importlib.metadata import requires, version
+import tomllib
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
@@ -44,10 +47,20 @@ def dependency(name: str) -> Dependency:
     Returns:
         The version at hand, the tested versions, and whether the former is one of the latter.
     """
-    required = (Requirement(line) for line in requires("rocketkv") or ())
+    required = (Requirement(line) for line in _requirements())
     specifier = next(r.specifier for r in required if r.name == name and r.marker is None)
     installed = version(name)
     # A build such as 2.13.0+cpu, or a release candidate, counts as its release.
     is_tested = specifier.contains(Version(installed).base_version)
     order = sorted(specifier, key=lambda part: part.operator != ">=")
     return Dependency(name, installed, ",".join(str(part) for part in order), is_tested)
+
+
+def _requirements() -> list[str]:
+    """Return this package's requirements, one line each."""
+    try:
+        return requires("rocketkv") or []
+    except PackageNotFoundError:  # nothing is installed
+        project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        lines: list[str] = project["dependencies"]
+        return lines
