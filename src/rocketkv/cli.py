@@ -51,7 +51,7 @@ app.add_typer(store_app, name="store")
 for _group, _commands in (
     (app, (generate, chat, prefill, budget, recommend, models, info)),
     (eval_app, (evaluate.run, evaluate.report)),
-    (bench_app, (bench.attention, bench.decode, bench.prefill, reuse.reuse, memory.memory)),
+    (bench_app, (bench.attention, bench.decode, bench.prefill, bench.capacity, reuse.reuse, memory.memory)),
     (store_app, (store.size, store.clear)),
 ):
     for _command in _commands:

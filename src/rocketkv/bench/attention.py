@@ -1,27 +1,26 @@
 """Times one decode step of one layer's attention: ours, sparse and dense, beside torch's and transformers'.
 
 Kernels are timed as decoding meets them: after a matrix product of torch, with its threads and its traffic, and on a
-layer that was last read so many bytes ago that no processor cache still has it.
+layer that was last read so many bytes ago that no processor cache still has it. On a GPU a graph takes one step in each
+layer, so that the host's time does not count.
 """
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
 from transformers import DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rocketkv.attention import LayerCache
+from rocketkv.bench import paths as ways
 from rocketkv.bench.device import MemoryRead, available_bytes, check_memory
 from rocketkv.bench.geometries import Geometry
+from rocketkv.bench.graphs import Replayed
+from rocketkv.bench.paths import Path
 from rocketkv.bench.tensors import dense_config, held_bytes, loaded_cache, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.config import DEFAULT_SELECTION
@@ -30,34 +29,6 @@ SPARSE_BYTES = 8 * 2**30  # the most bytes of all layers of all sparse paths tog
 MOST_LAYERS = 1024
 _WALK = 8  # the most layers that count in a turn
 _QUERIES = 16  # queries that are drawn in advance and used in turn
-
-
-@dataclass
-class Path:
-    """One way to attend.
-
-    Attributes:
-        name: the row's name.
-        token_budget: the budget in tokens; None for a path without one.
-        num_layers: the number of layers that the path goes through in turn, each with its own memory.
-        attend: a function that appends one token to a layer and attends.
-        read_bytes: a function that returns the bytes that a step must read.
-    """
-
-    name: str
-    token_budget: int | None
-    num_layers: int
-    attend: Callable[[int, Tensor, Tensor, Tensor], object]
-    read_bytes: Callable[[], int]
-
-
-class _Module(nn.Module):
-    """The attributes of a layer that transformers' attention function reads."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__()
-        self.num_key_value_groups = geometry.num_heads // geometry.num_kv_heads
-        self.is_causal = True
 
 
 def measure_attention(
@@ -73,8 +44,9 @@ def measure_attention(
     """Measure one point, where a path reads `cold_bytes` before it comes back to the same layer.
 
     Returns:
-        Rows `sparse` (one per budget; `sparse:NAME` of another of the `selections` than the default), `dense`,
-        `sdpa_grouped`, `transformers_default` and, on a GPU that has the package, `flash_attn`; `bytes` are those that
+        Rows `sparse` (one per budget; `sparse:NAME` of another of the `selections` than the default) and `dense`; on a
+        CPU `sdpa_grouped` and `transformers_default`; on a GPU, where all are replays of graphs, `sdpa_gqa`,
+        `transformers_static` and, of packages that are installed, `flash_attn` and `flashinfer`. `bytes` are those that
         a step must read. And the bandwidth of the memory in the same rounds, of its median read, in bytes per second.
 
     Raises:
@@ -124,19 +96,27 @@ def _build(
     paths = []
     for name, config, num_layers in sparse:
         caches = [loaded_cache(config, keys, values, seq_len) for _ in range(num_layers)]
-        paths.append(_ours(name, config.token_budget, caches))
+        paths.append(ways.ours(name, config.token_budget, caches))
     dense = [loaded_cache(dense_config(max(point.token_budgets)), keys, values, seq_len) for _ in range(num_dense)]
+    paths.append(ways.ours("dense", None, dense))
+    if device != "cpu":
+        paths += [ways.sdpa_gqa(dense), ways.transformers_static(keys, values, dense, geometry)]
+        if dtype != torch.float32 and find_spec("flash_attn") is not None:
+            paths.append(ways.flash_attn(dense))
+        if dtype != torch.float32 and find_spec("flashinfer") is not None:
+            paths.append(ways.flashinfer(dense, geometry.num_heads))
+        return paths
     plain = DynamicCache()
     for layer in range(num_dense):
         plain.update(keys, values, layer)
-    paths += [_ours("dense", None, dense), _sdpa_grouped(dense), _transformers_default(plain, dense, geometry)]
-    if device != "cpu" and dtype != torch.float32 and find_spec("flash_attn") is not None:
-        paths.append(_flash_attn(dense))
-    return paths
+    return [*paths, ways.sdpa_grouped(dense), ways.transformers_default(plain, dense, geometry)]
 
 
 def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype, device: str) -> dict[int, Call]:
-    """Return one call per path: it does a matrix product and then the attention, whose time alone counts."""
+    """Return one call per path: on a CPU a matrix product and then the attention, whose time alone counts.
+
+    On a GPU the call replays a graph of one step in every layer.
+    """
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     hidden = torch.randn(batch, geometry.hidden_size, **options)
     weight = torch.randn(geometry.hidden_size, geometry.hidden_size, **options)
@@ -164,56 +144,13 @@ def _calls(paths: list[Path], geometry: Geometry, batch: int, dtype: torch.dtype
             step(layer)
         return walk
 
-    return {i: make(path) for i, path in enumerate(paths)}
+    def replay(path: Path) -> Call:
+        def work() -> Tensor:
+            for layer in range(path.num_layers):
+                output = path.attend(layer, queries[layer % _QUERIES], keys[layer % _QUERIES], keys[layer % _QUERIES])
+            return output
 
+        replayed = Replayed(work, path.caches, device)
+        return lambda: replayed() / path.num_layers
 
-def _ours(name: str, token_budget: int | None, caches: list[LayerCache]) -> Path:
-    return Path(
-        name,
-        token_budget,
-        len(caches),
-        lambda layer, query, key, value: caches[layer].decode(query, key, value),
-        lambda: caches[0].read_bytes,
-    )
-
-
-def _sdpa_grouped(caches: list[LayerCache]) -> Path:
-    """Return the path of torch's attention over our dense buffers, with a KV head's query heads as queries."""
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = _tokens_far_from(caches, layer)
-        grouped = query.reshape(*key.shape[:2], -1, key.shape[3])
-        return scaled_dot_product_attention(grouped, keys, values).reshape(query.shape)
-
-    return Path("sdpa_grouped", None, len(caches), attend, lambda: caches[0].read_bytes)
-
-
-def _flash_attn(caches: list[LayerCache]) -> Path:
-    """Return the path of the flash-attn package over the same buffers; it appends nothing."""
-    flash = import_module("flash_attn").flash_attn_with_kvcache
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> object:
-        keys, values = _tokens_far_from(caches, layer)
-        return flash(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-
-    return Path("flash_attn", None, len(caches), attend, lambda: caches[0].read_bytes)
-
-
-def _tokens_far_from(caches: list[LayerCache], layer: int) -> tuple[Tensor, Tensor]:
-    """Return keys and values of the layer that is farthest from `layer`, to which `dense` attends."""
-    working = caches[(layer + len(caches) // 2) % len(caches)].working
-    assert working is not None
-    return working.keys_and_values()
-
-
-def _transformers_default(cache: DynamicCache, dense: list[LayerCache], geometry: Geometry) -> Path:
-    """Return the path of a model of transformers by default: its cache, then its attention function."""
-    module = _Module(geometry).eval()
-    scale = geometry.head_dim**-0.5
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = cache.update(key, value, layer)
-        output: Tensor = sdpa_attention_forward(module, query, keys, values, None, scaling=scale)[0]
-        return output
-
-    return Path("transformers_default", None, len(dense), attend, lambda: dense[0].read_bytes)
+    return {i: (make if device == "cpu" else replay)(path) for i, path in enumerate(paths)}

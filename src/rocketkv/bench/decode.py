@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 import rocketkv
 from rocketkv.attention import LayerCache
 from rocketkv.bench.device import available_bytes, check_memory, measure_bandwidth
-from rocketkv.bench.model import Sizes, decode_step, full_cache, our_cache, sizes_of
+from rocketkv.bench.graphs import Replayed
+from rocketkv.bench.model import Sizes, decode_step, full_cache, our_cache, sizes_of, static_cache
 from rocketkv.bench.tensors import dense_config, held_bytes, kept_tokens, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.hf import RocketKVCache, cache_stats
+from rocketkv.hf.graph import RECORDERS
 from rocketkv.hf.switch import disable, enable
 from rocketkv.ops import NO_TERMS, LogitTerms
+from rocketkv.stats import LayerStats
 
 Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # `disable` undoes it
 
@@ -82,8 +85,8 @@ def measure_decode(
     """Measure one point on these `paths` of `PATHS`.
 
     Returns:
-        Rows `rocketkv`, `dense`, `full`, `rest` and `sparse_attention` per path; `bytes` are those that a step must
-        read, weights included. How the steps compare with the best that the attention allows. And the
+        Rows `rocketkv`, `dense`, `full`, on a GPU `static`, `rest` and `sparse_attention` per path; `bytes` are those
+        that a step must read, weights included. How the steps compare with the best that the attention allows. And the
         bandwidth of the memory meanwhile, in bytes per second.
 
     Raises:
@@ -137,12 +140,15 @@ def _contenders(setting: Setting) -> list[Contender]:
         return cache
 
     full_bytes = (sizes.num_layers + 1) * seq_len * token_bytes
-    return [
+    contenders = [
         Contender("rest", None, 0, rest),
         *(ours("rocketkv", token_budget) for token_budget in token_budgets),
         ours("dense", None),
         Contender("full", None, full_bytes, lambda: full_cache(model, *tokens(seq_len))),
     ]
+    if device in RECORDERS:
+        contenders.append(Contender("static", None, full_bytes, lambda: static_cache(model, *tokens(seq_len))))
+    return contenders
 
 
 def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: OnRound | None) -> list[Row]:
@@ -150,13 +156,13 @@ def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: 
     caches = [contender.build() for contender in contenders]
     calls: dict[tuple[int, str], Call] = {}
     for i, (contender, cache) in enumerate(zip(contenders, caches, strict=True)):
-        calls[i, contender.name] = _step(setting, cache)
+        calls[i, contender.name] = _step(setting, contender.name, cache)
         if contender.name == "rocketkv":
             calls[i, "sparse_attention"] = _attention(setting, cache)
     times = run_rounds(calls, setting.point.pace, on_round)
     rows = []
     for (i, name), times_ms in times.items():
-        stats = cache_stats(caches[i]).total
+        stats = _stats(caches[i])
         kv_read_bytes = 0 if name == "rest" else stats.read_bytes
         num_bytes = kv_read_bytes + (0 if name == "sparse_attention" else setting.sizes.weight_bytes)
         row = Row(name, times_ms, num_bytes, setting.point.seq_len, contenders[i].token_budget, setting.point.batch)
@@ -167,29 +173,56 @@ def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: 
     return rows
 
 
-def _step(setting: Setting, cache: Any) -> Call:
-    """Return a call that times one step of the whole model."""
-    input_ids = torch.ones(setting.point.batch, 1, dtype=torch.int64, device=setting.device)
-    return lambda: timed(lambda: decode_step(setting.model, cache, input_ids), setting.device)
+def _stats(cache: Any) -> LayerStats:
+    """Return what a cache of any kind stores and reads."""
+    if not isinstance(cache, StaticCache):
+        return cache_stats(cache).total
+    num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return LayerStats(kv_bytes=num_bytes, read_bytes=num_bytes)
+
+
+def _step(setting: Setting, name: str, cache: Any) -> Call:
+    """Return a call that times one step of the whole model.
+
+    On a GPU every step but `full` comes from a graph: those of our caches through a compiled model's own, `static` and
+    `rest`, whose host counts nothing, through one of this benchmark.
+    """
+    model, device = setting.model, setting.device
+    input_ids = torch.ones(setting.point.batch, 1, dtype=torch.int64, device=device)
+    positions = torch.full_like(input_ids, setting.point.seq_len)
+    if device in RECORDERS and name in ("static", "rest"):
+        return Replayed(lambda: decode_step(model, cache, input_ids, position_ids=positions), [], device)
+    if device in RECORDERS:
+        for _ in range(3):  # a compiled model compiles in the first step and captures in the second
+            decode_step(model, cache, input_ids)
+    return lambda: timed(lambda: decode_step(model, cache, input_ids), device)
 
 
 def _attention(setting: Setting, cache: RocketKVCache) -> Call:
-    """Return a call that times the attention of one step alone, each layer after a matrix product, added up."""
+    """Return a call that times the attention of one step alone.
+
+    On a CPU each layer comes after a matrix product, and their times are added up; a GPU replays a graph of them all.
+    """
     sizes, options = setting.sizes, {"dtype": setting.model.dtype, "device": setting.device}
     query = torch.randn(setting.point.batch, sizes.num_heads, 1, sizes.head_dim, **options)
     key = torch.randn(setting.point.batch, sizes.num_kv_heads, 1, sizes.head_dim, **options)
     hidden = query.flatten(1)
     weight = torch.randn(hidden.shape[1], hidden.shape[1], **options)
+    layers = [layer.cache for layer in cache.compressed_layers]
 
+    @torch.inference_mode()
+    def work() -> Tensor:
+        return torch.cat([layer.decode(query, key, key) for layer in layers])
+
+    @torch.inference_mode()
     def call() -> float:
         total = 0.0
-        with torch.inference_mode():
-            for layer in cache.compressed_layers:
-                torch.mm(hidden, weight)
-                total += timed(lambda cache=layer.cache: cache.decode(query, key, key), setting.device)  # type: ignore[misc]
+        for layer in layers:
+            torch.mm(hidden, weight)
+            total += timed(lambda layer=layer: layer.decode(query, key, key), setting.device)  # type: ignore[misc]
         return total
 
-    return call
+    return Replayed(work, layers, setting.device) if setting.device in RECORDERS else call
 
 
 def _compare(path: str, rows: Sequence[Row]) -> list[dict[str, object]]:

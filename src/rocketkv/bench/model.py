@@ -13,11 +13,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    StaticCache,
 )
 from transformers.initialization import no_init_weights
 
 from rocketkv.bench.geometries import Geometry
-from rocketkv.bench.tensors import kept_tokens
+from rocketkv.bench.tensors import SPARE_TOKENS, kept_tokens
 from rocketkv.config import RocketKVConfig
 from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
 from rocketkv.hf.versions import pass_cache
@@ -111,7 +112,16 @@ def our_cache(
     return cache
 
 
-def decode_step(model: PreTrainedModel, cache: Any, input_ids: Tensor) -> None:
-    """Run one step of the whole model on `input_ids` `[B, 1]` int64."""
+def static_cache(model: PreTrainedModel, keys: Tensor, values: Tensor) -> StaticCache:
+    """Return transformers' cache for graphs, with room for more, and `keys` and `values` `[B, Hkv, S, D]` inside."""
+    cache = StaticCache(config=model.config, max_cache_len=keys.shape[2] + SPARE_TOKENS)
+    for layer in range(len(cache.layers)):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def decode_step(model: PreTrainedModel, cache: Any, input_ids: Tensor, **options: Any) -> Tensor:
+    """Run one step of the whole model on `input_ids` `[B, 1]` int64; return the logits `[B, 1, V]`."""
     with torch.inference_mode():
-        model(input_ids=input_ids, **pass_cache(cache))
+        logits: Tensor = model(input_ids=input_ids, **pass_cache(cache), **options).logits
+    return logits

@@ -15,7 +15,16 @@ Record = Mapping[str, Any]
 
 AXES = {"seq_len": "tokens", "token_budget": "token budget", "batch": "batch"}
 
-OTHERS = ("sdpa_grouped", "flash_attn", "transformers_default", "full")  # they share our dense attention's floor
+OTHERS = (  # they share our dense attention's floor
+    "sdpa_grouped",
+    "sdpa_gqa",
+    "flash_attn",
+    "flashinfer",
+    "transformers_default",
+    "transformers_static",
+    "full",
+    "static",
+)
 
 out = Console(highlight=False)
 

@@ -205,6 +205,28 @@ def prefill(
     sweep.report("prefill", [row.record() for row in rows], device=sweep.device)
 
 
+def capacity(
+    sweep: TimedSweep = TimedSweep(),
+    memory_gib: Annotated[
+        float | None, typer.Option(min=0, help="GiB for weights and caches. Default: all that is available.")
+    ] = None,
+    most_rows: Annotated[int, typer.Option(min=1, help="The largest batch to try.")] = 256,
+) -> None:
+    """Find the largest batch that fits in a memory, dense and compressed, and its tokens per second; no --batch."""
+    todo = sweep.points()
+    if sweep.batch != TimedSweep.batch:
+        raise InputError(f"--batch {sweep.batch} has no effect here, where the memory decides; leave it out.")
+    from rocketkv.bench.capacity import measure_capacity
+
+    model = _build(sweep, None)
+    memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
+    rows: list[Row] = []
+    with counted("capacity", todo) as points:
+        for point, on_round in points:
+            rows += measure_capacity(model, point, memory_bytes, most_rows, on_round)
+    sweep.report("capacity", [row.record() for row in rows], device=sweep.device, memory_gib=memory_gib)
+
+
 def _build(sweep: TimedSweep, weight_dtype: str | None) -> "PreTrainedModel":
     """Return a model of the geometry, and show a spinner while it is built."""
     geometry, dtype = find_geometry(sweep.geometry), sweep.torch_dtype
