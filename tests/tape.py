@@ -21,7 +21,7 @@ plain_step = CppStep.__call__
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its classes untyped
-    """A `Recording` (`rocketkv.hf.graph`) whose `replay` repeats the operations one by one."""
+    """A `Recording` (`rocketkv.hf.recording`) whose `replay` repeats the operations one by one."""
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from rocketkv.bench import graphs, paths
 from rocketkv.bench.geometries import GEOMETRIES, Geometry
 from rocketkv.bench.tensors import loaded_cache, random_tokens, sparse_config
 from rocketkv.cli import app
-from rocketkv.hf.graph import RECORDERS
+from rocketkv.hf.recording import RECORDERS
 from tape import Tape
 
 TINY = Geometry("tiny", "qwen3", 2, 64, 4, 2, 32, 96, 128, True)

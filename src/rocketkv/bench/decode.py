@@ -16,7 +16,7 @@ from rocketkv.bench.model import Sizes, decode_step, full_cache, our_cache, size
 from rocketkv.bench.tensors import dense_config, held_bytes, kept_tokens, random_tokens, sparse_config
 from rocketkv.bench.timing import Call, OnRound, Point, Row, run_rounds, timed
 from rocketkv.hf import RocketKVCache, cache_stats
-from rocketkv.hf.graph import RECORDERS
+from rocketkv.hf.recording import RECORDERS
 from rocketkv.hf.switch import disable, enable
 from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.stats import LayerStats

@@ -7,7 +7,7 @@ from torch import Tensor
 from rocketkv.attention import LayerCache
 from rocketkv.backends import Step
 from rocketkv.bench.timing import timed
-from rocketkv.hf.graph import RECORDERS, Recording
+from rocketkv.hf.recording import RECORDERS, Recording
 from rocketkv.replay import bound_step, count_step
 
 

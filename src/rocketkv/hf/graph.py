@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -20,41 +20,10 @@ from rocketkv.attention import LayerCache
 from rocketkv.backends import Step
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.passes import Pass
+from rocketkv.hf.recording import RECORDERS, Recording
 from rocketkv.replay import bound_step, count_step, counts, return_to
 
 ModelStep = Callable[[Tensor, Tensor, Pass], Tensor]  # input ids and positions, [B, 1] int64 each, to logits [B, 1, V]
-
-
-class Recording(Protocol):
-    """The recorded work of a device, which can run again on the same memory.
-
-    Attributes:
-        output: what the recorded function returned; each run writes it anew.
-    """
-
-    output: Tensor
-
-    def replay(self) -> None:
-        """Run the work again."""
-
-
-class CudaRecording:
-    """A recording in a CUDA graph."""
-
-    def __init__(self, work: Callable[[], Tensor]) -> None:
-        """Record `work` and run it once."""
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.output = work()
-        self._graph.replay()
-
-    def replay(self) -> None:
-        """Run the work again."""
-        self._graph.replay()
-
-
-# What records, by the kind of device; each takes a function, records its work and runs it once.
-RECORDERS: dict[str, Callable[[Callable[[], Tensor]], Recording]] = {"cuda": CudaRecording}
 
 
 class Captured(NamedTuple):
