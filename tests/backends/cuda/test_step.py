@@ -15,6 +15,7 @@ from layers import DTYPES, SCORINGS, check_8_bits_of_extremes, check_steps, make
 from rocketkv.backends import Scoring
 from rocketkv.backends.cuda import step as cuda_step
 from rocketkv.index import LowBitIndex
+from rocketkv.ops import LogitTerms
 
 SIZES = [(1, 1, 64), (63, 3, 80), (100, 4, 96), (257, 9, 128), (130, 5, 256), (70, 2, 7)]  # tokens, G, D
 
@@ -58,6 +59,14 @@ def test_ragged_rows_with_plans_of_their_own(
     plans: dict[str, Any] = {"page_size": [1, 3, 4], "num_channels": [20, 1, 33], "top_k": [24, 50, 16]}
     pins: dict[str, Any] = {"sinks": 4, "recents": 5, "archived": archived, "dense_below": dense_below}
     check_steps(Emulated, make_layer(seeded, scoring, lengths, **plans, **pins), seeded)
+
+
+@pytest.mark.parametrize(("has_sinks", "softcap"), [(True, None), (False, 1.5), (True, 0.7)])
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_sinks_and_soft_caps(seeded: torch.Generator, scoring: Scoring, has_sinks: bool, softcap: float | None) -> None:
+    terms = LogitTerms(3 * torch.randn(6, generator=seeded) if has_sinks else None, softcap)
+    layer = make_layer(seeded, scoring, [[150, 3], [23, 130]], recents=3, terms=terms)
+    check_steps(Emulated, layer, seeded, steps=2)
 
 
 @pytest.mark.parametrize("scoring", SCORINGS[1:])

@@ -32,7 +32,7 @@ def decline(spec: Spec) -> str | None:
     if spec.device != "cuda":
         return f"it runs on cuda, not on {spec.device}"
     gpu = _load()
-    return gpu if isinstance(gpu, str) else decline_numbers(spec)
+    return gpu if isinstance(gpu, str) else decline_numbers(spec, takes_terms=True)
 
 
 def bind(layer: LayerTensors) -> "CudaStep":

@@ -42,7 +42,8 @@ class CudaStep:
         self.scratch = _scratch(layer, sizes)
         self._read_bytes = self.scratch["read_bytes"]
         self._tensors = layer  # keeps the buffers alive
-        self._layer = Layer(**{name: sizes[name] for name in SIZES}, scale=layer.scale)
+        cap = layer.terms.softcap or 0.0
+        self._layer = Layer(**{name: sizes[name] for name in SIZES}, scale=layer.scale, softcap=cap)
         self._layer.point(**_stored(layer), **self.scratch)
         self.launches = _launches(layer, scoring, sizes, device)
 
@@ -130,6 +131,7 @@ def _stored(layer: LayerTensors) -> dict[str, Tensor | None]:
         "ranges": ranges,
         "open_keys": open_keys,
         "spread": spread,
+        "sink_logits": layer.terms.sink_logits,
     }
     assert all(tensor is None or tensor.is_contiguous() for tensor in stored.values())
     return stored

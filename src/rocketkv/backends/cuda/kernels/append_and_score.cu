@@ -173,10 +173,11 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) append_and_score(const
         page_products<H>(layer, head, part, count, shared.rows, shared.queries, lane, logits);
       if (SCORING == EXACT) exact_products<H>(layer, head, part, own, lane, logits);
 #pragma unroll
-      for (int i = 0; i < UNITS_OF_LANE; ++i)
+      for (int h = 0; h < H; ++h) {
+        const float scale = SCORING == PAGES ? shared.channels.temperatures[min(first + h, G - 1)] : layer.scale;
 #pragma unroll
-        for (int h = 0; h < H; ++h)
-          logits[i][h] *= SCORING == PAGES ? shared.channels.temperatures[min(first + h, G - 1)] : layer.scale;
+        for (int i = 0; i < UNITS_OF_LANE; ++i) logits[i][h] = capped(logits[i][h] * scale, layer.softcap);
+      }
       store_logits(layer, head, part, units, page_size, first, lane, logits);
     }
     __syncthreads();  // the next queries take the place of these

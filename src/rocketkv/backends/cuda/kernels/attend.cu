@@ -70,7 +70,7 @@ struct Attention {
       keys[i].unpack(key);
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
-        const float product = dot(queries[h], key) * layer.scale;
+        const float product = capped(dot(queries[h], key) * layer.scale, layer.softcap);
         logits[i][h] = is_there[i] ? product : -infinity();
       }
     }
@@ -143,13 +143,14 @@ __device__ __forceinline__ void merge_pieces(const Layer& layer, const Head& hea
   for (int g = warp; g < G; g += WARPS) {
     float best = -MOST, total = 0.0f;
     for (int p = lane; p < num_pieces; p += WARP) best = fmaxf(best, __ldcg(layer.states + (first + p) * (2 * G) + g));
-    best = most_of_lanes(best);
+    const float sink = head.sink_of(layer, g);
+    best = fmaxf(most_of_lanes(best), sink);
     for (int p = lane; p < num_pieces; p += WARP) {
       const float* state = layer.states + (first + p) * (2 * G) + g;
       weights[p] = __expf(__ldcg(state) - best);
       total += weights[p] * __ldcg(state + G);
     }
-    total = sum_lanes(total);
+    total = sum_lanes(total) + __expf(sink - best);
     float sums[CHANNELS];
     for (int c = 0; c < CHANNELS; ++c) sums[c] = 0.0f;
     __syncwarp();

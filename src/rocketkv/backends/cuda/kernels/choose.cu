@@ -46,10 +46,11 @@ __device__ __forceinline__ void merge_partials(const Layer& layer, const Head& h
   for (int g = threadIdx.x / WARP; g < G; g += WARPS) {
     float best = -MOST, total = 0.0f;
     for (int part = lane; part < parts; part += WARP) best = fmaxf(best, partials[part * (2 * G) + g]);
-    best = most_of_lanes(best);
+    const float sink = head.sink_of(layer, g);
+    best = fmaxf(most_of_lanes(best), sink);
     for (int part = lane; part < parts; part += WARP)
       total += partials[part * (2 * G) + G + g] * __expf(partials[part * (2 * G) + g] - best);
-    total = sum_lanes(total);
+    total = sum_lanes(total) + __expf(sink - best);
     if (total != total) total = 1.0f;  // a token whose logit is no number gets all, and the others keep their order
     if (lane == 0) shared.best[g] = best, shared.shares[g] = 1.0f / (total * G);
   }

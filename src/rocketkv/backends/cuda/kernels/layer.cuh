@@ -22,6 +22,7 @@ struct Layer {
   unsigned char* codes;
   T *ranges, *open_keys;
   float* spread;
+  const float* sink_logits;  // [Hq] or null
   // Scratch memory.
   float *logits, *partials;
   unsigned* scores;
@@ -32,8 +33,13 @@ struct Layer {
   // Sizes.
   int64 token_capacity, position_capacity, num_blocks, num_units, num_parts, most_chosen;
   int num_kv_heads, num_rows, parts_per_block, num_pieces;
-  float scale;
+  float scale, softcap;  // logits are not capped if the cap is 0
 };
+
+// A dot product times its scale, as the soft cap leaves it. See LogitTerms in ops/terms.py.
+__device__ __forceinline__ float capped(float logit, float softcap) {
+  return softcap > 0.0f ? softcap * tanhf(logit / softcap) : logit;
+}
 
 // One KV head of one row, as it is once the new token is stored.
 struct Head {
@@ -44,6 +50,11 @@ struct Head {
   __device__ __forceinline__ Head(const Layer& layer, int64 head, bool is_dense)
       : index(head), row(head / layer.num_kv_heads), rank(layer.lengths[head]), length(rank + 1) {
     selects = !is_dense && length > layer.dense_lengths[row];
+  }
+
+  // The sink of a query head; minus infinity if there is none.
+  __device__ __forceinline__ float sink_of(const Layer& layer, int group) const {
+    return layer.sink_logits ? layer.sink_logits[index % layer.num_kv_heads * G + group] : -infinity();
   }
 
   // The slot of a kept token among all stored tokens of all heads.
