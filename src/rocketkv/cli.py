@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from rocketkv.commands.models import models
 from rocketkv.commands.options import expand_options
 from rocketkv.commands.prefill import prefill
 from rocketkv.commands.recommend import recommend
-from rocketkv.commands.terminal import explain, print_error, report_errors
+from rocketkv.commands.terminal import explain, print_error, report_errors, show_warning
 from rocketkv.errors import InputError
 
 app = typer.Typer(
@@ -62,6 +63,7 @@ store_app.command("list")(report_errors(expand_options(store.show)))
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # set before any library imports tqdm, because we show our own bars
+    warnings.showwarning = show_warning
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from rocketkv import cli
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
@@ -93,6 +96,16 @@ def test_an_error_in_a_real_process_leaves_no_traceback(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_warning_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def app() -> None:
+        warnings.simplefilter("default")
+        warnings.warn("the file was [left] out.", stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", app)
+    cli.main()
+    assert capsys.readouterr().err == "warning: the file was [left] out.\n"
 
 
 def in_a_shell(redirected: str) -> tuple[int, str]:

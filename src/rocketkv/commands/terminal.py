@@ -53,6 +53,11 @@ def print_error(error: RocketKVError) -> None:
     err.print("error:", str(error), style="red", markup=False, soft_wrap=True)
 
 
+def show_warning(message: Warning | str, *_: object) -> None:
+    """Print one sentence on standard error, in the place of Python's own report of a warning."""
+    err.print("warning:", str(message), style="yellow", markup=False, soft_wrap=True)
+
+
 def explain(error: OSError) -> InputError:
     """Return an InputError that says what an error of the operating system means for the command."""
     if error.filename is None:
