@@ -5,16 +5,25 @@
 
 namespace rocketkv {
 
-// tanh(x), exact to about two units in the last place; NaN for NaN. The polynomial is that of tanhf in Cephes.
+// tanh(x), exact to three units in the last place; NaN for NaN. The rational function is that of Eigen's tanh of
+// floats.
 inline Vec tanh(Vec x) {
-  const Vec size = abs(x), squared = x * x;
-  Vec p = broadcast(-5.70498872745e-3f);
-  p = p * squared + 2.06390887954e-2f;
-  p = p * squared - 5.37397155531e-2f;
-  p = p * squared + 1.33314422036e-1f;
-  p = p * squared - 3.33332819422e-1f;
-  const Vec small = x + x * squared * p, e = exp_of_negative(size * -2.0f), large = (1.0f - e) / (1.0f + e);
-  return size < 0.625f ? small : (x < 0.0f ? -large : large);
+  const Vec most = broadcast(7.90531110763549805f);  // from here on the function is 1
+  x = x > most ? most : x;
+  x = x < -most ? -most : x;
+  const Vec squared = x * x;
+  Vec p = broadcast(-2.76076847742355e-16f);
+  p = p * squared + 2.00018790482477e-13f;
+  p = p * squared - 8.60467152213735e-11f;
+  p = p * squared + 5.12229709037114e-08f;
+  p = p * squared + 1.48572235717979e-05f;
+  p = p * squared + 6.37261928875436e-04f;
+  p = p * squared + 4.89352455891786e-03f;
+  Vec q = broadcast(1.19825839466702e-06f);
+  q = q * squared + 1.18534705686654e-04f;
+  q = q * squared + 2.26843463243900e-03f;
+  q = q * squared + 4.89352518554385e-03f;
+  return x * p / q;
 }
 
 // Replace numbers[0 .. n), of any length up to whole vectors, by outer * tanh(inner * number).

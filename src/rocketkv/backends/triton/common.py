@@ -34,16 +34,21 @@ def product(a, b):
 
 @triton.jit
 def capped(logits, softcap):
-    """Return the logits as a soft cap leaves them; the polynomial, for small numbers, is that of tanhf in Cephes."""
+    """Return the logits as a soft cap leaves them; the rational function is that of Eigen's tanh of floats."""
     x = logits / softcap
-    size, squared = tl.abs(x), x * x
-    p = -5.70498872745e-3 * squared + 2.06390887954e-2
-    p = p * squared - 5.37397155531e-2
-    p = p * squared + 1.33314422036e-1
-    p = p * squared - 3.33332819422e-1
-    e = tl.exp(-2.0 * size)
-    large = (1.0 - e) / (1.0 + e)
-    return softcap * tl.where(size < 0.625, x + x * squared * p, tl.where(x < 0, -large, large))
+    x = tl.where(x > 7.90531110763549805, 7.90531110763549805, x)  # from here on the function is 1; NaN stays
+    x = tl.where(x < -7.90531110763549805, -7.90531110763549805, x)
+    squared = x * x
+    p = -2.76076847742355e-16 * squared + 2.00018790482477e-13
+    p = p * squared - 8.60467152213735e-11
+    p = p * squared + 5.12229709037114e-08
+    p = p * squared + 1.48572235717979e-05
+    p = p * squared + 6.37261928875436e-04
+    p = p * squared + 4.89352455891786e-03
+    q = 1.19825839466702e-06 * squared + 1.18534705686654e-04
+    q = q * squared + 2.26843463243900e-03
+    q = q * squared + 4.89352518554385e-03
+    return softcap * (x * p / q)
 
 
 @triton.jit
