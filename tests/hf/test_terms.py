@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import tiny_config
 from rocketkv import Budget, CacheFileError, RocketKVCache, RocketKVConfig, UnsupportedError, compile, disable, enable
+from rocketkv.hf import batch_caches
 from rocketkv.hf.versions import pass_cache
 from tiny import EVERYTHING, SMALL, generate, prompts
 
@@ -68,6 +69,20 @@ def test_a_small_budget_gives_the_same_in_every_way(kind: str, tmp_path: Path) -
     loaded = RocketKVCache.load(tmp_path / "cache", model)
     again = torch.cat([ids[1:, 17:], tokens["auto"][1:, 60:], prompts(5)[0]], 1)
     assert torch.equal(generate(model, again, **pass_cache(loaded)), generate(model, again, **pass_cache(alone)))
+
+
+def test_rows_of_a_stack_have_the_terms() -> None:
+    model = enable(model_with_terms("gpt_oss"))
+    ids, _ = prompts(40, 40)
+    alone = [RocketKVCache(model.config, RocketKVConfig(**COMPRESSED)) for _ in range(2)]
+    with torch.inference_mode():
+        for row, cache in enumerate(alone):
+            model(ids[row : row + 1, :-1], **pass_cache(cache))
+        expected = [
+            model(ids[row : row + 1, -1:], **pass_cache(cache.copy())).logits for row, cache in enumerate(alone)
+        ]
+        logits = model(ids[:, -1:], **pass_cache(batch_caches(alone))).logits
+    torch.testing.assert_close(logits, torch.cat(expected))
 
 
 def test_a_fork_and_a_file_of_it_know_the_terms_of_the_prompt(tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
+import oracle
 from eval_inputs import byte_tokenizer, make_request
-from rocketkv import InputError, RocketKVCache, enable
+from inputs import arrays, make_inputs
+from rocketkv import InputError, LayerCache, LogitTerms, RocketKVCache, enable
 from rocketkv.cli import app
 from rocketkv.eval.run import fidelity, passages
 from rocketkv.eval.run.fidelity import BINS, measure
@@ -121,6 +124,20 @@ def test_layers_are_compared_on_the_trace_of_the_full_cache(loaded: LoadedModel,
         assert record["recall"][number] == pytest.approx(sum(recalls) / len(recalls), rel=1e-3)
     assert 0 < record["recall"][0] < 1.01
     assert record["output_error"][0] > 0.001
+
+
+def test_masses_of_attention_know_sinks_and_soft_caps(seeded: torch.Generator) -> None:
+    x, terms = make_inputs(seeded, 1, 4, 2, 30, 16), LogitTerms(torch.randn(4, generator=seeded), 1.5)
+    cache = LayerCache(BASE)
+    cache.prefill(*x.part(0, 28), terms=terms)
+    steps = [fidelity.Step(*x.part(t, t + 1), 0.25, terms, x.query[:, :, t : t + 1]) for t in (28, 29)]
+    masses = fidelity._attention_masses(cache, steps)
+    assert terms.sink_logits is not None
+    for head in range(2):
+        for step, seen in enumerate((29, 30)):
+            query, keys, sinks = arrays(x.query[0, :, seen - 1], x.key[0, head, :seen], terms.sink_logits)
+            weights = [oracle.softmax(keys @ query[h] * 0.25, sinks[h], 1.5) for h in (2 * head, 2 * head + 1)]
+            np.testing.assert_allclose(masses[head, step, :seen], np.mean(weights, axis=0), atol=1e-6)
 
 
 def test_the_full_cache_has_no_figures_by_layer(loaded: LoadedModel, passage: Passage) -> None:
