@@ -117,7 +117,7 @@ docs: setup
 
 # This executes the notebooks of examples/ on the real small model and writes their outputs into them.
 notebooks: setup
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/jupyter execute --inplace examples/*.ipynb
+	TQDM_DISABLE=1 PYTHONWARNINGS=ignore OMP_WAIT_POLICY=PASSIVE $(BIN)/jupyter execute --inplace examples/*.ipynb
 
 # The demo asks one question about a real long document (this licence), then two in a row over the same cache.
 DEMO_BUDGET ?= 128

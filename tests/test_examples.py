@@ -48,6 +48,7 @@ def test_a_notebook_runs_and_has_outputs(notebook: Path, model: Path, monkeypatc
     for cell in cells:
         exec("".join(cell["source"]), names)
     assert sum(bool(cell["outputs"]) for cell in cells) >= 3
+    assert not [output for cell in cells for output in cell["outputs"] if output.get("name") == "stderr"]
     assert notebook.stat().st_size < 300_000
 
 
