@@ -23,7 +23,7 @@ plain_step = CppStep.__call__
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its classes untyped
     """A `Recording` (`rocketkv.hf.recording`) whose `replay` repeats the operations one by one."""
 
-    def __init__(self, work: Callable[[], Tensor]) -> None:
+    def __init__(self, work: Callable[[], Tensor], device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parts: list[Callable[[], None]] = []
         CppStep.__call__ = lambda *token: self.record_step(*token)  # type: ignore[method-assign]

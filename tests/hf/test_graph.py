@@ -38,8 +38,8 @@ class Recorder:
         self.tapes: list[Tape] = []
         self.replays = 0
 
-    def __call__(self, work: Any) -> Tape:
-        self.tapes.append(Tape(work))
+    def __call__(self, work: Any, device: torch.device) -> Tape:
+        self.tapes.append(Tape(work, device))
         original = self.tapes[-1].replay
 
         def replay() -> None:

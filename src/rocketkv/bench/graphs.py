@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from rocketkv.attention import LayerCache
@@ -34,7 +35,7 @@ class Replayed:
             self._recording = None  # its memory is free for the next one
             self._work()  # this compiles kernels, and prepares what a layer must prepare
             self._steps = self._bound_steps()
-            self._recording = RECORDERS[self._device](self._work)
+            self._recording = RECORDERS[self._device](self._work, torch.device(self._device))
         milliseconds = timed(self._recording.replay, self._device)
         for cache in self._caches:
             count_step(cache)

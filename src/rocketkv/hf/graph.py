@@ -115,7 +115,8 @@ class StepGraphs:
             with _undone_if_broken(layers, current):
                 if len({weight.device for weight, _ in weights}) > 1:
                     raise RuntimeError("its weights lie on several devices")
-                recording = RECORDERS[input_ids.device.type](lambda: self._step(input_ids, position_ids, current))
+                record = RECORDERS[input_ids.device.type]
+                recording = record(lambda: self._step(input_ids, position_ids, current), input_ids.device)
         except RuntimeError as error:
             warnings.warn(
                 f"the decode step of {type(self._model).__name__} cannot be captured in a graph and goes on without "

@@ -23,17 +23,18 @@ class Recording(Protocol):
 class CudaRecording:
     """A recording in a CUDA graph."""
 
-    def __init__(self, work: Callable[[], Tensor]) -> None:
-        """Record `work` and run it once."""
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+    def __init__(self, work: Callable[[], Tensor], device: torch.device) -> None:
+        """Record `work`, all of it on `device`, and run it once."""
+        self._graph, self._device = torch.cuda.CUDAGraph(), device
+        with torch.cuda.device(device), torch.cuda.graph(self._graph):
             self.output = work()
-        self._graph.replay()
+        self.replay()
 
     def replay(self) -> None:
         """Run the work again."""
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
 
-# What records, by the kind of device; each takes a function, records its work and runs it once.
-RECORDERS: dict[str, Callable[[Callable[[], Tensor]], Recording]] = {"cuda": CudaRecording}
+# What records, by the kind of device; each takes a function, records its work on a device and runs it once.
+RECORDERS: dict[str, Callable[[Callable[[], Tensor], torch.device], Recording]] = {"cuda": CudaRecording}
