@@ -3,19 +3,22 @@
 `pytest -m gpu` runs these where there is one.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import rocketkv
 from layers import DTYPES, check_steps, make_layer
 from rocketkv import RocketKVCache, RocketKVConfig, enable
 from rocketkv.backends import Backend, LayerTensors, Scoring, Spec, Step, cuda, triton
 from rocketkv.cli import app
+from rocketkv.hf.recording import RECORDERS, CudaRecording
 from rocketkv.hf.versions import pass_cache
-from rocketkv.ops import LowBitKeys, PageBounds
-from tiny import tiny_model
+from rocketkv.ops import LowBitKeys, PageBounds, topk_mask
+from tiny import generate, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,15 +121,46 @@ def test_a_model_generates_what_it_does_on_the_cpu(mode: str) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("mode", ["single_turn", "multi_turn"])
+def test_a_compiled_model_generates_the_same_tokens_from_one_graph(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[object] = []
+
+    class Counted(CudaRecording):
+        def __init__(self, work: Callable[[], torch.Tensor], device: torch.device) -> None:
+            super().__init__(work, device)
+            captured.append(self)
+
+    monkeypatch.setitem(RECORDERS, "cuda", Counted)
+    ids = torch.randint(100, (2, 150), generator=torch.Generator().manual_seed(0)).cuda()
+    config = RocketKVConfig(token_budget=60, mode=mode, dense_below=0, window_size=8, kernel_size=5)
+    answers = []
+    for prepare in (enable, rocketkv.compile):
+        model = prepare(tiny_model("llama").cuda())
+        cache = RocketKVCache(model.config, config)
+        answers.append(generate(model, ids, new=30, **pass_cache(cache)).tolist())
+        assert cache.compressed_layers[0].cache.num_decoded == 29
+    assert answers[0] == answers[1]
+    assert len(captured) == 1
+
+
+def test_stage_1_takes_the_same_tokens_of_plateaus_as_on_the_cpu() -> None:
+    levels = torch.randint(0, 9, (3, 4, 5000), generator=torch.Generator().manual_seed(0)) / 9
+    scores = torch.nn.functional.max_pool1d(levels, 63, stride=1, padding=31)
+    given = {"candidates": torch.randint(1, 5001, (3, 4)), "num_tokens": torch.tensor([100, 3000, 5000])}
+    there = topk_mask(scores.cuda(), **{name: x.cuda() for name, x in given.items()})
+    assert torch.equal(there.cpu(), topk_mask(scores, **given))
+
+
 def test_a_step_is_timed_beside_torchs() -> None:
     sizes = ["--geometry", "llama-3.1-8b", "--seq-len", "16384", "--token-budget", "512", "--repeats", "3"]
     result = CliRunner().invoke(app, ["bench", "attention", *sizes, "--device", "cuda"])
     assert result.exit_code == 0, result.output
-    assert "sdpa_grouped" in result.output
+    assert "sdpa_gqa" in result.output
+    assert "transformers_static" in result.output
     print(result.output)
 
 
-@pytest.mark.parametrize("command", [("decode", "--paths", "eager"), ("prefill",)])
+@pytest.mark.parametrize("command", [("decode", "--paths", "fast"), ("prefill",), ("capacity", "--most-rows", "4")])
 def test_models_and_prefills_are_timed_too(command: tuple[str, ...]) -> None:
     sizes = ["--geometry", "llama-3.2-1b", "--seq-len", "8192", "--token-budget", "256", "--repeats", "3"]
     result = CliRunner().invoke(app, ["bench", *command, *sizes, "--device", "cuda"])
