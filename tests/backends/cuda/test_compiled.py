@@ -1,8 +1,12 @@
 """The CUDA kernels compile for every architecture without a GPU, and need no more of a block than any GPU has."""
 
 import re
+from contextlib import nullcontext
+from ctypes import c_void_p
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ import torch
 from backends.cuda.emulator import SHARED_BYTES
 from layers import SCORINGS, make_layer
 from rocketkv.backends import Scoring, Spec, cuda
+from rocketkv.backends.cuda.arguments import Layer
 from rocketkv.backends.cuda.launch import Kernel, Launch, Program
 from rocketkv.backends.cuda.step import CudaStep
 
@@ -75,6 +80,26 @@ def test_what_was_compiled_is_kept_by_source_options_and_architecture(
     assert gpu.compile_for(program, "sm_90") == b"kept"
     assert gpu.compile_for(program, "sm_80") != b"kept"
     assert gpu.compile_for(program._replace(constants=(*program.constants, ("OTHER", 1))), "sm_90") == first
+
+
+def test_the_driver_gets_the_grid_and_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Any, ...]] = []
+    results = [gpu.driver.CUresult.CUDA_SUCCESS, gpu.driver.CUresult.CUDA_ERROR_INVALID_VALUE]
+
+    def start(function: Any, *arguments: int) -> tuple[Any]:
+        *numbers, stream, parameters, extra = arguments
+        layer = Layer.from_address(c_void_p.from_address(parameters).value or 0)
+        started.append((int(function), *numbers, stream, layer.num_units, layer.scale, extra))
+        return (results.pop(0),)
+
+    monkeypatch.setattr(gpu.driver, "cuLaunchKernel", start)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    kernel = gpu.GpuKernel(SimpleNamespace(handle=5), torch.device("cuda", 0))
+    kernel(Layer(num_units=3, scale=0.5), (1, 2, 3), 128, 64)
+    assert started == [(5, 1, 2, 3, 128, 1, 1, 64, 7, 3, 0.5, 0)]
+    with pytest.raises(RuntimeError, match=r"grid \(9, 2, 3\): CUDA_ERROR_INVALID_VALUE"):
+        kernel(Layer(), (9, 2, 3), 128, 64)
 
 
 def test_it_declines_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
