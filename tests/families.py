@@ -1,28 +1,32 @@
 """Configurations, as small as possible, of every model type that transformers generates text with."""
 
+from functools import cache
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from rocketkv import enable
 
 # Whatever a configuration calls its sizes; each takes those that it knows.
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
     "initializer_range": 0.3,
-    "d_model": 32,
+    "d_model": 64,
     "d_ff": 48,
     "ffn_dim": 48,
     "ffn_hidden_size": 48,
-    "rotary_dim": 8,
+    "rotary_dim": 16,
     "partial_rotary_factor": 1.0,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -42,6 +46,22 @@ SIZES: dict[str, Any] = {
     "n_shared_experts": 1,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
+    "mamba_expand": 2,
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_head_dim": 32,
+    "mamba_n_groups": 1,
+    "n_groups": 1,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 DECODER = {"is_decoder": True}
 SPECIAL: dict[str, dict[str, Any]] = {  # what they need beside that
@@ -52,9 +72,21 @@ SPECIAL: dict[str, dict[str, Any]] = {  # what they need beside that
     )
 }
 SPECIAL["mimo_v2_flash"] = {"v_head_dim": 6}  # values narrower than keys, as in the released model
-SPECIAL["lfm2_moe"] = {"layer_types": ["conv", "full_attention"]}
+SPECIAL |= {  # hybrids
+    name: {"layer_types": [kind, "full_attention"]}
+    for kind, names in (
+        ("conv", ("lfm2", "lfm2_moe", "lfm3")),
+        (
+            "linear_attention",
+            ("granitemoehybrid", "minimax", "olmo_hybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        ),
+    )
+    for name in names
+}
+SPECIAL["bamba"] = {"attn_layer_indices": [1]}
+SPECIAL["jamba"] = {"attn_layer_offset": 1, "attn_layer_period": 2}
+SPECIAL["lara_mini"] = {"sliding_window": 16}
 SPECIAL["gpt_neo"] = {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
-# Generate the same tokens; docs/models.md lists them.
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
@@ -76,5 +108,12 @@ def tiny_config(kind: str) -> PreTrainedConfig:
     options = known(plain)
     for name in plain.sub_configs:
         if (part := getattr(plain, name, None)) is not None:
-            options[name] = {**known(part), "model_type": part.model_type}
+            options[name] = {**known(part), "model_type": part.model_type, **SPECIAL.get(part.model_type, {})}
     return config_class(**{**options, **SPECIAL.get(kind, {})})
+
+
+@cache
+def enabled_model(kind: str) -> PreTrainedModel:
+    """Return the enabled random model of this type; tests share it, and must leave it as it is."""
+    torch.manual_seed(0)
+    return enable(AutoModelForCausalLM.from_config(tiny_config(kind)).eval())

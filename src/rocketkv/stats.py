@@ -43,8 +43,8 @@ class CacheStats:
 
     @property
     def total(self) -> LayerStats:
-        """The sum of the bytes of all layers, and the mean of their numbers of tokens."""
-        count = max(1, len(self.layers))
+        """The sum of the bytes of all layers, and the mean numbers of tokens of those that have any."""
+        count = max(1, sum(layer.num_seen + layer.num_stored > 0 for layer in self.layers))
         return LayerStats(
             num_seen=sum(layer.num_seen for layer in self.layers) / count,
             num_stored=sum(layer.num_stored for layer in self.layers) / count,

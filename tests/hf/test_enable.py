@@ -11,7 +11,7 @@ from transformers.generation import ContinuousBatchingConfig
 from conversations import answered, architectures
 from rocketkv import RocketKVCache, UnsupportedError, disable, enable
 from rocketkv.hf.versions import pass_cache
-from tiny import COMPRESSED, generate, prompts, tiny_model
+from tiny import COMPRESSED, EVERYTHING, generate, prompts, tiny_model
 
 
 @architectures
@@ -72,3 +72,15 @@ def test_a_model_that_is_enabled_generates_batches_as_before() -> None:
     disable(model)
     assert not {"generate", "init_continuous_batching"} & set(vars(model))
     assert batch() == plain
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_any_attention_implementation_may_be_enabled(implementation: str) -> None:
+    model = tiny_model("gemma3")
+    ids, mask = prompts(60, 31)
+    plain = generate(model, ids, mask)
+    model.set_attn_implementation(implementation)
+    enable(model)
+    assert torch.equal(generate(model, ids, mask, **pass_cache(RocketKVCache(model.config, EVERYTHING))), plain)
+    disable(model)
+    assert model.config._attn_implementation == implementation

@@ -16,29 +16,28 @@ from tiny import generate, prompts
 PAGE = Path(__file__).parents[2].joinpath("docs", "models.md").read_text(encoding="utf-8")
 
 WORKS = """
-    afmoe apertus apertus1p5_text arcee aria_text beam bert bert-generation bitnet camembert
-    codegen cohere cohere2 cohere2_moe ctrl cwm data2vec-text dots1 electra emu3 ernie ernie4_5
-    ernie4_5_moe exaone exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text
-    glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
-    hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama mellum
-    mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
-    moss_transcribe_diarize nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3
-    phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelayernorm roc_bert
-    sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma xlm-roberta xlm-roberta-xl
+    afmoe apertus apertus1p5_text arcee aria_text bamba bart beam bert bert-generation biogpt
+    bitnet blenderbot blenderbot-small camembert codegen cohere cohere2 cohere2_moe ctrl cwm
+    data2vec-text dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe
+    falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text glm glm4 glm4_moe gpt-sw3
+    gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
+    granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+    internlm3 iquestcoder jais2 jamba jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama marian
+    mbart mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
+    mixtral moss_transcribe_diarize nanochat nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt
+    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5
+    qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next roberta roberta-prelayernorm
+    roc_bert sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma whisper xlm-roberta
+    xlm-roberta-xl zaya
 """
 
-BEFORE_5_24 = {"recurrent_gemma": "it has sliding-window layers only, so there is nothing to compress"}
 REFUSED = {  # by the sentence that says why
     "its attention bypasses transformers' attention interface": """
-    falcon     bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom cpmant git got_ocr2 gpt_neo
-        gpt_neox_japanese marian mbart mpt mvp openai-gpt pegasus plbart prophetnet rwkv stablelm
-        trocr whisper xglm xlm xlstm
+        bloom cpmant falcon got_ocr2 gpt_neo gpt_neox_japanese mpt mvp
+        openai-gpt prophetnet rwkv trocr xglm xlm xlstm
     """,
     r"layer \d+ keeps a \w+, not plain keys and values": """
-        deepseek_v4 falcon_h1 falcon_mamba inkling2_loop_text inkling2_text inkling_text jamba
-        lara_mini lfm2_moe lfm3 mamba minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe
-        qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma zaya
+        deepseek_v4
     """,
     r"multi-head latent attention \(MLA\) caches no plain keys and values": """
         axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa
@@ -72,15 +71,30 @@ REFUSED = {  # by the sentence that says why
         moshi
     """,
     "its layers hand no options down to their attention": """
-        nemotron
+        nemotron stablelm
+    """,
+    "no layer of it attends to the whole text, so there is nothing to compress": """
+        falcon_mamba lara_mini mamba recurrent_gemma
+    """,
+    "its attention adds position biases to the logits": """
+        inkling2_loop_text inkling2_text inkling_text
+    """,
+    "its attention does not run as attn_implementation='sdpa'": """
+        bigbird_pegasus git
+    """,
+    "it takes caches of its own class only": """
+        minimax
+    """,
+    "its attention selects tokens by an index of its own": """
+        qwen4_exp qwen4_exp_text
     """,
 }
 
 # The sizes above do not make a configuration of theirs, or it needs a package.
 NOT_TRIED = """
-    bamba cohere_compass_text dbrx dots3_note dots3_note_text gemma3n gemma3n_text gemma4
+    cohere_compass_text dbrx dots3_note dots3_note_text gemma3n gemma3n_text gemma4
     gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text
-    granitemoehybrid mamba2 musicgen musicgen_melody reformer xlnet zamba zamba2
+    mamba2 musicgen musicgen_melody reformer xlnet zamba zamba2
 """
 
 # They bypass the attention interface in earlier versions of transformers, or warn.
@@ -105,8 +119,6 @@ def test_a_family_is_right_or_refused_by_name(kind: str) -> None:
         assert torch.equal(generate(model, ids, new=6, **pass_cache(RocketKVCache(model.config, config))), expected)
         return
     (reason,) = (reason for reason, kinds in REFUSED.items() if kind in kinds.split())
-    if CACHE_ARGUMENT == "past_key_values":
-        reason = BEFORE_5_24.get(kind, reason)
     for refused in (lambda: enable(model), lambda: RocketKVCache(model.config, config)):
         with pytest.raises(UnsupportedError, match=f" is not supported: {reason}; use it with transformers' own"):
             refused()

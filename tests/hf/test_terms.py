@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import tiny_config
-from rocketkv import Budget, CacheFileError, RocketKVCache, RocketKVConfig, UnsupportedError, compile, disable, enable
+from rocketkv import Budget, CacheFileError, RocketKVCache, RocketKVConfig, compile, disable, enable
 from rocketkv.hf import batch_caches
+from rocketkv.hf.interface import NAMES
 from rocketkv.hf.versions import pass_cache
 from tiny import EVERYTHING, SMALL, generate, prompts
 
@@ -118,8 +119,8 @@ def test_a_compiled_step_has_the_terms(kind: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_model_with_terms_in_another_implementation_is_refused() -> None:
+def test_a_model_with_terms_in_another_implementation_runs_as_eager() -> None:
     model = model_with_terms("gemma2")
     model.set_attn_implementation("flex_attention")
-    with pytest.raises(UnsupportedError, match="load it with attn_implementation='eager'"):
-        enable(model)
+    assert enable(model).config._attn_implementation == NAMES["eager"]
+    assert disable(model).config._attn_implementation == "flex_attention"

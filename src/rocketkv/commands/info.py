@@ -20,6 +20,7 @@ _REMEDY = (
     "install GCC or Clang for C++17, on Linux or macOS, and run `pip install .` in a clone of the sources, "
     "or `pip install --force-reinstall --no-deps --no-binary rocketkv rocketkv`"
 )
+_COMPRESSED = "full-attention"
 _HEAD_DIM = 128  # channels of a key for which `info` says who attends a prompt
 
 Model = Annotated[
@@ -141,18 +142,24 @@ def _meta_model(model: str | None, geometry: str | None, dtype: str) -> "PreTrai
     return build_model(find_geometry(geometry), find_dtype(dtype, torch.bfloat16), "meta")
 
 
+def _kind(layer: Any) -> str:
+    """Return what a layer of a cache keeps, in a word."""
+    from rocketkv.hf import RocketKVLayer
+
+    if isinstance(layer, RocketKVLayer):
+        return _COMPRESSED
+    return "sliding-window" if getattr(layer, "is_sliding", False) else "recurrent or cacheless"
+
+
 def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, Any]:
     """Return which backend decodes in each kind of layer, and why, as `LayerCache` would decide."""
     from rocketkv.backends import BACKENDS, Spec, find_backend
-    from rocketkv.hf import RocketKVCache, RocketKVLayer, head_dims
+    from rocketkv.hf import RocketKVCache, head_dims
     from rocketkv.hf.switch import enable
 
     scoring = getattr(config.selection_method(), "scoring", None)
     layers = RocketKVCache(enable(model).config, config).layers
-    kinds = Counter(
-        (isinstance(layer, RocketKVLayer), head_dim)
-        for layer, head_dim in zip(layers, head_dims(model.config), strict=True)
-    )
+    kinds = Counter((_kind(layer), head_dim) for layer, head_dim in zip(layers, head_dims(model.config), strict=True))
 
     def way(name: str, head_dim: int) -> str:
         spec = Spec("cpu", model.dtype, head_dim, config.kv_dtype)
@@ -164,11 +171,10 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
         return f"plain torch ({'; '.join(reasons) or 'backend=reference was chosen'})"
 
     ways = []
-    for (is_compressed, head_dim), count in kinds.items():
-        kind = "full-attention" if is_compressed else "sliding-window"
-        how = way(config.backend, head_dim) if is_compressed else "transformers' own cache, not compressed"
+    for (kind, head_dim), count in kinds.items():
+        how = way(config.backend, head_dim) if kind == _COMPRESSED else "transformers' own cache, not compressed"
         ways.append(f"{count} {kind}, head_dim={head_dim}: {how}")
-    dims = {head_dim for is_compressed, head_dim in kinds if is_compressed}
+    dims = {head_dim for kind, head_dim in kinds if kind == _COMPRESSED}
     refusals = {
         f"backend={backend.NAME}": sorted({way(backend.NAME, head_dim) for head_dim in dims}) for backend in BACKENDS
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.hf.cache import RocketKVCache
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import HybridLayer, RocketKVLayer
 from rocketkv.hf.padding import Padding
 from rocketkv.hf.plain import join_rows, plain_stats
 from rocketkv.ops import NO_TERMS, LogitTerms
@@ -23,6 +23,8 @@ class StackedLayer(RocketKVLayer):
     """
 
     def __init__(self, parts: Sequence[RocketKVLayer]) -> None:
+        if isinstance(parts[0], HybridLayer):
+            raise UnsupportedError("this model's layers keep states beside their tokens, so its caches do not stack.")
         super().__init__(parts[0].cache, parts[0].window)
         self.parts = list(parts)
 
@@ -112,6 +114,7 @@ def batch_caches(caches: Sequence[RocketKVCache]) -> RocketKVCache:
     Raises:
         InputError: the caches have not seen equally many columns, one has several rows or padding, or one is there
             twice.
+        UnsupportedError: a layer of the model keeps recurrent states beside its tokens.
     """
     if len({id(cache) for cache in caches}) < len(caches):
         raise InputError("a cache is given twice, whose rows would share their tokens; give its copy().")

@@ -34,10 +34,10 @@ class RocketKVCache(SavedCache, DynamicCache):
 
     Versions of transformers before 5.24 call the argument `past_key_values`.
 
-    Full-attention layers are compressed; sliding-window layers stay as transformers has them. A second `generate` with
-    the same cache is the next turn of the conversation: give it the whole text so far, with the new text at the end.
-    One cache serves one conversation, or batch, at a time. `copy.copy`, `copy.deepcopy` and `pickle` make independent
-    caches in the same state.
+    Full-attention layers are compressed; sliding windows and recurrent states stay as transformers has them. A second
+    `generate` with the same cache is the next turn of the conversation: give it the whole text so far, with the new
+    text at the end. One cache serves one conversation, or batch, at a time. `copy.copy`, `copy.deepcopy` and `pickle`
+    make independent caches in the same state.
 
     Args:
         config: the model's configuration, `model.config`.
@@ -70,7 +70,7 @@ class RocketKVCache(SavedCache, DynamicCache):
     @property
     def is_initialized(self) -> bool:
         """Whether the cache has seen a prompt."""
-        return all(layer.is_initialized for layer in self.layers)
+        return all(layer.is_initialized for layer in self.compressed_layers)
 
     @property
     def compressed_layers(self) -> list[RocketKVLayer]:
@@ -87,7 +87,7 @@ class RocketKVCache(SavedCache, DynamicCache):
         return cache_stats(self)
 
     def reset(self) -> None:
-        """Forget everything, sliding-window layers included (some versions of transformers only zero those)."""
+        """Forget everything, transformers' own layers included (some versions of it only zero those)."""
         self.layers[:] = RocketKVCache(self.model_config, self.config, keep_queries=self.keep_queries).layers
         self.history = History()
         self._pass = self._decoder = None
@@ -165,7 +165,7 @@ class RocketKVCache(SavedCache, DynamicCache):
 
         Raises:
             InputError: `ids` do not fit the cache's rows, or tokens of a prompt are to go from a `single_turn` cache.
-            UnsupportedError: a sliding-window layer has dropped tokens that would be needed.
+            UnsupportedError: a sliding window has dropped tokens that would be needed, or states cannot go back.
         """
         keep = rewind_cache(self, ids)
         if keep > 0:
@@ -184,7 +184,7 @@ class RocketKVCache(SavedCache, DynamicCache):
             return
         check_rows(indices, self.history.num_rows)
         for layer in self.layers:
-            layer.batch_select_indices(indices)
+            layer.reorder_cache(indices)
         self.history.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

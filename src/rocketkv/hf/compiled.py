@@ -29,6 +29,7 @@ from rocketkv.hf.graph import StepGraphs
 from rocketkv.hf.hooks import after_forward, before_forward
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.passes import Pass
+from rocketkv.hf.states import has_states
 from rocketkv.hf.switch import enable, has_own_hook_only, on_disable
 from rocketkv.hf.versions import CACHE_ARGUMENT, pass_cache
 from rocketkv.hf.weights import quantize, quantized_as
@@ -158,6 +159,7 @@ class _FastCall:
         return (
             isinstance(cache, RocketKVCache)
             and len(cache.compressed_layers) == len(cache)
+            and not any(has_states(layer) for layer in cache.layers)
             and cache.get_seq_length() > 0
             and input_ids is not None
             and input_ids.shape[1:] == (1,)
@@ -195,8 +197,8 @@ def compile(model: PreTrainedModel, *, weight_dtype: str | None = None) -> PreTr
 
     The first decoded token waits for the compiler, a minute for 30 layers on one core; later processes find most of the
     work in torch's cache on disk. A cache that grows, or another cache, compiles nothing anew; a second and a third
-    batch size do, further ones do not. Models with sliding-window layers are left uncompiled. A hook that is put on a
-    layer after the first decoded token is not called in decode steps.
+    batch size do, further ones do not. Models with sliding windows or recurrent states are left uncompiled. A hook that
+    is put on a layer after the first decoded token is not called in decode steps.
 
     On a GPU each cache gets a CUDA graph of the whole step. The graph is captured anew when the buffers grow, by 256
     tokens or more, when the plan changes, and when the weights lie elsewhere; a layer that takes another's place after

@@ -11,7 +11,7 @@ from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.history import UNKNOWN
 from rocketkv.hf.interface import NAMES
-from rocketkv.hf.support import joins_images, rope_limit, unsupported
+from rocketkv.hf.support import check_later_prompt, joins_images, rope_limit, unsupported
 from rocketkv.hf.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -84,6 +84,8 @@ def _announce(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str,
     seen = cache.get_seq_length()
     if limit is not None and 0 < seen <= limit < seen + tokens.shape[1]:
         raise _crosses(type(decoder).__name__, limit)
+    if seen > 0:
+        check_later_prompt(decoder, tokens.shape[1], kwargs.get("position_ids"))
     current = cache.begin(tokens, attention_mask, kwargs.get("position_ids"))
     return args, {**kwargs, "rocketkv_pass": current}
 

@@ -63,7 +63,7 @@ def attention(
     Raises:
         UnsupportedError: a compressed layer needs an option, a mask or a window that our attention does not have.
     """
-    index: Any = module.layer_idx
+    index: Any = getattr(module, "layer_idx", None)  # a vision tower's modules have none
     layer = None if rocketkv_pass is None else rocketkv_pass.layers[index]
     if rocketkv_pass is None or not isinstance(layer, RocketKVLayer):
         attend = sdpa_attention_forward if plain == "sdpa" else _eager_attention(type(module))

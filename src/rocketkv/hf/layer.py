@@ -1,17 +1,19 @@
 """One compressed layer of a model's cache: the layer methods that transformers calls, over a `LayerCache`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 from rocketkv.attention import LayerCache
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf.padding import Padding
+from rocketkv.hf.states import has_states, read_states, state_bytes, write_states
 from rocketkv.hf.support import is_full
 from rocketkv.hf.versions import dependency
 from rocketkv.ops import NO_TERMS, LogitTerms, take_tokens
@@ -169,11 +171,55 @@ class RocketKVLayer(CacheLayerMixin):
         return self.cache.stats()
 
 
+class HybridLayer(RocketKVLayer, LinearAttentionLayer):
+    """A compressed layer that keeps recurrent states beside its tokens.
+
+    Args:
+        cache: as for `RocketKVLayer`.
+        window: as for `RocketKVLayer`.
+        number_of_states: the number of states of each kind that the layer may have.
+    """
+
+    def __init__(self, cache: LayerCache, window: int | None, number_of_states: int) -> None:
+        RocketKVLayer.__init__(self, cache, window)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make room for a state, as transformers does before it writes the first one."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def copy(self) -> "HybridLayer":
+        """Return an independent layer in the same state."""
+        return self._beside(self.cache.copy())
+
+    def fork(self, config: RocketKVConfig) -> "HybridLayer":
+        """Return a layer with the same past that compresses as `config` says; see `LayerCache.fork`."""
+        return self._beside(self.cache.fork(config))
+
+    def _beside(self, cache: LayerCache) -> "HybridLayer":
+        """Return a layer with copies of the states beside another cache."""
+        layer = HybridLayer(cache, self.window, self.number_of_states)
+        write_states(layer, read_states(self))
+        return layer
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices` (`[B']` int64)."""
+        super().batch_select_indices(indices)
+        LinearAttentionLayer.reorder_cache(self, indices)
+
+    def stats(self) -> LayerStats:
+        """Return what the layer stores and reads, its states included."""
+        stats, num_bytes = super().stats(), state_bytes(self)
+        sizes = ("kv_bytes", "read_bytes", "full_kv_bytes", "full_read_bytes")
+        return replace(stats, **{name: getattr(stats, name) + num_bytes for name in sizes})
+
+
 def compress(layer: DynamicLayer, config: PreTrainedConfig, rocketkv_config: RocketKVConfig, keep_queries: int) -> Any:
     """Return a compressed layer in place of one of transformers' own that attends to everything, else that one."""
     if not is_full(layer, config.get_text_config(decoder=True)):
         return layer
-    return RocketKVLayer(LayerCache(rocketkv_config, keep_queries), window=getattr(layer, "sliding_window", None))
+    cache, window = LayerCache(rocketkv_config, keep_queries), getattr(layer, "sliding_window", None)
+    return HybridLayer(cache, window, layer.number_of_states) if has_states(layer) else RocketKVLayer(cache, window)
 
 
 def unannounced() -> UnsupportedError:

@@ -15,6 +15,8 @@ from rocketkv.hf.history import UNKNOWN, History
 from rocketkv.hf.layer import RocketKVLayer
 from rocketkv.hf.padding import Padding
 from rocketkv.hf.padding import read as read_padding
+from rocketkv.hf.plain import has_tokens
+from rocketkv.hf.states import has_states
 from rocketkv.ops import LogitTerms
 
 
@@ -33,7 +35,7 @@ class Pass:
         ids: as given.
         padding: as given.
         waits: for each layer, whether it is compressed and has yet to attend in this pass.
-        plain_layers: copies of transformers' own layers from before the pass, by index.
+        plain_layers: copies of transformers' own layers with tokens from before the pass, by index.
     """
 
     def __init__(self, layers: list[Any], ids: Tensor, padding: Padding) -> None:
@@ -53,8 +55,12 @@ class Pass:
         return output
 
     def was_seen_by_all(self, before: int) -> bool:
-        """Return whether every layer, having seen `before` columns, has seen those of the pass."""
-        return all(columns == {before + self.ids.shape[1]} for columns in self._seen())
+        """Return whether every layer, having seen `before` columns, has seen those of the pass.
+
+        Of recurrent states this cannot be told, so a cache with some has not.
+        """
+        after = {before + self.ids.shape[1]}
+        return not self._keeps_states and all(columns == after for columns in self._seen().values())
 
     def check_unbroken(self, before: int) -> None:
         """Refuse to go on after a pass in which only some of the compressed layers have attended.
@@ -63,24 +69,31 @@ class Pass:
             before: the number of columns that each layer had seen before the pass.
 
         Raises:
-            InputError: a compressed layer has seen other columns than those.
+            InputError: a compressed layer has seen other columns than those, or a layer keeps recurrent states.
         """
         seen = self._seen()
-        if all(columns == {before} for i, columns in enumerate(seen) if i not in self.plain_layers):
+        if not self._keeps_states and all(seen[i] == {before} for i in seen if i not in self.plain_layers):
             return
         after = {before + self.ids.shape[1]}
-        broken = next((i for i, columns in enumerate(seen) if columns != after), len(seen) - 1)
-        way_out = "" if before == 0 else ", or cache.rewind_to(ids) with the text that it had seen before"
+        broken = next((i for i, columns in seen.items() if columns != after), len(self.layers) - 1)
+        goes_back = before > 0 and not self._keeps_states
+        way_out = ", or cache.rewind_to(ids) with the text that it had seen before" if goes_back else ""
         raise InputError(
             f"in layer {broken}, an earlier forward pass with this cache broke off half way; call cache.reset() "
             f"and start anew{way_out}."
         )
 
-    def _seen(self) -> list[set[int]]:
-        """Return the numbers of columns that each layer, or each part of a layer, has seen."""
-        return [
-            layer.part_seen if isinstance(layer, RocketKVLayer) else {layer.get_seq_length()} for layer in self.layers
-        ]
+    @property
+    def _keeps_states(self) -> bool:
+        return any(has_states(layer) for layer in self.layers)
+
+    def _seen(self) -> dict[int, set[int]]:
+        """Return the numbers of columns that each layer with tokens, or each part of a layer, has seen."""
+        return {
+            i: layer.part_seen if isinstance(layer, RocketKVLayer) else {layer.get_seq_length()}
+            for i, layer in enumerate(self.layers)
+            if isinstance(layer, RocketKVLayer) or has_tokens(layer)
+        }
 
 
 def announce(
@@ -103,7 +116,8 @@ def announce(
 
     Raises:
         InputError: the mask, the batch or positions do not fit, or nothing is new.
-        UnsupportedError: the mask is not one of left padding, or the text outgrows a sliding window.
+        UnsupportedError: the mask is not one of left padding, the text outgrows a sliding window, or columns are
+            padded that would go into recurrent states after tokens.
     """
     compressed = [layer for layer in layers if isinstance(layer, RocketKVLayer)]
     rows, num_new = tokens.shape
@@ -121,6 +135,11 @@ def announce(
                 "give a shorter text or use transformers' DynamicCache."
             )
     padding = read_padding(attention_mask, seen, history.mask, num_rows=rows, num_new=num_new)
+    if padding.counts is not None and seen > 0 and any(has_states(layer) for layer in layers):
+        raise UnsupportedError(
+            "padding came after tokens, and this model's recurrent states would take it in; give later turns whose "
+            "rows are equally long, or each row a cache of its own."
+        )
     if position_ids is not None and num_new > 1 and seen > 0:
         check_positions(position_ids, history.num_tokens(seen), num_new, padding.counts)
     is_short = config.mode == "single_turn" or num_new < config.window_size
@@ -134,8 +153,8 @@ def announce(
 
 
 def find_plain_layers(layers: list[Any]) -> dict[int, DynamicLayer]:
-    """Return those layers that are transformers' own, by index."""
-    return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, RocketKVLayer)}
+    """Return those layers that are transformers' own and keep tokens, by index."""
+    return {i: layer for i, layer in enumerate(layers) if has_tokens(layer)}
 
 
 def check_positions(position_ids: Tensor, row_seen: Sequence[int], num_new: int, counts: Tensor | None) -> None:

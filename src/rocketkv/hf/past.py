@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from rocketkv.hf.history import History
+from rocketkv.hf.states import is_state
 
 
 def columns_left(
@@ -35,7 +36,8 @@ class SavedPast(NamedTuple):
         history: the token ids.
         num_decoded: the tokens decoded since the last prompt; -1 if a prompt must come next.
         keeps_prompts: whether tokens of a prompt can go, because an archive has them all.
-        has_dropped: whether a sliding window has left tokens behind, so that no token can go.
+        has_dropped: whether a sliding window has left tokens behind, or states have them all in one, so that no token
+            can go.
     """
 
     history: History
@@ -57,7 +59,8 @@ class SavedPast(NamedTuple):
                 tensors[f"{i}.keys"].shape[2] < num_seen
                 for i, num_seen in enumerate(record["layers"])
                 if isinstance(num_seen, int)
-            ),
+            )
+            or any(is_state(name) for name in tensors),
         )
 
     def columns_left(self, ids: Tensor, window_size: int) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.hf.past import columns_left
 from rocketkv.hf.plain import first_columns
+from rocketkv.hf.states import has_states
 
 if TYPE_CHECKING:
     from rocketkv.hf.cache import RocketKVCache
@@ -24,7 +25,7 @@ def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
 
     Raises:
         InputError: `ids` do not fit the cache's rows, or tokens of a prompt are to go from a `single_turn` cache.
-        UnsupportedError: a sliding-window layer has dropped tokens that would be needed.
+        UnsupportedError: a layer keeps recurrent states, or its sliding window has dropped tokens that would be needed.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
         raise InputError("rewind_to takes the ids of a text, a tensor of integers [B, L]; give those for generate.")
@@ -47,6 +48,12 @@ def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
     counts = cache.history.num_tokens(keep)
     plain = cache.plain_layers_before_pass()
     num_dropped = cache.history.num_columns - keep
+    for i, layer in enumerate(cache.layers):
+        if has_states(layer) and (num_dropped > 0 or cache._pass is not None):
+            raise UnsupportedError(
+                f"layer {i} keeps recurrent states, which have all tokens in them, so the cache cannot go back to an "
+                "earlier token; call cache.reset() and give the whole text."
+            )
     for i, layer in plain.items():
         if num_dropped > 0 and layer.keys.shape[2] < layer.get_seq_length():
             raise UnsupportedError(

@@ -22,7 +22,9 @@ from rocketkv.budget import Budget
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import CacheFileError, InputError, UnsupportedError
 from rocketkv.hf.history import History
-from rocketkv.hf.layer import RocketKVLayer
+from rocketkv.hf.layer import HybridLayer, RocketKVLayer
+from rocketkv.hf.plain import has_tokens
+from rocketkv.hf.states import is_state, read_states, write_states
 from rocketkv.hf.support import check_model
 from rocketkv.tensor_file import Rows
 
@@ -193,11 +195,15 @@ def check_identity(path: Path, saved: Identity, own: Identity) -> None:
 
 def _take_apart(layer: Any) -> tuple[Mapping[str, Tensor | Rows], Any]:
     """Return the tensors of a layer by name, and its facts."""
-    if type(layer) is RocketKVLayer:
-        return snapshot.take(layer.cache)
+    states = read_states(layer)
     if isinstance(layer, RocketKVLayer):
-        raise UnsupportedError("a stack of caches cannot be saved; save its caches before they are stacked.")
-    return {"keys": layer.keys, "values": layer.values}, layer.get_seq_length()
+        if type(layer) not in (RocketKVLayer, HybridLayer):
+            raise UnsupportedError("a stack of caches cannot be saved; save its caches before they are stacked.")
+        parts, facts = snapshot.take(layer.cache)
+        return {**parts, **states}, facts
+    if has_tokens(layer):
+        return {"keys": layer.keys, "values": layer.values, **states}, layer.get_seq_length()
+    return states, None
 
 
 def _put_together(
@@ -208,8 +214,11 @@ def _put_together(
     device: torch.device,
 ) -> None:
     """Put an empty layer into the state that was saved."""
+    write_states(layer, {name: parts.pop(name).to(device) for name in list(parts) if is_state(name)})
     if isinstance(layer, RocketKVLayer):
         layer.cache = snapshot.restore(cache.config, cache.keep_queries, snapshot.Snapshot(parts, facts), device)
+        return
+    if not has_tokens(layer):
         return
     keys, values = (parts[name].to(device) for name in ("keys", "values"))
     layer.lazy_initialization(keys, values)

@@ -34,7 +34,7 @@ class PrefixStore:
     Args:
         model: the model whose caches these are; caches of other models in the folder are left alone.
         config: how the caches compress. `multi_turn` caches go back to any token; `single_turn` ones, and those of
-            models with sliding windows, serve only texts that begin with all that they have seen.
+            models with sliding windows or recurrent states, serve only texts that begin with all that they have seen.
         folder: where the caches are kept as files, readable by their owner alone; None: in the memory of this process.
         max_bytes: what the stored caches may take together; beyond it the least recently used are given up.
 

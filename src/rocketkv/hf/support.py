@@ -7,8 +7,9 @@ code of a model that does not come with transformers; the hooks and the attentio
 import inspect
 import sys
 
+from torch.nn import Module, ModuleList
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -17,18 +18,39 @@ from transformers.models.auto.modeling_auto import (
 
 from rocketkv.errors import InputError, UnsupportedError
 
+_FLAG = "_supports_attention_backend"  # of the classes that say that they use the attention interface
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface"
+_BYPASSES = "its attention bypasses transformers' attention interface"
+_KEEPS_OPTIONS = "its layers hand no options down to their attention"
+_BIASED = "its attention adds position biases to the logits"
+_LAYERS = (  # the layers of transformers' own cache that a model may have; earlier versions lack some
+    "DummyLayer",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionLayer",
+)
 _PECULIAR = {  # by model_type: reasons that neither the configuration nor the class tells
     "diffllama": "its attention is the difference of two",
     "doge": "it adds a mask of its own, made from the values, to the attention logits",
     "dory": "it runs its layers several times over and caches each time anew",
     "hrm_text": "it runs its layers several times over and caches each time anew",
+    "inkling_text": _BIASED,
+    "inkling2_text": _BIASED,
+    "inkling2_loop_text": _BIASED,
     "llama4_text": "its layers attend in chunks",
+    "minimax": "it takes caches of its own class only",
     "mllama_text_model": "some of its layers attend to images only",
     "modernbert-decoder": "its decoder cannot be told apart from its head",
     "moshi": "its attention does not say how wide its window is",
-    "nemotron": "its layers hand no options down to their attention",
+    "nemotron": _KEEPS_OPTIONS,
     "paligemma": "its prompts attend in both directions",
+    "qwen4_exp_text": "its attention selects tokens by an index of its own",
+    "stablelm": _KEEPS_OPTIONS,
 }
+_STARTS_ANEW = ("jamba", "zamba")  # by model_type: their states forget what came before a prompt
+_COUNTS_FROM_0 = ("bamba",)  # these take the first new token to be at position 0 where they are not told
 
 
 def unsupported(name: str, reason: str) -> UnsupportedError:
@@ -58,6 +80,8 @@ def check_model(model: object) -> PreTrainedModel:
     if not isinstance(decoder, PreTrainedModel):
         raise unsupported(name, "its decoder cannot be told apart from its head")
     _check_class(type(decoder), name)
+    if not getattr(type(decoder), _FLAG, False) and not _hands_options_down(decoder):
+        raise unsupported(name, _BYPASSES)
     return decoder
 
 
@@ -91,6 +115,23 @@ def rope_limit(config: PreTrainedConfig) -> int | None:
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
+def check_later_prompt(decoder: PreTrainedModel, num_new: int, position_ids: object) -> None:
+    """Refuse `num_new` tokens that come after others where a decoder would take them for the beginning of a text.
+
+    Raises:
+        UnsupportedError: the decoder's recurrent states start anew at each prompt of several tokens.
+        InputError: the decoder needs to be told positions.
+    """
+    name, kind = type(decoder).__name__, decoder.config.model_type
+    if num_new > 1 and kind in _STARTS_ANEW:
+        raise UnsupportedError(
+            f"the recurrent states of {name} start anew at each prompt, with any cache; call cache.reset() and give "
+            "the whole text at once."
+        )
+    if position_ids is None and kind in _COUNTS_FROM_0:
+        raise InputError(f"{name} counts positions from 0 in each forward pass; give position_ids, as generate does.")
+
+
 def joins_images(model_class: type) -> bool:
     """Return whether a model lets the tokens of an image attend to each other in both directions."""
     source = _source_of(model_class)
@@ -110,12 +151,12 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return None
 
 
-def is_full(layer: DynamicLayer, config: PreTrainedConfig) -> bool:
+def is_full(layer: object, config: PreTrainedConfig) -> bool:
     """Return whether a layer attends to everything, be it through a window as long as the model's context."""
-    if type(layer) is DynamicLayer:
-        return True
-    context = getattr(config, "max_position_embeddings", None)
-    return context is not None and bool(layer.sliding_window >= context)
+    if not isinstance(layer, DynamicLayer):
+        return False
+    window, context = getattr(layer, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    return window is None or (context is not None and bool(window >= context))
 
 
 def _check_config(config: PreTrainedConfig, name: str) -> None:
@@ -143,10 +184,10 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise unsupported(name, "transformers' own cache cannot be made from its configuration") from None
     for i, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer).__name__ not in _LAYERS:
             raise unsupported(name, f"layer {i} keeps a {type(layer).__name__}, not plain keys and values")
     if not any(is_full(layer, text) for layer in layers):
-        raise unsupported(name, "it has sliding-window layers only, so there is nothing to compress")
+        raise unsupported(name, "no layer of it attends to the whole text, so there is nothing to compress")
 
 
 def _source_of(model_class: type | None) -> str:
@@ -161,8 +202,31 @@ def _is_known(config: PreTrainedConfig) -> bool:
 
 def _check_class(model_class: type[PreTrainedModel], name: str) -> None:
     """Refuse, by name, a model or decoder whose attention is not ours to compute."""
-    if not model_class._can_set_attn_implementation() or not getattr(model_class, "_supports_attention_backend", False):
-        raise unsupported(name, "its attention bypasses transformers' attention interface")
     source = _source_of(model_class)
+    uses_interface = getattr(model_class, _FLAG, False) or _INTERFACE in source
+    if not model_class._can_set_attn_implementation() or not uses_interface:
+        raise unsupported(name, _BYPASSES)
     if plain_implementation(model_class) != "sdpa" and "s_aux=" not in source and "softcap=" not in source:
         raise unsupported(name, "its attention does not run as attn_implementation='sdpa'")
+
+
+def _hands_options_down(decoder: PreTrainedModel) -> bool:
+    """Return whether each layer that attends to everything uses the attention interface, with all options of its pass.
+
+    Some classes use the interface and do not say so in their flag; what tells is the code of each attention module,
+    and of all modules around it.
+    """
+    layers = DynamicCache(config=decoder.config).layers
+    wanted = {i for i, layer in enumerate(layers) if is_full(layer, decoder.config)}
+    for path, module in decoder.named_modules():
+        if getattr(module, "layer_idx", None) in wanted and _INTERFACE in _forward_source(module):
+            parts = path.split(".")
+            around = [decoder.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+            if all(_forward_source(part).count("**kwargs") > 1 for part in around if not isinstance(part, ModuleList)):
+                wanted.remove(module.layer_idx)
+    return not wanted
+
+
+def _forward_source(module: Module) -> str:
+    """Return the source of a module's forward pass."""
+    return inspect.getsource(type(module).forward)

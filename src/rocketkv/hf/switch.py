@@ -46,8 +46,9 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     The first call with a version of transformers that is not among the tested ones warns.
 
     Args:
-        model: a decoder of transformers, with the `sdpa` attention implementation, or with `eager` if the model has no
-            `sdpa`, as models with attention sinks and with soft-capped logits.
+        model: a decoder of transformers. Prompts of its compressed layers run through our own attention, whatever
+            attention implementation the model was loaded with. All other layers run as before with `sdpa` and `eager`,
+            and with `sdpa` in place of any other one (`eager`, if the model has no `sdpa`) until `disable`.
 
     Returns:
         The same model.
@@ -65,21 +66,20 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedError(
             f"{name} shares its configuration with a model that is enabled already; load or configure it on its own."
         )
-    needed = plain_implementation(type(decoder))
-    if implementation != needed:
-        raise UnsupportedError(
-            f"{name} was loaded with attn_implementation={implementation!r}; "
-            f"load it with attn_implementation={needed!r}."
-        )
+    plain = implementation if implementation in NAMES else plain_implementation(type(decoder))
+    former = {"": implementation}
+    for part in model.config.sub_configs:
+        if (config := getattr(model.config, part, None)) is not None:
+            former[part] = config._attn_implementation
     _warn_if_untested()
     register()
-    model.set_attn_implementation(NAMES[implementation])
+    model.set_attn_implementation(NAMES[plain])
     own_hook = model.register_forward_pre_hook(before_model, with_kwargs=True)
     decoder_hooks = [
         decoder.register_forward_pre_hook(before_forward, with_kwargs=True),
         decoder.register_forward_hook(after_forward, with_kwargs=True),
     ]
-    model._rocketkv = _Enabled(own_hook, [partial(model.set_attn_implementation, implementation)])
+    model._rocketkv = _Enabled(own_hook, [partial(model.set_attn_implementation, former)])
     for hook in (own_hook, *decoder_hooks):
         on_disable(model, hook.remove)
     for method in METHODS:
