@@ -83,6 +83,12 @@ SPECIAL |= {  # hybrids
     )
     for name in names
 }
+HYBRIDS = (
+    "qwen3_next",
+    "falcon_h1",
+    "lfm2",
+    "nemotron_h",
+)  # states per layer, or beside tokens; short; no cache at all
 SPECIAL["bamba"] = {"attn_layer_indices": [1]}
 SPECIAL["jamba"] = {"attn_layer_offset": 1, "attn_layer_period": 2}
 SPECIAL["lara_mini"] = {"sliding_window": 16}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from families import HYBRIDS as KINDS
 from families import enabled_model
 from rocketkv import InputError, PrefixStore, RocketKVCache, RocketKVConfig, UnsupportedError, backends
 from rocketkv.hf.batch import batch_caches, row_stats
@@ -16,7 +17,6 @@ from rocketkv.hf.states import read_states
 from rocketkv.hf.versions import pass_cache
 from tiny import COMPRESSED, COMPRESSED_MT, EVERYTHING, SMALL, generate, prompts
 
-KINDS = ["qwen3_next", "falcon_h1", "lfm2", "nemotron_h"]  # a state per layer, or beside tokens; short ones; no cache
 SIXTEEN = RocketKVConfig(dense_below=0, token_budget=16, **SMALL)
 MORE = prompts(9, 9, seed=1)[0]
 kinds = pytest.mark.parametrize("kind", KINDS)
