@@ -27,7 +27,9 @@ HERE = Path(__file__).parent
 CACHE = HERE.parents[2] / "build" / "emulator"
 SHARED_BYTES = 48 * 1024  # of a block on any GPU, without asking for more
 # -O0 compiles fast, and these rows are short. A GPU's own rounding of products that are added is not emulated.
-OPTIONS = ("-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE}", "-xc++", "-")
+OPTIONS = ["-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-w", f"-I{HERE}", "-xc++", "-"]
+if "ROCKETKV_TEST_KERNELS" in os.environ:  # `make sanitize`; the stacks of fibers confuse AddressSanitizer
+    OPTIONS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--param", "asan-stack=0"]
 CALL = """
 extern char __start_shared_memory, __stop_shared_memory;
 extern "C" void call(const void* argument) { KERNEL(*static_cast<const ARGUMENT*>(argument)); }
