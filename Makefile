@@ -95,7 +95,7 @@ sanitize: setup
 	cmake --build build/sanitize -j2 > /dev/null
 	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=50 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/backends/test_prefill.py tests/backends/test_terms.py tests/attention/test_fuzz.py tests/attention/test_any_order.py \
+	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/backends/test_prefill.py tests/backends/test_after_prefill.py tests/backends/test_terms.py tests/attention/test_fuzz.py tests/attention/test_any_order.py \
 	    $(addprefix tests/backends/cuda/test_step.py::test_,odd_sizes keys_and_values_in_8_bits long_rows)
 
 CXX_FILES := csrc/* tests/native/* src/rocketkv/backends/cuda/kernels/* $(wildcard tests/backends/cuda/*.h tests/backends/cuda/*.cpp)

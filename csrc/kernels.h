@@ -104,6 +104,11 @@ int64_t decode_step(const Layer& layer, const Token& token, int num_threads);
 struct Rows {
   void* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+
+  template <class T>
+  const T* at(int64_t row, int64_t head, int64_t token) const {
+    return static_cast<const T*>(data) + row * batch_stride + head * head_stride + token * token_stride;
+  }
 };
 
 // A prompt, or the next turn of a conversation. A row's last column is its last token, the newest in its keys.
@@ -122,6 +127,10 @@ struct Prompt {
 // Let a prompt attend to its keys, each token to those up to its own. Outputs of other columns are left alone.
 void prefill(const Prompt& prompt, int num_threads);
 
+// Add to the scores, [B, Hkv, S] zeros, the weights that a prompt's last columns give to its keys, or make a score the
+// largest such weight. The prompt has no values and no output.
+void score_window(const Prompt& prompt, bool by_peak, float* scores, int64_t num_slots, int num_threads);
+
 // The keys that an index is built from: [B, Hkv, S, D], rows dense, with strides in elements between rows and heads.
 struct Keys {
   Dtype dtype = Dtype::kFloat32;
@@ -133,6 +142,9 @@ struct Keys {
 
 // Build the bounds of empty pages from all keys.
 void build_pages(const Keys& keys, const Pages& pages, int num_threads);
+
+// Let an empty index of low-bit keys take in all keys.
+void build_lowbit(const Keys& keys, const LowBitKeys& index, int num_threads);
 
 // Compute output = input @ weight^T for few rows.
 void multiply(const Linear& linear, int num_threads);

@@ -138,6 +138,14 @@ ROCKETKV_MODULE(ROCKETKV_NAME, m) {
           nb::kw_only(), "query"_a, "key"_a, "value"_a, "output"_a, "chosen"_a, "num_threads"_a,
           nb::call_guard<nb::gil_scoped_release>());
   m.def("prefill", &prefill, "prompt"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "score_window",
+      [](const Prompt& prompt, bool by_peak, uintptr_t scores, int64_t num_slots, int num_threads) {
+        score_window(prompt, by_peak, at<float>(scores), num_slots, num_threads);
+      },
+      "prompt"_a, nb::kw_only(), "by_peak"_a, "scores"_a, "num_slots"_a, "num_threads"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def("build_lowbit", &build_lowbit, "keys"_a, "index"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("build_pages", &build_pages, "keys"_a, "pages"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "linear",

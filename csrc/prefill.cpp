@@ -9,6 +9,7 @@
 #include <atomic>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "prefill_pack.h"
 #include "prefill_product.h"
@@ -19,25 +20,9 @@
 namespace rocketkv {
 namespace {
 
-constexpr float kLog2e = 1.44269504f;   // the softmax counts in powers of two
-constexpr int kTileKeys = 256;          // keys and values of a tile
 constexpr int kMostRows = 384;          // rows of a task at most: they and a tile fit in a core's second cache
 constexpr int kFewestRows = 48;         // at least, so that packing a tile takes little of the time
 constexpr int64_t kTasksPerThread = 8;  // at least, unless rows get too few
-
-// A buffer that begins at a cache line.
-class Buffer {
- public:
-  float* resize(size_t count) {
-    if (numbers_.size() < count + kLine) numbers_.resize(count + kLine);
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(numbers_.data());
-    return numbers_.data() + (kLine - begin / sizeof(float) % kLine) % kLine;
-  }
-
- private:
-  static constexpr size_t kLine = 64 / sizeof(float);
-  std::vector<float> numbers_;
-};
 
 // Memory that a thread keeps from prompt to prompt.
 struct Memory {
@@ -93,13 +78,9 @@ class Prefill {
     return prompt_.lengths[head] - (prompt_.num_tokens - 1 - token);
   }
 
-  // Return the numbers of a head's token.
-  const T* at(const Rows& rows, int64_t row, int64_t head, int64_t token) const {
-    return static_cast<const T*>(rows.data) + row * rows.batch_stride + head * rows.head_stride +
-           token * rows.token_stride;
-  }
+  // Return the key or the value in a head's slot.
   const T* stored(const Rows& rows, int64_t head, int64_t slot) const {
-    return at(rows, head / prompt_.num_kv_heads, head % prompt_.num_kv_heads, slot);
+    return rows.at<T>(head / prompt_.num_kv_heads, head % prompt_.num_kv_heads, slot);
   }
 
   // Return whether a slot's value is finite. Where not, the slot's first token begins a part of its own: a weight of
@@ -136,7 +117,7 @@ class Prefill {
 
     // A capped score is tanh of a dot product, and its logit is softcap times that.
     const float softcap = prompt_.terms.softcap, *sinks = prompt_.terms.sink_logits;
-    const float factor = std::min((softcap > 0 ? softcap : prompt_.scale) * kLog2e, std::numeric_limits<float>::max());
+    const float factor = power_of_two_factor(softcap > 0 ? softcap : prompt_.scale);
     const int64_t num_keys = visible(head, end - 1);
     for (int64_t slot = 0; slot < num_keys; slot += kTileKeys) {
       const int count = static_cast<int>(std::min<int64_t>(kTileKeys, num_keys - slot));
@@ -170,7 +151,7 @@ class Prefill {
 
   // Return a row of a task: row r is token begin + r / group_, in query head r % group_ of the KV head.
   const T* row_at(const Rows& rows, int64_t head, int64_t begin, int r) const {
-    return at(rows, head / prompt_.num_kv_heads, query_head(head, r), begin + r / group_);
+    return rows.at<T>(head / prompt_.num_kv_heads, query_head(head, r), begin + r / group_);
   }
   int64_t query_head(int64_t head, int r) const { return head % prompt_.num_kv_heads * group_ + r % group_; }
   const T* query(int64_t head, int64_t begin, int r) const { return row_at(prompt_.query, head, begin, r); }

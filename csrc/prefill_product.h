@@ -6,6 +6,7 @@
 namespace rocketkv {
 namespace {
 
+constexpr int kTileKeys = 256;                    // keys that rows meet before the next are packed
 constexpr int kRowsAtOnce = 6;                    // with kVecsAtOnce, as many sums as the registers hold
 constexpr int kVecsAtOnce = kWidth == 8 ? 2 : 4;  // AVX2 has 16 registers, the others 32
 constexpr int kPanel = kVecsAtOnce * kWidth;      // lanes of a panel

@@ -36,6 +36,11 @@ inline Vec exp2_of_negative(Vec given) {
   return given < broadcast(-126.0f) ? Vec{} : p * load<Vec>(&power);
 }
 
+constexpr float kLog2e = 1.44269504f;  // the softmax counts in powers of two
+
+// Return by what a difference of scores is multiplied so that two to its power is a weight; scale makes scores logits.
+inline float power_of_two_factor(float scale) { return std::min(scale * kLog2e, std::numeric_limits<float>::max()); }
+
 // What the softmax of a row knows of the tiles before: the largest score, and the sum of the weights relative to it.
 struct Softmax {
   static constexpr float kLeast = -std::numeric_limits<float>::infinity();

@@ -46,6 +46,7 @@ inline void keep_in_register(Vec& v) {
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }  // b where either is NaN
 inline Vec abs(Vec v) {                                 // a zero and a NaN, too, lose their sign
   VecBits bits = load<VecBits>(&v) & 0x7fffffffu;
   return load<Vec>(&bits);

@@ -1,6 +1,7 @@
 """The CPU backend calls kernels in C++ (csrc/)."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch import Tensor
 from rocketkv.backends.amx import prefer_torch
 from rocketkv.backends.base import FLOATS, LayerTensors, Scoring, Spec, check_prompt, decline_numbers
 from rocketkv.backends.library import native, native_dtype, why_missing
+from rocketkv.backends.structs import address, keys_struct, layer_struct, lowbit_struct, pages_struct, set_terms
 from rocketkv.errors import InputError
-from rocketkv.ops import NO_TERMS, LogitTerms, PageBounds
+from rocketkv.ops import NO_TERMS, LogitTerms, LowBitKeys, PageBounds
 
 NAME = "cpp"
 DEVICES: tuple[str, ...] = ("cpu",)
@@ -44,27 +46,43 @@ def prefill_densely(
     terms: LogitTerms = NO_TERMS,
 ) -> Tensor:
     """See `ops.prefill_densely`; tensors that do not fit raise an InputError."""
-    check_prompt(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms)
-    if reason := decline(Spec.of(keys, terms=terms)):
-        raise InputError(f"the kernels do not attend this prompt ({reason}); call backends.prefill_densely instead.")
-    query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
+    _check_prompt(query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms)
     batch, num_heads, num_tokens, head_dim = query.shape
     allocate = query.new_empty if lengths is None and num_queries is None else query.new_zeros
     if lengths is None:
         lengths = torch.full(keys.shape[:2], keys.shape[2], dtype=torch.int64, device=keys.device)
-    lengths, num_queries = lengths.contiguous(), None if num_queries is None else num_queries.contiguous()
     output = allocate(batch, num_tokens, num_heads, head_dim).transpose(1, 2)  # as models go on with it
-    prompt = native.Prompt()
-    prompt.dtype = native_dtype(query.dtype)
-    prompt.batch, prompt.num_heads, prompt.num_tokens, prompt.head_dim = query.shape
-    prompt.num_kv_heads = keys.shape[1]
-    prompt.scale = scale
-    _set_terms(prompt.terms, terms)
-    prompt.query, prompt.output, prompt.keys, prompt.values = (_rows(x) for x in (query, output, keys, values))
-    prompt.lengths = lengths.data_ptr()
-    prompt.num_queries = _address(num_queries)
+    query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
+    lengths, num_queries = lengths.contiguous(), None if num_queries is None else num_queries.contiguous()
+    prompt = _prompt(query, keys, lengths, num_queries, scale, terms)
+    prompt.values, prompt.output = _rows(values), _rows(output)
     native.prefill(prompt, torch.get_num_threads())
     return output
+
+
+def score_window(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    lengths: Tensor,
+    num_queries: Tensor,
+    scale: float,
+    terms: LogitTerms = NO_TERMS,
+    by_peak: bool = False,
+) -> Tensor:
+    """See `ops.score_window`; tensors that do not fit raise an InputError."""
+    _check_prompt(query, keys, keys, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms)
+    scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    query, keys = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys))
+    lengths, num_queries = lengths.contiguous(), num_queries.contiguous()
+    native.score_window(
+        _prompt(query, keys, lengths, num_queries, scale, terms),
+        by_peak=by_peak,
+        scores=scores.data_ptr(),
+        num_slots=keys.shape[2],
+        num_threads=torch.get_num_threads(),
+    )
+    return scores
 
 
 def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
@@ -72,13 +90,15 @@ def build_pages(index: PageBounds, keys: Tensor, lengths: Tensor) -> None:
     bounds, page_size, spread = index
     keys = keys if keys[0, 0].is_contiguous() else keys.contiguous()
     lengths, page_size = lengths.contiguous(), page_size.contiguous()
-    built_from, pages = native.Keys(), _pages(PageBounds(bounds, page_size, spread))
-    built_from.dtype = native_dtype(keys.dtype)
-    built_from.batch, built_from.num_kv_heads, _, built_from.head_dim = keys.shape
-    built_from.keys = keys.data_ptr()
-    built_from.batch_stride, built_from.head_stride = keys.stride()[:2]
-    built_from.lengths = lengths.data_ptr()
-    native.build_pages(built_from, pages, torch.get_num_threads())
+    pages = pages_struct(PageBounds(bounds, page_size, spread))
+    native.build_pages(keys_struct(keys, lengths), pages, torch.get_num_threads())
+
+
+def build_lowbit(index: LowBitKeys, keys: Tensor, lengths: Tensor) -> None:
+    """See `ops.build_lowbit`."""
+    assert all(x.is_contiguous() for x in index)
+    keys, lengths = keys if keys[0, 0].is_contiguous() else keys.contiguous(), lengths.contiguous()
+    native.build_lowbit(keys_struct(keys, lengths), lowbit_struct(index), torch.get_num_threads())
 
 
 def use_huge_pages(buffer: Tensor) -> None:
@@ -130,7 +150,7 @@ class CppStep:
         assert all(x.is_contiguous() for x in tensors)
         self._shape = (layer.keys.shape[0], layer.num_heads, 1, layer.keys.shape[3])
         self._outputs = _spare_outputs(self._shape, layer.dtype)
-        self._native = _layer(layer)
+        self._native = layer_struct(layer)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, int]:
         """See `Step`."""
@@ -146,60 +166,32 @@ class CppStep:
             key=key.data_ptr(),
             value=value.data_ptr(),
             output=output.data_ptr(),
-            chosen=_address(ranks),
+            chosen=address(ranks),
             num_threads=torch.get_num_threads(),
         )
         return output, num_bytes
 
 
-def _layer(layer: LayerTensors) -> "native.Layer":
-    """Return the layer as the library's struct."""
-    out = native.Layer()
-    out.dtype = native_dtype(layer.dtype)
-    out.batch, out.num_kv_heads, out.token_capacity, out.head_dim = layer.keys.shape
-    out.num_heads = layer.num_heads
-    out.scale = layer.scale
-    _set_terms(out.terms, layer.terms)
-    out.keys = layer.keys.data_ptr()
-    out.values = layer.values.data_ptr()
-    out.exponents = _address(layer.exponents)
-    out.positions = layer.positions.data_ptr()
-    out.position_capacity = layer.positions.shape[2]
-    out.archived = layer.archive_lengths is not None
-    out.lengths = layer.lengths.data_ptr()
-    out.archive_lengths = _address(layer.archive_lengths)
-    out.seen = layer.seen.data_ptr()
-    out.scoring = native.Scoring[layer.scoring]
-    if layer.pages is not None:
-        out.pages = _pages(layer.pages)
-    if layer.lowbit is not None:
-        out.lowbit.codes = layer.lowbit.codes.data_ptr()
-        out.lowbit.ranges = layer.lowbit.ranges.data_ptr()
-        out.lowbit.open_keys = layer.lowbit.open_keys.data_ptr()
-        out.lowbit.num_blocks = layer.lowbit.codes.shape[2]
-        out.lowbit.spread = layer.lowbit.spread.data_ptr()
-    out.num_channels = layer.num_channels.data_ptr()
-    out.top_k = layer.top_k.data_ptr()
-    out.sinks = layer.sinks.data_ptr()
-    out.recents = layer.recents.data_ptr()
-    out.dense_lengths = layer.dense_lengths.data_ptr()
-    return out
+def _check_prompt(query: Tensor, keys: Tensor, values: Tensor, *, terms: LogitTerms, **others: Any) -> None:
+    """Raise an InputError if tensors do not fit together, or the kernels do not take them."""
+    check_prompt(query, keys, values, terms=terms, **others)
+    if reason := decline(Spec.of(keys, terms=terms)):
+        raise InputError(f"the kernels do not take this prompt ({reason}); call the same function of backends instead.")
 
 
-def _set_terms(out: "native.LogitTerms", terms: LogitTerms) -> None:
-    """Let the library's struct have these terms, whose sinks must stay alive while the struct is used."""
-    assert terms.sink_logits is None or (terms.sink_logits.dtype, terms.sink_logits.stride()) == (torch.float32, (1,))
-    out.sink_logits = _address(terms.sink_logits)
-    out.softcap = terms.softcap or 0.0
-
-
-def _pages(index: PageBounds) -> "native.Pages":
-    """Return the page bounds as the library's struct."""
-    out = native.Pages()
-    out.bounds = index.bounds.data_ptr()
-    out.page_size = index.page_size.data_ptr()
-    out.num_blocks, out.num_rows = index.bounds.shape[2:4]
-    out.spread = _address(index.spread)
+def _prompt(
+    query: Tensor, keys: Tensor, lengths: Tensor, num_queries: Tensor | None, scale: float, terms: LogitTerms
+) -> "native.Prompt":
+    """Return the queries of a prompt and their keys as the library's struct."""
+    out = native.Prompt()
+    out.dtype = native_dtype(query.dtype)
+    out.batch, out.num_heads, out.num_tokens, out.head_dim = query.shape
+    out.num_kv_heads = keys.shape[1]
+    out.scale = scale
+    set_terms(out.terms, terms)
+    out.query, out.keys = _rows(query), _rows(keys)
+    out.lengths = lengths.data_ptr()
+    out.num_queries = address(num_queries)
     return out
 
 
@@ -209,10 +201,6 @@ def _rows(rows: Tensor) -> "native.Rows":
     out.data = rows.data_ptr()
     out.batch_stride, out.head_stride, out.token_stride = rows.stride()[:3]
     return out
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=16)

@@ -15,7 +15,9 @@ import torch
 from rocketkv.backends.base import FLOATS
 
 if TYPE_CHECKING:
-    from rocketkv.backends import _kernels as native  # a stub, because all libraries have the same interface
+    from rocketkv.backends import _kernels  # a stub, because all libraries have the same interface
+
+    native = _kernels
 else:
 
     class _Native:
@@ -27,19 +29,6 @@ else:
     native = _Native()
 
 NOT_INSTALLED = "its native library is not installed"
-
-__all__ = [
-    "NOT_INSTALLED",
-    "instruction_set",
-    "library",
-    "library_names",
-    "load",
-    "multiplies_bfloat16",
-    "native",
-    "native_dtype",
-    "thread_runtime",
-    "why_missing",
-]
 
 
 def instruction_set() -> str:

@@ -1,5 +1,6 @@
 """The gathering of tokens, row by row."""
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,5 @@ def take_tokens(tokens: Tensor, slots: Tensor) -> Tensor:
 
     Reads `B * H * K * D` elements.
     """
-    if tokens.dim() == 3:
-        return tokens.gather(2, slots)
-    return tokens.gather(2, slots[..., None].expand(*slots.shape, tokens.shape[3]))
+    row, head = (torch.arange(size, device=tokens.device) for size in slots.shape[:2])
+    return tokens[row[:, None, None], head[:, None], slots]  # on a CPU faster than `gather`, which goes by elements
