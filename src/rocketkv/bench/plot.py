@@ -49,7 +49,7 @@ def save_plot(result: Record, path: Path, title: str | None = None) -> None:
     lines = lines_of(result["rows"], axis)
     with rc_context({"svg.hashsalt": "rocketkv", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure = Figure(figsize=(9.8 if len(panels) == 2 else 7.5, 3.6), layout="constrained")
-        figure.suptitle(title or f"{result['model']}, {result['dtype']}", fontweight="bold")
+        figure.suptitle(title or f"{result['model']}, {result['dtype']}", x=0.01, ha="left", fontweight="bold")
         for plot, (value, (unit, label)) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):
