@@ -26,7 +26,7 @@ from rocketkv.errors import CacheFileError, telling_memory
 FORMAT = "rocketkv-cache"
 VERSION = 1
 PAGE = 4096  # bytes
-BLOCK = 1 << 18  # bytes read at a time
+BLOCK = 1 << 20  # bytes read at a time
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
