@@ -233,6 +233,7 @@ bench: setup
 	$(PROMPT) --geometry gemma3-270m --dtype float32 > $(R)/prefill-float32.json
 	$(PROMPT) --geometry gemma3-270m --dtype float16 > $(R)/prefill-float16.json
 	$(BENCH) prefill --geometry smollm2-135m --seq-len 7500 --token-budget 512 --repeats 1 --whole-model --json > $(R)/prefill-model.json
+	$(BENCH) reuse --model smollm2 --dtype bfloat16 --seq-len 7500 --token-budget 256 --forks 16 --json > $(R)/reuse.json
 	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json > $(R)/memory.json
 	$(BIN)/python benchmarks/plots.py
 

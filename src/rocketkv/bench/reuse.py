@@ -81,7 +81,9 @@ def measure_forks(model: PreTrainedModel, config: RocketKVConfig, seq_len: int, 
         raise UnsupportedError(f"{_ROLLUP} is not there, which tells what shared memory costs; run this on Linux.")
     enable(model)
     document, store = _tokens(model, seq_len), PrefixStore(model, config)
-    _take_in(model, RocketKVCache(model.config, config), document[:, :64])  # what the first pass allocates for good
+    first = RocketKVCache(model.config, config)
+    for length in (64, QUESTION, 1):  # what the first passes allocate for good
+        _take_in(model, first, document[:, :length])
     store.put(_read(model, config, document))
     before = _held_bytes()  # without the stored document, which nothing maps yet
     forks = []
