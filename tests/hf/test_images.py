@@ -1,16 +1,19 @@
 """Tests of prompts with an image: two turns of a padded batch, and a small budget alone and in a batch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rocketkv import RocketKVCache, RocketKVConfig, backends
+from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, backends
 from rocketkv.hf.versions import pass_cache
 from tiny import EVERYTHING, SMALL, generate, prompts
 from vision import IMAGE, MODELS, seeing_model, seen_prompt
 
 SIXTEEN = RocketKVConfig(dense_below=0, token_budget=16, **SMALL)
+ALL_TURNS = RocketKVConfig(dense_below=0, token_budget=4096, mode="multi_turn", **SMALL)
 MORE = prompts(9, 9, seed=3)[0].clamp(max=IMAGE - 1)
 kinds = pytest.mark.parametrize("kind", list(MODELS))
 
@@ -50,3 +53,20 @@ def test_a_small_budget_answers_alike_by_any_backend_alone_or_in_a_batch(
     monkeypatch.setattr(backends, "BACKENDS", ())
     reference = generate(model, ids, mask, new=4, **pass_cache(RocketKVCache(model.config, SIXTEEN)), **image)
     assert torch.equal(batch, reference)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_each_conversation_has_its_own_positions(kind: str, tmp_path: Path) -> None:
+    model = seeing_model(kind)
+    ids, mask, image = seen_prompt(kind, 40, 40)
+    cache = RocketKVCache(model.config, ALL_TURNS)
+    first = generate(model, ids, mask, new=4, **pass_cache(cache), **image)
+    cache.save(tmp_path / "cache.kv")
+    copied, expected = cache.copy(), generate(model, *longer(first, mask), new=4, **pass_cache(cache))
+    other = RocketKVCache(model.config, ALL_TURNS)
+    for again in (copied, RocketKVCache.load(tmp_path / "cache.kv", model)):
+        generate(model, *prompts(20), new=1, **pass_cache(other))  # without an image
+        other.reset()
+        assert torch.equal(generate(model, *longer(first, mask), new=4, **pass_cache(again)), expected)
+    with pytest.raises(UnsupportedError, match="images have moved the positions of this text"):
+        cache.rewind_to(first[:, :30])

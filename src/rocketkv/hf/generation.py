@@ -27,10 +27,15 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(ids, Tensor) and ids.dim() == 2 and (mask is None or mask.shape[-1] == ids.shape[1]):
         cache.check_continued(ids)
     token = given.set(Given(self, self.get_decoder(), cache))
+    positioned = next((part for part in (self, getattr(self, "model", None)) if hasattr(part, "rope_deltas")), None)
+    if positioned is not None and cache.history.num_columns > 0:
+        positioned.rope_deltas = cache.history.offsets  # another conversation may have left its own there
     try:
         return plain(self, *args, **kwargs)
     finally:
         given.reset(token)
+        if positioned is not None:
+            cache.history.offsets = positioned.rope_deltas
 
 
 @wraps(GenerationMixin.init_continuous_batching)

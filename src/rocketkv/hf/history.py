@@ -16,11 +16,14 @@ class History:
     Attributes:
         num_columns: the number of columns seen, padding included.
         mask: `[B, num_columns]` bool, False in padded columns; None if no column is padded.
+        offsets: `[B, 1]` int64, how far images have moved the positions of what follows them, as a model with
+            multimodal positions (M-RoPE) keeps it; None if no model has told.
     """
 
     def __init__(self) -> None:
         self.num_columns = 0
         self.mask: Tensor | None = None
+        self.offsets: Tensor | None = None
         self._parts: list[Tensor] = []  # [B, T] int32 each, one after the other
 
     @property
@@ -45,6 +48,7 @@ class History:
         """Return an independent history in the same state."""
         copied = History()
         copied.num_columns, copied.mask, copied._parts = self.num_columns, self.mask, list(self._parts)
+        copied.offsets = self.offsets
         return copied
 
     def select_rows(self, rows: Tensor) -> None:
@@ -54,6 +58,8 @@ class History:
             self._parts = [ids.index_select(0, rows.to(ids.device))]
         if self.mask is not None:
             self.mask = self.mask.index_select(0, rows.to(self.mask.device))
+        if self.offsets is not None:
+            self.offsets = self.offsets.index_select(0, rows.to(self.offsets.device))
 
     def truncate(self, num_columns: int) -> None:
         """Keep the first `num_columns` columns, at least one."""
@@ -125,4 +131,6 @@ def join(histories: Sequence[History]) -> History:
     """Return the rows of several histories of equally many columns, at least one, without padding."""
     joined = History()
     joined.append(torch.cat([history.ids for history in histories]), None)
+    offsets = [history.offsets for history in histories if history.offsets is not None]
+    joined.offsets = torch.cat(offsets) if len(offsets) == len(histories) else None
     return joined

@@ -25,7 +25,8 @@ def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
 
     Raises:
         InputError: `ids` do not fit the cache's rows, or tokens of a prompt are to go from a `single_turn` cache.
-        UnsupportedError: a layer keeps recurrent states, or its sliding window has dropped tokens that would be needed.
+        UnsupportedError: a layer keeps recurrent states, its sliding window has dropped tokens that would be needed, or
+            images have moved positions.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
         raise InputError("rewind_to takes the ids of a text, a tensor of integers [B, L]; give those for generate.")
@@ -48,6 +49,12 @@ def rewind_to(cache: "RocketKVCache", ids: Tensor) -> int:
     counts = cache.history.num_tokens(keep)
     plain = cache.plain_layers_before_pass()
     num_dropped = cache.history.num_columns - keep
+    offsets = cache.history.offsets
+    if num_dropped > 0 and offsets is not None and bool(offsets.any()):
+        raise UnsupportedError(
+            "images have moved the positions of this text, so the cache cannot go back to an earlier token; "
+            "call cache.reset() and give the whole text with its images."
+        )
     for i, layer in enumerate(cache.layers):
         if has_states(layer) and (num_dropped > 0 or cache._pass is not None):
             raise UnsupportedError(

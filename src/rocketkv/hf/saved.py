@@ -106,6 +106,8 @@ class SavedCache:
         tensors: dict[str, Tensor | Rows] = {"ids": self.history.ids}
         if self.history.mask is not None:
             tensors["mask"] = self.history.mask
+        if self.history.offsets is not None:
+            tensors["offsets"] = self.history.offsets
         layers: list[Any] = []
         for i, layer in enumerate(self.layers):
             parts, facts = _take_apart(layer)
@@ -135,6 +137,8 @@ class SavedCache:
             cache = cls(model.config, _config_of(record["config"]), keep_queries=record["keep_queries"])  # type: ignore[call-arg]  # a RocketKVCache
             mask = tensors.get("mask")
             cache.history.append(tensors["ids"], None if mask is None else mask.clone())
+            if "offsets" in tensors:
+                cache.history.offsets = tensors["offsets"].clone()
             for i, (layer, facts) in enumerate(zip(cache.layers, record["layers"], strict=True)):
                 prefix = f"{i}."
                 parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
