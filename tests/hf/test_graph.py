@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import rocketkv
 from rocketkv import RocketKVCache, RocketKVConfig, enable, ragged
 from rocketkv.backends import cpp
-from rocketkv.hf import graph
+from rocketkv.hf import graph, recording
 from rocketkv.hf.versions import pass_cache
 from tape import Tape
 from tiny import generate, prompts, tiny_model
@@ -55,7 +55,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Let steps on the CPU be recorded on tapes, around the uncompiled model."""
     recorder = Recorder()
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setitem(graph.RECORDERS, "cpu", recorder)
+    monkeypatch.setitem(recording.RECORDERS, "cpu", recorder)
     return recorder
 
 

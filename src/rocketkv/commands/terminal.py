@@ -53,7 +53,7 @@ def print_error(error: RocketKVError) -> None:
     err.print("error:", str(error), style="red", markup=False, soft_wrap=True)
 
 
-def show_warning(message: Warning | str, *_: object) -> None:
+def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Print one sentence on standard error, in the place of Python's own report of a warning."""
     err.print("warning:", str(message), style="yellow", markup=False, soft_wrap=True)
 
