@@ -136,7 +136,10 @@ class LayerCache(LayerState):
             plan = self.plan = self._decoder.prepare(working, plan)
             self._decoder.bind(working, plan, kind, query.shape[1], factor, checked, terms.sink_logits)
         output, self._read_bytes, self.last_attended = self._decoder(query, key, value, trace=self.trace)
-        self._count_decoded(plan)
+        plan.steps_left -= 1  # no call stands between these counts, so that an interrupt cannot part them
+        self.num_seen += 1
+        self.num_decoded += 1
+        self.just_prefilled = False
         return output
 
     @exclusive

@@ -42,7 +42,10 @@ def count_step(layer: LayerCache) -> None:
     """Count one token per row, which the device appends."""
     _, plan = layer._prefilled()
     layer._decoder.count_step()
-    layer._count_decoded(plan)
+    plan.steps_left -= 1
+    layer.num_seen += 1
+    layer.num_decoded += 1
+    layer.just_prefilled = False
 
 
 def return_to(layer: LayerCache, before: Counts) -> None:

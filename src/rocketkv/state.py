@@ -251,13 +251,6 @@ class LayerState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
-    def _count_decoded(self, plan: SelectionPlan) -> None:
-        """Count a decoded token per row."""
-        plan.steps_left -= 1
-        self.num_seen += 1
-        self.num_decoded += 1
-        self.just_prefilled = False
-
     def _begin_with(self, working: WorkingSet, plan: SelectionPlan, num_seen: int, observed: Observed | None) -> None:
         """Take over the results of a prefill; no statement here can fail."""
         self.working, self.plan, self.num_seen, self._observed = working, plan, num_seen, observed

@@ -29,12 +29,15 @@ def attend(x: Inputs, lengths: Tensor | None = None, num_queries: Tensor | None 
 
 
 def check_error(output: Tensor, x: Inputs, **options: Tensor | None) -> None:
-    """The error against float64 is at most twice that of plain torch in the same dtype."""
+    """The error against float64 is at most twice that of plain torch in the same dtype, and two roundings more.
+
+    Over one or two tokens, plain torch is at times exact to the last bit; a weight and the sum are each rounded once.
+    """
     exact = ops.prefill_densely(*(tensor.double() for tensor in x), scale=0.1, **options)
     plain = ops.prefill_densely(*x, scale=0.1, **options)
     assert output.dtype == plain.dtype
     assert output.shape == plain.shape
-    limit = 2 * float((plain - exact).abs().max()) + torch.finfo(torch.float32).eps * float(exact.abs().max())
+    limit = 2 * float((plain - exact).abs().max()) + 2 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     assert float((output - exact).abs().max()) <= limit
 
 

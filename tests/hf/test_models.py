@@ -5,7 +5,7 @@ import torch
 from transformers import T5Config
 
 from rocketkv import InputError, UnsupportedError
-from rocketkv.backends import cpp
+from rocketkv.backends import library
 from rocketkv.hf.embedded import embedded_path
 from rocketkv.hf.models import LoadedModel, load, load_meta
 from rocketkv.hf.weights import quantized_as
@@ -21,7 +21,7 @@ def test_the_embedded_model_loads_and_its_tokenizer_round_trips(smollm2: LoadedM
 
 def test_auto_is_bfloat16_for_packed_weights_where_the_cpu_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for multiplies, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(cpp, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        monkeypatch.setattr(library, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
         for name in ("smollm2", str(embedded_path("smollm2"))):
             assert load_meta(name).dtype == dtype
             assert load_meta(name, "float16").dtype == torch.float16

@@ -10,8 +10,6 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
-    Gemma2Config,
-    GptOssConfig,
     MistralConfig,
     PreTrainedModel,
     StaticCache,
@@ -32,11 +30,6 @@ def refused(model: PreTrainedModel) -> str:
 
 
 def test_architectures_that_do_not_fit_are_refused_by_name() -> None:
-    gemma2 = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=32))
-    assert refused(gemma2) == (
-        "Gemma2ForCausalLM is not supported: it caps attention logits (softcap); "
-        "use it with transformers' own DynamicCache."
-    )
     small = {
         "hidden_size": 64,
         "intermediate_size": 64,
@@ -61,12 +54,9 @@ def test_architectures_that_do_not_fit_are_refused_by_name() -> None:
     assert "T5ForConditionalGeneration is not supported: it is an encoder-decoder" in refused(t5)
     bloom = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64))
     assert refused(bloom).startswith("BloomForCausalLM is not supported:")
+    assert refused(bloom).endswith("; use it with transformers' own DynamicCache.")
     sliding = AutoModelForCausalLM.from_config(MistralConfig(**GROUPED, sliding_window=16))
     assert "no layer of it attends to the whole text, so there is nothing to compress" in refused(sliding)
-    sinks = AutoModelForCausalLM.from_config(
-        GptOssConfig(**GROUPED, head_dim=32, num_local_experts=2, num_experts_per_tok=1)
-    )
-    assert "GptOssForCausalLM is not supported: its attention has sinks" in refused(sinks)
 
 
 def test_assisted_decoding_is_refused() -> None:
