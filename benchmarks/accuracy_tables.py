@@ -1,104 +1,165 @@
 """Prints the tables of docs/accuracy.md and docs/results.md, in Markdown, from the records in benchmarks/accuracy.
 
-    .venv/bin/python benchmarks/accuracy_tables.py
+    .venv/bin/python benchmarks/accuracy_tables.py [FOLDER]
 
 Scores and shares are in hundredths, as means over samples; intervals are those of `rocketkv eval report`.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rocketkv.eval.report.markdown import table
-from rocketkv.eval.report.results import FULL_CACHE, Cell, Results, layer_means, mean_of
+from rocketkv.eval.report.markdown import span, table
+from rocketkv.eval.report.results import FULL_CACHE, Cell, Results, cell_of, layer_means, mean_of
 from rocketkv.eval.report.runs import read_runs
 from rocketkv.eval.report.statistics import mean_interval, ratio_interval
 from rocketkv.eval.report.tables import difference
-from rocketkv.eval.run.methods import Arm
+from rocketkv.eval.report.words import words_of
+from rocketkv.eval.run.methods import FULL, Arm
 
-HERE = Path(__file__).parent / "accuracy"
-FOLDERS = ("niah", "qa", "ruler", "ruler-4096")  # runs with one question per sample
-TURNS = ("niah-turns", "squad-turns")
-BEYOND = ("lines", "kv")  # tasks that this model cannot do
-SPREAD = ("gemma-niah", "gemma-niah-long", "smollm2-niah", "smollm2-ruler", "smollm2-peak")  # the default settings
-SPREAD_TEXTS = ("gemma-fidelity", "smollm2-fidelity")  # the same setting
-ABLATIONS = (("ablation-niah", "ablation-fidelity"), ("ablation-hybrid-niah", "ablation-hybrid-fidelity"))
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "accuracy"
 BUDGETS = (128, 256, 512)
-MIN_SAMPLES = 30  # the least score of a cell that counts for the average
+FOUR = (64, *BUDGETS)
+QUESTIONS = ("smollm2-niah-turns", "smollm2-squad-turns", "smollm2-qa")
+MIN_SAMPLES = 10  # the least number of samples of a cell that counts for the average
+OURS = ("rocketkv", "rocketkv:kv_dtype=int8")
 
 
 def main() -> None:
     """Print all tables."""
-    single, turns, fidelity = read(*FOLDERS), read(*TURNS), read("fidelity")
-    can_do = [c for c in single.solved_by_full_cache(0.5) if len(single.values(FULL_CACHE, c)) >= MIN_SAMPLES]
-    print(f"## On average over {len(can_do)} of {len(single.cells)} cells: {', '.join(map(str, can_do))}\n")
-    by_budget(single, BUDGETS, lambda arm: kept(single, arm, can_do))
-    for one in ("rocketkv", "rocketkv:selection=hybrid", "rocketkv:kv_dtype=int8"):
-        print(f"## {one} less the others, on the same samples\n")
-        by_budget(single, BUDGETS, lambda arm, one=one: less(single, one, arm, can_do))
+    smollm2 = read("smollm2-niah", "smollm2-ruler")
+    can_do = [c for c in smollm2.solved_by_full_cache(0.5) if len(smollm2.values(FULL_CACHE, c)) >= MIN_SAMPLES]
+    print(f"# SmolLM2-135M\n## On average over {len(can_do)} of {len(smollm2.cells)} cells\n")
+    print("\n".join(f"- {cell}" for cell in can_do) + "\n")
+    by_budget(smollm2, BUDGETS, lambda arm: kept(smollm2, arm, can_do))
+    print("## Less the others, on the same samples\n")
+    for one in ("rocketkv", "rocketkv:kv_dtype=int8"):
+        print(f"{name_of(one)} less\n")
+        by_budget(smollm2, BUDGETS, lambda arm, one=one: less(smollm2, one, arm, can_do))
     for budget in BUDGETS:
         print(f"## By task at t = {budget}\n")
-        arms = single.arms_at(budget)
-        rows = [by_task(single, cell, arms) for cell in single.cells]
-        print(table(["task", "n", *(arm.method for arm in arms)], rows) + "\n")
-    print("## Needles by length\n")
-    needles = [cell for cell in single.cells if cell.suite == "niah"]
-    by_budget(single, (64, *BUDGETS), lambda arm: " / ".join(score(single, arm, cell) for cell in needles))
-    print("## Several turns\n")
+        by_task(smollm2, budget)
+    below_published("SmolLM2-135M", smollm2)
+    print("## Needles\n")
+    by_length(read("smollm2-niah"), FOUR)
+    of_found(read("smollm2-niah"), FOUR)
+    print("## Questions and turns\n")
+    turns = read(*QUESTIONS)
     for cell in turns.cells:
-        print(f"### {cell}\n")
-        by_budget(
-            turns, BUDGETS, lambda arm, cell=cell: f"{score(turns, arm, cell)} {against_oracle(turns, arm, cell)}"
-        )
-    print("## Lines and keys, which are beyond this model\n")
-    beyond = read(*BEYOND)
-    by_budget(beyond, BUDGETS, lambda arm: " / ".join(score(beyond, arm, cell) for cell in beyond.cells))
-    print("## Fidelity: KL, top-1 agreement, MiB read per step, MiB held, relative error of the output\n")
-    by_budget(fidelity, (64, *BUDGETS), lambda arm: faithful(fidelity, arm))
-    print("## Of the published method: error above the oracle, mean and worst text; bytes held, in all and by text\n")
-    by_budget(fidelity, (64, *BUDGETS), lambda arm: beside_published(fidelity, arm))
-    for name in SPREAD:
-        results = read(name)
-        cells = results.cells
-        print(f"## {name}: {', '.join(f'{c} (n = {len(results.values(FULL_CACHE, c))})' for c in cells)}\n")
-        by_budget(
-            results,
-            BUDGETS,
-            lambda arm, results=results, cells=cells: " / ".join(score(results, arm, cell) for cell in cells),
-        )
-    for name in SPREAD_TEXTS:
-        print(f"## {name}: KL, top-1 agreement, MiB read per step, MiB held, relative error of the output\n")
-        texts = read(name)
-        by_budget(texts, (64, *BUDGETS), lambda arm, texts=texts: faithful(texts, arm))
-    for names in ABLATIONS:
-        print(f"## {', '.join(names)}: needles, KL, relative error of the output\n")
-        ablation = read(*names)
-        by_budget(ablation, BUDGETS, lambda arm, ablation=ablation: ablated(ablation, arm))
+        print(f"{cell}\n")
+        by_budget(turns, BUDGETS, lambda arm, cell=cell: score(turns, arm, cell))
+    print("## Fidelity: error of the output, KL, top-1 agreement, MiB read per step, MiB held\n")
+    by_fidelity(read("smollm2-fidelity"), FOUR)
+    print("# Gemma 3 270M\n## Needles\n")
+    by_length(read("gemma-niah", "gemma-niah-long"), BUDGETS)
+    of_found(read("gemma-niah", "gemma-niah-long"), BUDGETS)
+    below_published("Gemma 3 270M", read("gemma-niah", "gemma-niah-long"))
+    print("## Fidelity: error of the output, KL, top-1 agreement, MiB read per step, MiB held\n")
+    by_fidelity(read("gemma-fidelity"), BUDGETS)
 
 
 def read(*names: str) -> Results:
-    """Return the records of some folders."""
-    return Results([record for run in read_runs([HERE / name for name in names]) for record in run.records])
+    """Return the records of some folders: those of the samples that every method of their task has answered."""
+    records = [record for run in read_runs([FOLDER / name for name in names]) for record in run.records]
+    methods: dict[Cell, set[str]] = {}
+    answered: dict[tuple[Cell, str], set[str]] = {}
+    for record in records:
+        methods.setdefault(cell_of(record), set()).add(record["method"])
+        answered.setdefault((cell_of(record), record["id"]), set()).add(record["method"])
+    return Results([r for r in records if answered[cell_of(r), r["id"]] == methods[cell_of(r)]])
+
+
+def name_of(method: str) -> str:
+    """Return the words for a method, in bold for ours."""
+    return f"**{words_of(method)}**" if method in OURS else words_of(method)
 
 
 def by_budget(results: Results, budgets: Sequence[int], cell: Callable[[Arm], str]) -> None:
-    """Return a table with a row per method and a column per budget."""
-    rows = [[name, *(cell(Arm(name, budget)) for budget in budgets)] for name in results.methods if name != "full"]
-    full = cell(FULL_CACHE)
-    header = ["method", *(f"t = {budget}" for budget in budgets)]
-    print(table(header, [["full", *[full] * len(budgets)], *rows]) + "\n")
+    """Print a table with a row per method and a column per budget."""
+    rows = [
+        [name_of(name), *(cell(FULL_CACHE if name == FULL else Arm(name, budget)) for budget in budgets)]
+        for name in results.methods
+    ]
+    print(table(["method", *(f"t = {budget}" for budget in budgets)], [row for row in rows if any(row[1:])]) + "\n")
+
+
+def by_length(results: Results, budgets: Sequence[int]) -> None:
+    """Print a table with a row per method and a column per cell, which has the scores at all budgets."""
+    header = [f"{cell.length:,} (n = {len(results.values(FULL_CACHE, cell))})" for cell in results.cells]
+    rows = []
+    for name in results.methods:
+        arms = [FULL_CACHE] if name == FULL else [Arm(name, budget) for budget in budgets]
+        cells = [" / ".join(score(results, arm, cell) for arm in arms) for cell in results.cells]
+        rows.append([name_of(name), *("-" if set(cell) <= set("- /") else cell for cell in cells)])
+    print(table(["method", *header], rows) + "\n")
+
+
+def of_found(results: Results, budgets: Sequence[int]) -> None:
+    """Print which share of the needles that the full cache finds each method finds, over all lengths."""
+    found = {
+        (cell, sample) for cell in results.cells for sample, one in results.scores(FULL_CACHE, cell).items() if one
+    }
+
+    def share(arm: Arm) -> str:
+        scores = [
+            one
+            for cell in results.cells
+            for sample, one in results.scores(arm, cell).items()
+            if (cell, sample) in found
+        ]
+        return f"{100 * np.mean(scores):.0f}% of {len(scores)}" if scores else "-"
+
+    print(f"Of the {len(found)} needles that the full cache finds\n")
+    by_budget(results, budgets, share)
+
+
+def below_published(model: str, results: Results) -> None:
+    """Print the cells in which our methods score below the published method by more than the 95% interval."""
+    print(f"## {model}: cells in which ours are below the published method by more than noise\n")
+    for method in (name for name in results.methods if name in OURS):
+        arms = [Arm(method, budget) for budget in results.budgets]
+        pairs = [
+            (arm, cell, results.paired(arm, Arm("rocketkv_paper", arm.token_budget), [cell]))
+            for arm in arms
+            for cell in results.cells
+        ]
+        compared = [
+            (arm, cell, mean_interval([a - b for a, b in zip(*both, strict=True)]))
+            for arm, cell, both in pairs
+            if both[0]
+        ]
+        worse = [
+            f"{cell}, t = {arm.token_budget}: {span(interval, '+')}"
+            for arm, cell, interval in compared
+            if interval.high < 0
+        ]
+        print(f"- {name_of(method)}: {'; '.join(worse) or 'none'} of {len(compared)}")
+    print()
+
+
+def by_task(results: Results, budget: int) -> None:
+    """Print a table with a row per cell and a column per method."""
+    arms = [FULL_CACHE if name == FULL else Arm(name, budget) for name in results.methods]
+    rows = [
+        [str(cell), f"{len(results.values(FULL_CACHE, cell))}", *(score(results, arm, cell) for arm in arms)]
+        for cell in results.cells
+    ]
+    print(table(["task", "n", *(name_of(name) for name in results.methods)], rows) + "\n")
+
+
+def by_fidelity(results: Results, budgets: Sequence[int]) -> None:
+    """Print how close each method stays to the full cache, and its bytes."""
+    by_budget(results, budgets, lambda arm: faithful(results, arm))
 
 
 def score(results: Results, arm: Arm, cell: Cell) -> str:
-    """Return a cell's mean."""
-    values = results.values(arm, cell)
-    return f"{100 * values.mean():.1f}" if len(values) else "-"
-
-
-def by_task(results: Results, cell: Cell, arms: Sequence[Arm]) -> list[str]:
-    """Return a row: the cell's name, its number of samples, and each method's mean."""
-    return [str(cell), f"{len(results.values(FULL_CACHE, cell))}", *(score(results, arm, cell) for arm in arms)]
+    """Return the mean of a cell, and the number of its samples where some are missing."""
+    values, full = results.values(arm, cell), results.values(FULL_CACHE, cell)
+    if not len(values):
+        return "-"
+    return f"{100 * values.mean():.0f}" + (f" (n = {len(values)})" if len(values) < len(full) else "")
 
 
 def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
@@ -112,64 +173,22 @@ def kept(results: Results, arm: Arm, cells: Sequence[Cell]) -> str:
 
 
 def less(results: Results, method: str, arm: Arm, cells: Sequence[Cell]) -> str:
-    """Return a method's score less another's at the same budget, paired by sample; bold if it is more than noise."""
-    if arm == FULL_CACHE:
+    """Return the score of a method less another's at the same budget, paired by sample; bold if more than noise."""
+    if arm == FULL_CACHE or arm.method == method:
         return ""
     return difference(results, Arm(method, arm.token_budget), arm, cells)
 
 
-def against_oracle(results: Results, arm: Arm, cell: Cell) -> str:
-    """Return the oracle's score less a method's, with its interval."""
-    if arm == FULL_CACHE:
-        return ""
-    oracle, ours = results.paired(Arm("exact_topk", arm.token_budget), arm, [cell])
-    interval = mean_interval([his - mine for his, mine in zip(oracle, ours, strict=True)]) if ours else None
-    return "" if interval is None else f"({100 * interval.low:+.0f} to {100 * interval.high:+.0f} below the oracle)"
-
-
 def faithful(results: Results, arm: Arm) -> str:
-    """Return how close a method stays to the full cache, and its bytes."""
+    """Return the error of the output, the KL divergence, the agreement, and the bytes read and held."""
     records = results.at(arm)
     if not records:
         return "-"
-    figures = [f"{mean_of(records, 'kl'):.3f}", f"{100 * mean_of(records, 'agreement'):.0f}%"]
-    figures += [f"{mean_of(records, name) / 2**20:.1f}" for name in ("read_bytes", "kv_bytes")]
-    error = layer_means(records, "output_error")
-    return ", ".join([*figures, f"{100 * error.mean():.1f}%"] if error.size else figures)
-
-
-def beside_published(results: Results, arm: Arm) -> str:
-    """Return a method's error above the oracle's and its bytes, over the published method's, as means."""
+    read_mib, held_mib = (mean_of(records, name) / 2**20 for name in ("read_bytes", "kv_bytes"))
     if arm == FULL_CACHE:
-        return ""
-    errors, held, published_held = [], [], []
-    for cell in results.cells:
-        found = [
-            results.at(Arm(name, arm.token_budget), [cell]) for name in (arm.method, "exact_topk", "rocketkv_paper")
-        ]
-        if not all(found):
-            return "-"
-        ours, oracle, published = (layer_means(records, "output_error").mean() for records in found)
-        errors.append((ours - oracle) / (published - oracle))
-        held.append(mean_of(found[0], "kv_bytes"))
-        published_held.append(mean_of(found[2], "kv_bytes"))
-    parts = np.divide(held, published_held)
-    return (
-        f"{np.mean(errors):.2f}, {max(errors):.2f}; "
-        f"{sum(held) / sum(published_held):.2f}, {parts.min():.2f} to {parts.max():.2f}"
-    )
-
-
-def ablated(results: Results, arm: Arm) -> str:
-    """Return the needle and fidelity figures of one setting."""
-    needles, passages = (
-        results.at(arm, [c for c in results.cells if (c.suite == "fidelity") == told]) for told in (False, True)
-    )
-    if not passages or arm == FULL_CACHE:
-        return ""
-    found = f"{100 * np.mean([record['scores']['score'] for record in needles]):.0f}" if needles else "-"
-    error = 100 * layer_means(passages, "output_error").mean()
-    return f"{found}, {mean_of(passages, 'kl'):.3f}, {error:.1f}%"
+        return f"{read_mib:.1f}, {held_mib:.0f}"
+    error, agreement = 100 * layer_means(records, "output_error").mean(), 100 * mean_of(records, "agreement")
+    return f"{error:.1f}%, {mean_of(records, 'kl'):.3f}, {agreement:.0f}%, {read_mib:.1f}, {held_mib:.0f}"
 
 
 if __name__ == "__main__":
