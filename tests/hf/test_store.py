@@ -98,6 +98,17 @@ def test_the_least_recently_used_are_given_up(tmp_path: Path) -> None:
             read(model, PrefixStore(model, COMPRESSED_MT, folder=folder, max_bytes=size - 1), texts[0])
 
 
+def test_the_order_of_use_does_not_depend_on_the_clock_of_the_file_system(tmp_path: Path) -> None:
+    shelf = Folder(tmp_path, 1 << 20)
+    names = [f"{number:016x}-{number:032x}.kv" for number in range(20)]
+    for name in names:
+        shelf.write(name, {"x": torch.zeros(1)}, {})
+    assert list(shelf.paths()) == names[::-1]
+    for name in names:
+        assert shelf.touch(name)
+    assert list(shelf.paths()) == names[::-1]
+
+
 def test_a_folder_keeps_models_and_options_apart_and_is_its_owners_alone(tmp_path: Path) -> None:
     model, other = enable(tiny_model("llama")), enable(tiny_model("qwen2"))
     folder = tmp_path / "a" / "store"

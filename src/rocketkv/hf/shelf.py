@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from time import time_ns
 from typing import Any, BinaryIO
 
 from torch import Tensor
@@ -113,9 +114,10 @@ class Folder(Shelf):
         return {path.name: path for path in sorted(used, key=lambda path: used[path], reverse=True)}
 
     def touch(self, name: str) -> bool:
-        """See `Shelf`."""
+        """See `Shelf`; the time is this process's, because a file system's own counts in steps of milliseconds."""
+        now = time_ns()
         with suppress(OSError):
-            os.utime(self.path / name)
+            os.utime(self.path / name, ns=(now, now))
             return True
         return False
 
@@ -128,6 +130,7 @@ class Folder(Shelf):
         """See `Shelf`; what processes that were killed have left half written goes."""
         self._sweep()
         tensor_file.save(self.path / name, tensors, record)
+        self.touch(name)
 
     def clear(self) -> None:
         """See `Shelf`; what processes that were killed have left half written goes, too."""
