@@ -84,6 +84,19 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], dic
         PIXELS,
         4,
     ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+            "initializer_range": 0.5,
+        },
+        {**SMALL_VISION, "model_type": "siglip_vision_model"},
+        {"mm_tokens_per_image": 16, "tie_word_embeddings": False},
+        {**PIXELS, "token_type_ids": None},
+        16,
+    ),
     "mistral3": (
         "mistral",
         {"sliding_window": None},
@@ -108,6 +121,9 @@ def seeing_model(kind: str) -> PreTrainedModel:
     )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("mm_input_projection_weight"):  # zeros, which tell nothing of an image
+            torch.nn.init.normal_(weight)
     return enable(model)
 
 
@@ -128,6 +144,8 @@ def seen_prompt(kind: str, *lengths: int) -> tuple[Tensor, Tensor, dict[str, Ten
         ids[:, start - 1], ids[:, start + num_tokens] = START, END
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(lengths))
         inputs["mm_token_type_ids"] = (ids == IMAGE).to(torch.int64)
+    if "token_type_ids" in shapes:
+        inputs["token_type_ids"] = (ids == IMAGE).to(torch.int64)
     if "image_sizes" in shapes:
         inputs["image_sizes"] = torch.tensor([[16, 16]] * len(lengths))
     return ids, mask, inputs

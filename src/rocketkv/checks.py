@@ -101,18 +101,20 @@ def check_terms(scale: object, terms: object, query: Tensor) -> tuple[float, Log
     factor = check_scale(scale, query.shape[3])
     if not isinstance(terms, LogitTerms):
         raise InputError(f"terms={terms!r} is no LogitTerms; give LogitTerms(sink_logits, softcap), or leave it out.")
-    sinks, softcap = terms
+    sinks, softcap, ahead = terms
     if softcap is not None and not _is_positive(softcap):
         raise InputError(f"softcap={softcap!r} is no positive, finite number; give one, or None for no soft cap.")
     softcap = None if softcap is None else float(softcap)
+    if ahead is not None:
+        _check_ahead(ahead, query)
     if sinks is None:
-        return factor, LogitTerms(None, softcap)
+        return factor, LogitTerms(None, softcap, ahead)
     if not isinstance(sinks, Tensor) or sinks.shape != query.shape[1:2] or not sinks.is_floating_point():
         shown = f"{sinks.dtype} {list(sinks.shape)}" if isinstance(sinks, Tensor) else repr(sinks)
         raise InputError(f"sink_logits={shown} do not fit {query.shape[1]} query heads; give [Hq] floats.")
     if sinks.device != query.device:
         raise InputError(f"sink_logits are on {sinks.device}, but the query is on {query.device}; bring them there.")
-    return factor, LogitTerms(sinks.detach().float().contiguous(), softcap)
+    return factor, LogitTerms(sinks.detach().float().contiguous(), softcap, ahead)
 
 
 def check_padding(padding: object, key: Tensor) -> Tensor | None:
@@ -228,6 +230,16 @@ def check_logits(logits: object, method: object, grouped: Tensor, num_tokens: in
             f"on {grouped.device} or None."
         )
     return logits
+
+
+def _check_ahead(ahead: object, query: Tensor) -> None:
+    """Refuse what is no `LogitTerms.ahead` for a query `[B, Hq, T, D]`."""
+    shape = [query.shape[0], query.shape[2]]
+    if not isinstance(ahead, Tensor) or list(ahead.shape) != shape or ahead.dtype != torch.int64:
+        raise InputError(f"ahead={_describe(ahead)} does not fit the queries; give torch.int64 {shape}, or None.")
+    left = shape[1] - 1 - torch.arange(shape[1], device=query.device)
+    if ahead.device != query.device or bool(((ahead < 0) | (ahead > left)).any()):
+        raise InputError("ahead counts tokens that are not there; give 0 to T - 1 - t for query t of T, on its device.")
 
 
 def _check_tensors(**tensors: Any) -> None:

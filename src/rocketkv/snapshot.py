@@ -66,9 +66,11 @@ def take(cache: LayerCache) -> Snapshot:
         tensors |= _rows("archive", working.archive, max(GROWTH, working.archive.max_length // 8))
     if observed is not None:
         tensors["observed"] = observed.query
-        sinks, softcap = observed.terms
+        sinks, softcap, ahead = observed.terms
         if sinks is not None:
             tensors["observed_sinks"] = sinks
+        if ahead is not None:
+            tensors["observed_ahead"] = ahead
         facts["observed"] = [observed.num_queries.tolist(), observed.scale, softcap, observed.is_first]
     return Snapshot(tensors, facts)
 
@@ -144,8 +146,9 @@ def _parts(
         if query.shape[1] % num_kv_heads:
             raise ValueError(f"{query.shape[1]} query heads do not share {num_kv_heads} KV heads")
         counts = _counts(num_queries, (batch,), query.shape[2]).to(device)
-        sinks = tensors.get("observed_sinks")
-        terms = LogitTerms(None if sinks is None else sinks.to(device).clone(), softcap)
+        sinks, ahead = (tensors.get(name) for name in ("observed_sinks", "observed_ahead"))
+        sinks, ahead = (None if x is None else x.to(device).clone() for x in (sinks, ahead))
+        terms = LogitTerms(sinks, softcap, ahead)
         observed = Observed(query.clone(), counts, *check_terms(float(scale), terms, query), bool(is_first))
     return working, plan, observed
 

@@ -31,7 +31,7 @@ class Observed(NamedTuple):
     def last(self, num_queries: int) -> Self:
         """Return a copy of the last queries, and how many of them are no padding."""
         query, counts = self.query[:, :, -num_queries:].clone(), self.num_queries.clamp(max=num_queries)
-        return self._replace(query=query, num_queries=counts)
+        return self._replace(query=query, num_queries=counts, terms=self.terms.of_last(num_queries))
 
 
 class LayerState:
@@ -172,7 +172,10 @@ class LayerState:
         working.select_rows(rows)
         observed = self._observed
         if observed is not None:
-            observed = observed._replace(query=observed.query[rows], num_queries=observed.num_queries[rows])
+            terms = observed.terms.of_rows(rows)
+            observed = observed._replace(
+                query=observed.query[rows], num_queries=observed.num_queries[rows], terms=terms
+            )
         plan = self._planner(working).select_rows(plan, chosen, working.lengths)
         self.working, self.plan, self._observed = working, plan, observed
         self._decoder.forget()

@@ -35,8 +35,7 @@ def test_a_second_turn_goes_on_from_an_image_as_in_one_text(kind: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(*turns, strict=True))
     assert not torch.equal(generate(model, ids, mask, new=4), turns[0][0])  # the image matters
     whole, whole_mask = longer(turns[1][0], mask)
-    if "mm_token_type_ids" in image:
-        image["mm_token_type_ids"] = (whole == IMAGE).to(torch.int64)
+    image |= {name: (whole == IMAGE).to(torch.int64) for name in image if name.endswith("token_type_ids")}
     assert torch.equal(generate(model, whole, whole_mask, new=4, **image), turns[1][1])
 
 

@@ -33,6 +33,7 @@ class Spec(NamedTuple):
         head_dim: the number of channels of a key.
         kv_dtype: the name of the format in which keys and values are stored, as in `RocketKVConfig`.
         has_terms: whether sinks share in the softmax, or logits are capped (`LogitTerms`).
+        sees_ahead: whether queries attend to tokens after them (`LogitTerms.ahead`).
     """
 
     device: str
@@ -40,11 +41,13 @@ class Spec(NamedTuple):
     head_dim: int
     kv_dtype: str = "auto"
     has_terms: bool = False
+    sees_ahead: bool = False
 
     @classmethod
     def of(cls, tokens: Tensor, kv_dtype: str = "auto", terms: LogitTerms = NO_TERMS) -> Self:
         """Return the kind of these tokens, `[..., D]`."""
-        return cls(tokens.device.type, tokens.dtype, tokens.shape[-1], kv_dtype, not terms.are_none)
+        has_terms, sees_ahead = not terms.are_none, terms.ahead is not None
+        return cls(tokens.device.type, tokens.dtype, tokens.shape[-1], kv_dtype, has_terms, sees_ahead)
 
 
 def decline_numbers(spec: Spec, *, takes_terms: bool = False) -> str | None:
@@ -56,6 +59,8 @@ def decline_numbers(spec: Spec, *, takes_terms: bool = False) -> str | None:
     """
     if spec.has_terms and not takes_terms:
         return "it has no kernels for attention sinks and soft-capped logits"
+    if spec.sees_ahead:
+        return "it has no kernels for queries that attend to tokens after them"
     if spec.dtype not in FLOATS:
         return f"it has no kernels for {spec.dtype}"
     if spec.head_dim > MAX_HEAD_DIM:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rocketkv.hf.batch import batch_caches, row_stats
-    from rocketkv.hf.cache import RocketKVCache, cache_stats
+    from rocketkv.hf.cache import RocketKVCache
     from rocketkv.hf.compiled import compile, uncompile
     from rocketkv.hf.layer import RocketKVLayer
     from rocketkv.hf.layout import head_dims
     from rocketkv.hf.models import LoadedModel, load, load_meta
+    from rocketkv.hf.plain import cache_stats
     from rocketkv.hf.session import Answer, Session
     from rocketkv.hf.store import PrefixStore
     from rocketkv.hf.switch import disable, enable
@@ -29,7 +30,7 @@ _HOMES = {  # resolved on first use: `versions` and `embedded` are wanted where 
     "RocketKVLayer": "layer",
     "Session": "session",
     "batch_caches": "batch",
-    "cache_stats": "cache",
+    "cache_stats": "plain",
     "compile": "compiled",
     "dependency": "versions",
     "disable": "switch",

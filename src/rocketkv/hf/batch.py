@@ -41,7 +41,7 @@ class StackedLayer(RocketKVLayer):
         outputs = []
         for i, part in enumerate(self.parts):
             row = slice(i, i + 1)
-            outputs.append(part.attend(query[row], key[row], value[row], padding.row(i), scale, terms))
+            outputs.append(part.attend(query[row], key[row], value[row], padding.row(i), scale, terms.of_rows(row)))
         return torch.cat(outputs)
 
     def end_turn(self) -> None:

@@ -19,10 +19,11 @@ from rocketkv.checks import check_rows
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError
 from rocketkv.hf.history import History, join
+from rocketkv.hf.images import Noted
 from rocketkv.hf.layer import RocketKVLayer, compress, unannounced
 from rocketkv.hf.layout import check_same_layout
 from rocketkv.hf.passes import Pass, announce, find_plain_layers
-from rocketkv.hf.plain import plain_stats
+from rocketkv.hf.plain import cache_stats
 from rocketkv.hf.rewind import rewind_to as rewind_cache
 from rocketkv.hf.saved import SavedCache
 from rocketkv.hf.support import check_config
@@ -46,7 +47,7 @@ class RocketKVCache(SavedCache, DynamicCache):
 
     Attributes:
         history: the token ids that the cache has seen.
-        noted: the token ids and the attention mask that the model was given, left here for its decoder's hook.
+        noted: what the model was given, left here for its decoder's hook.
 
     Raises:
         InputError: `config` is no configuration of transformers.
@@ -63,7 +64,7 @@ class RocketKVCache(SavedCache, DynamicCache):
         self.keep_queries = keep_queries
         self.layers[:] = [compress(layer, config, rocketkv_config, keep_queries) for layer in self.layers]
         self.history = History()
-        self.noted: tuple[Tensor | None, Any] = (None, None)
+        self.noted = Noted()
         self._pass: Pass | None = None  # the pass that was announced and has not finished
         self._decoder: ref[PreTrainedModel] | None = None  # the one that filled the cache; None if it is not known
 
@@ -81,6 +82,13 @@ class RocketKVCache(SavedCache, DynamicCache):
         """Return the columns seen, padding included."""
         layer = self.layers[layer_idx] if layer_idx else self.compressed_layers[0]  # a refused pass leaves these alone
         return int(layer.get_seq_length())
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the number of columns of a layer's mask and the first of them; see `images.read_ahead`."""
+        if self.noted.has_joined_images and isinstance(self.layers[layer_idx], RocketKVLayer):
+            return self.get_seq_length() + query_length, 0
+        length, first = super().get_mask_sizes(query_length, layer_idx)
+        return length, first
 
     def stats(self) -> CacheStats:
         """Return what the cache stores and reads, per layer and in all, beside what a full cache would."""
@@ -109,7 +117,7 @@ class RocketKVCache(SavedCache, DynamicCache):
 
     def __getstate__(self) -> dict[str, Any]:
         self._recover()
-        return {**vars(self), "noted": (None, None), "_decoder": None}
+        return {**vars(self), "noted": Noted(), "_decoder": None}
 
     def end_turn(self) -> None:
         """Let the next prompt be a turn of its own, though nothing was decoded since the last one."""
@@ -288,10 +296,3 @@ class RocketKVCache(SavedCache, DynamicCache):
     def withdraw(self) -> None:
         """Take back the announcement of a pass in which no layer has attended."""
         self._pass = None
-
-
-def cache_stats(cache: DynamicCache) -> CacheStats:
-    """Return what a `RocketKVCache`, or for comparison transformers' own dynamic cache, stores and reads."""
-    return CacheStats(
-        [layer.stats() if isinstance(layer, RocketKVLayer) else plain_stats(layer) for layer in cache.layers]
-    )

@@ -107,7 +107,8 @@ class _PassInGraph(Pass):
         self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, terms: LogitTerms
     ) -> Tensor:
         """Attend the new token outside of the graph."""
-        output: Tensor = torch.ops.rocketkv.attend_layer(query, key, value, self.handle, index, scale, *terms)
+        sinks, softcap, _ = terms
+        output: Tensor = torch.ops.rocketkv.attend_layer(query, key, value, self.handle, index, scale, sinks, softcap)
         return output
 
 

@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.history import UNKNOWN
+from rocketkv.hf.images import Noted, note, read_ahead
 from rocketkv.hf.interface import NAMES
-from rocketkv.hf.support import check_later_prompt, joins_images, rope_limit, unsupported
+from rocketkv.hf.support import check_later_prompt, rope_limit, unsupported
 from rocketkv.hf.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency
-
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class Given(NamedTuple):
@@ -44,9 +43,7 @@ def before_model(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
         kwargs = {**kwargs, CACHE_ARGUMENT: cache}
     if cache is None:
         return None
-    if any(_has_any(kwargs.get(name)) for name in _TOKEN_TYPES) and joins_images(type(model)):
-        raise unsupported(type(model).__name__, "the tokens of an image attend to later ones of it; give text alone")
-    cache.noted = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+    cache.noted, kwargs = note(model, args, kwargs, cache.get_seq_length())
     return args, kwargs
 
 
@@ -79,7 +76,8 @@ def _announce(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str,
     if kwargs.get("output_attentions"):
         raise UnsupportedError("a RocketKVCache gives no attention weights; call with output_attentions=False.")
     cache.check_decoder(decoder)
-    tokens, attention_mask = _tokens_and_mask(cache, args, kwargs)
+    noted, cache.noted = cache.noted, Noted()
+    tokens, attention_mask = _tokens_and_mask(noted, args, kwargs)
     limit = rope_limit(decoder.config)
     seen = cache.get_seq_length()
     if limit is not None and 0 < seen <= limit < seen + tokens.shape[1]:
@@ -87,24 +85,26 @@ def _announce(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str,
     if seen > 0:
         check_later_prompt(decoder, tokens.shape[1], kwargs.get("position_ids"))
     current = cache.begin(tokens, attention_mask, kwargs.get("position_ids"))
+    if noted.has_joined_images:
+        mask = kwargs.get("attention_mask")
+        current.ahead = read_ahead(mask, current.padding, tokens.shape[1])
+        kwargs = {**kwargs, "attention_mask": {**mask, "full_attention": None} if isinstance(mask, dict) else None}
     return args, {**kwargs, "rocketkv_pass": current}
 
 
-def _tokens_and_mask(cache: RocketKVCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+def _tokens_and_mask(noted: Noted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
     """Return the new tokens `[B, T]` and the mask of a decoder's pass; those noted for the model fill gaps."""
-    noted_ids, noted_mask = cache.noted
-    cache.noted = None, None
     tokens, attention_mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
     if tokens is None:
         embeddings = kwargs["inputs_embeds"]
-        if noted_ids is not None and noted_ids.shape == embeddings.shape[:2]:
-            tokens = noted_ids
+        if noted.ids is not None and noted.ids.shape == embeddings.shape[:2]:
+            tokens = noted.ids
         else:
             tokens = torch.full(embeddings.shape[:2], UNKNOWN, device=embeddings.device)
     # A wrapper makes a dict of masks, one per kind of layer.
-    is_prepared = attention_mask is None or isinstance(attention_mask, dict)
-    if is_prepared and noted_ids is not None and noted_ids.shape == tokens.shape:
-        attention_mask = noted_mask
+    is_prepared = attention_mask is None or isinstance(attention_mask, dict) or noted.has_joined_images
+    if is_prepared and noted.ids is not None and noted.ids.shape == tokens.shape:
+        attention_mask = noted.mask
     return tokens, attention_mask
 
 
@@ -119,11 +119,6 @@ def after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
 def _finish(cache: RocketKVCache) -> bool:
     """Finish the pass of a cache; return whether every compressed layer has attended."""
     return cache.finish()
-
-
-def _has_any(x: Any) -> bool:
-    """Return whether this is a tensor with an element that is not zero."""
-    return isinstance(x, Tensor) and bool(x.any())
 
 
 def _left_unused(model: PreTrainedModel, other: object) -> UnsupportedError:

@@ -84,7 +84,9 @@ def attention(
         )
     if not rocketkv_pass.waits[index]:
         raise unsupported(type(module).__name__, "it attends without updating its cache")
-    terms = LogitTerms(kwargs.get("s_aux"), kwargs.get("softcap"))
+    ahead = rocketkv_pass.ahead
+    ahead = None if ahead is None else ahead.to(query.device)  # a device map may put layers on several devices
+    terms = LogitTerms(kwargs.get("s_aux"), kwargs.get("softcap"), ahead)
     if (width := value.shape[3]) < key.shape[3]:
         value = functional.pad(value, (0, key.shape[3] - width))
     if torch.is_autocast_enabled(device := query.device.type):  # an empty cache gets autocast's dtype, as SDPA does

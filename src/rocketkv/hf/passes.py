@@ -36,7 +36,10 @@ class Pass:
         padding: as given.
         waits: for each layer, whether it is compressed and has yet to attend in this pass.
         plain_layers: copies of transformers' own layers with tokens from before the pass, by index.
+        ahead: `[B, T]` int64, how far each new token sees ahead of itself (`LogitTerms.ahead`); None: none does.
     """
+
+    ahead: Tensor | None = None
 
     def __init__(self, layers: list[Any], ids: Tensor, padding: Padding) -> None:
         self.layers = layers  # and not the cache, which refers to its pass

@@ -8,10 +8,11 @@ from copy import copy, deepcopy
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rocketkv.hf.states import join_states, state_bytes, write_states
-from rocketkv.stats import LayerStats
+from rocketkv.stats import CacheStats, LayerStats
 
 
 def has_tokens(layer: object) -> bool:
@@ -47,3 +48,8 @@ def plain_stats(layer: Any, rows: int = 1) -> LayerStats:
         num_seen, num_stored = layer.get_seq_length(), layer.keys.shape[2]
     num_bytes //= rows
     return LayerStats(num_seen, num_stored, num_bytes, num_bytes, num_bytes, num_bytes)
+
+
+def cache_stats(cache: DynamicCache) -> CacheStats:
+    """Return what a `RocketKVCache`, or for comparison transformers' own dynamic cache, stores and reads."""
+    return CacheStats([layer.stats() if hasattr(layer, "stats") else plain_stats(layer) for layer in cache.layers])

@@ -11,9 +11,10 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import CacheFileError, InputError
-from rocketkv.hf.cache import RocketKVCache, cache_stats
+from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.history import UNKNOWN
 from rocketkv.hf.models import LoadedModel
+from rocketkv.hf.plain import cache_stats
 from rocketkv.hf.progress import OnLayer, prefill_progress
 from rocketkv.hf.store import PrefixStore
 from rocketkv.hf.switch import enable

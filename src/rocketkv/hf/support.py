@@ -6,6 +6,7 @@ code of a model that does not come with transformers; the hooks and the attentio
 
 import inspect
 import sys
+from functools import cache as once
 
 from torch.nn import Module, ModuleList
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -132,9 +133,10 @@ def check_later_prompt(decoder: PreTrainedModel, num_new: int, position_ids: obj
         raise InputError(f"{name} counts positions from 0 in each forward pass; give position_ids, as generate does.")
 
 
-def joins_images(model_class: type) -> bool:
-    """Return whether a model lets the tokens of an image attend to each other in both directions."""
-    source = _source_of(model_class)
+@once
+def joins_images(module: str) -> bool:
+    """Return whether models of a module, given by name, let tokens of an image attend to each other both ways."""
+    source = inspect.getsource(sys.modules[module])
     return any(name in source for name in ("or_mask_function", "block_sequence_ids", "token_type_ids_mask_function"))
 
 

@@ -21,7 +21,7 @@ def prefill_densely(
     scale: float,
     terms: LogitTerms = NO_TERMS,
 ) -> Tensor:
-    """Compute the causal attention of each row's last tokens to all tokens of the row.
+    """Compute the causal attention of each row's last tokens to all tokens of the row, and to those `ahead` of them.
 
     Distances are counted from the end of each row, so earlier turns, left padding and ragged heads are one case.
 
@@ -32,7 +32,7 @@ def prefill_densely(
         lengths: `[B, Hkv]` int64, the number of tokens in each row; None means all S, and T must equal S.
         num_queries: `[B]` int64, how many of the T query columns, the last ones, are no padding; None means all.
         scale: the factor on the dot products.
-        terms: the sinks and the soft cap.
+        terms: the sinks, the soft cap, and how far queries see ahead.
 
     Returns:
         `[B, Hq, T, D]` in the dtype of `query`; zero in padded columns.
@@ -43,7 +43,8 @@ def prefill_densely(
     num_tokens, block = query.shape[2], QUERY_BLOCK
     if not terms.are_none:
         block = max(1, min(block, BLOCK_LOGITS // (query.shape[0] * query.shape[1] * keys.shape[2])))
-        lengths = keys.new_full(keys.shape[:2], keys.shape[2], dtype=torch.int64) if lengths is None else lengths
+    if lengths is None and not (terms.are_none and terms.ahead is None):
+        lengths = keys.new_full(keys.shape[:2], keys.shape[2], dtype=torch.int64)
     if lengths is None:
         return scaled_dot_product_attention(
             query, keys, values, is_causal=True, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
@@ -56,16 +57,19 @@ def prefill_densely(
         lengths = lengths.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     slots = torch.arange(keys.shape[2], device=query.device)
     key_from_end = lengths[..., None] - 1 - slots  # [B, 1 | Hq, S]; negative where there is no token
+    last_from_end = num_tokens - 1 - torch.arange(num_tokens, device=query.device)  # [T] | [B, 1, T], what a query sees
+    furthest = 0
+    if terms.ahead is not None:
+        last_from_end, furthest = (last_from_end - terms.ahead)[:, None], int(terms.ahead.max())
     output = torch.empty_like(query)
     for start in range(0, num_tokens, block):
         stop = min(start + block, num_tokens)
-        query_from_end = num_tokens - 1 - torch.arange(start, stop, device=query.device)  # [T]
-        seen = keys.shape[2] - (num_tokens - stop)  # no query of this block sees a later slot
+        seen = keys.shape[2] - max(0, num_tokens - stop - furthest)  # no query of this block sees a later slot
         output[:, :, start:stop] = _attend(
             query[:, :, start:stop],
             keys[:, :, :seen],
             values[:, :, :seen],
-            key_from_end[:, :, None, :seen] >= query_from_end[:, None],
+            key_from_end[:, :, None, :seen] >= last_from_end[..., start:stop, None],
             scale,
             terms,
         )

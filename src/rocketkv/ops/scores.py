@@ -21,8 +21,8 @@ def score_window(
     """Compute the attention that a row's last queries give to each of its tokens.
 
     Source: SnapKV as RocketKV uses it (section "SnapKV with GQA support"). The softmax runs over all tokens in float32
-    and is causal inside the window; its weights are summed over the window's queries and over the query heads of a KV
-    head. With `by_peak`, which is our addition, the largest weight replaces the sum.
+    and is causal inside the window, but for tokens `ahead`; its weights are summed over the window's queries and over
+    the query heads of a KV head. With `by_peak`, which is our addition, the largest weight replaces the sum.
 
     Args:
         query: `[B, Hq, W, D]` float, right aligned.
@@ -30,7 +30,7 @@ def score_window(
         lengths: `[B, Hkv]` int64, the number of tokens in each row.
         num_queries: `[B]` int64, how many of the W columns, the last ones, are no padding.
         scale: the factor on the dot products.
-        terms: the sinks and the soft cap; a sink takes its part of a head's weights.
+        terms: the sinks, which take their part of a head's weights, the soft cap, and the last W columns of `ahead`.
         by_peak: True makes a token's score the largest weight that any query gives it, False the sum of the weights.
 
     Returns:
@@ -51,7 +51,10 @@ def score_window(
         for start in range(0, window, block):
             queries = grouped[:, head, :, start : start + block].float()  # [B, G, w, D]
             query_from_end = window - 1 - torch.arange(start, start + queries.shape[2], device=keys.device)  # [w]
-            visible = key_from_end[:, None] >= query_from_end[:, None]  # [B, w, S]
+            last_from_end = query_from_end  # [w] | [B, w], what a query sees
+            if terms.ahead is not None:
+                last_from_end = query_from_end - terms.ahead[:, -window:][:, start : start + block]
+            visible = key_from_end[:, None] >= last_from_end[..., None]  # [B, w, S]
             visible &= (query_from_end < num_queries[:, None])[..., None]
             logits = (queries.flatten(1, 2) @ transposed).reshape(*queries.shape[:3], num_tokens)  # [B, G, w, S]
             logits = own.cap(logits.mul_(scale)).masked_fill_(~visible[:, None], -torch.inf)

@@ -1,4 +1,4 @@
-"""What some models put between the dot products of their attention and its weights: a soft cap and attention sinks."""
+"""What some models put between dot products and weights: a soft cap, attention sinks, images that see themselves."""
 
 from typing import NamedTuple
 
@@ -13,15 +13,19 @@ class LogitTerms(NamedTuple):
     A sink is a logit more in the softmax of a query head, which takes its part of the weights and has no value.
 
     Sources: "Gemma 2" (arXiv:2408.00118), section "Logit soft-capping"; "gpt-oss-120b & gpt-oss-20b Model Card"
-    (arXiv:2508.10925), section "Attention".
+    (arXiv:2508.10925), section "Attention"; `ahead`: "PaliGemma" (arXiv:2407.07726), section "Architecture", as Gemma 3
+    has it within each image.
 
     Attributes:
         sink_logits: `[Hq]` float, the sink of each query head, which the cap leaves as it is; None: there are no sinks.
         softcap: the soft cap, > 0; None: logits are not capped.
+        ahead: `[B, T]` int64, how many of the tokens after it each query of a prompt attends to, beside itself and all
+            earlier ones; 0 to T - 1 - t for query t; None: attention is causal.
     """
 
     sink_logits: Tensor | None = None
     softcap: float | None = None
+    ahead: Tensor | None = None
 
     @property
     def are_none(self) -> bool:
@@ -45,6 +49,14 @@ class LogitTerms(NamedTuple):
             return logits.softmax(-1)
         sinks = self.sink_logits.to(logits).view(-1, *[1] * (logits.dim() - 2)).expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+
+    def of_rows(self, rows: Tensor | slice) -> "LogitTerms":
+        """Return the terms of some rows of the batch."""
+        return self if self.ahead is None else self._replace(ahead=self.ahead[rows])
+
+    def of_last(self, num_queries: int) -> "LogitTerms":
+        """Return the terms of the last queries of a prompt."""
+        return self if self.ahead is None else self._replace(ahead=self.ahead[:, -num_queries:].clone())
 
     def of_group(self, head: int, num_kv_heads: int) -> "LogitTerms":
         """Return the terms of the query heads of one KV head."""
