@@ -15,7 +15,7 @@ PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text(encoding="utf-
 EXTRAS = {  # the files that need an extra, by the beginning of their path
     "backends/cuda": ("cuda",),
     "backends/triton": ("triton",),
-    "bench/lines": ("plot",),
+    "figures": ("plot",),
     "bench/plot": ("plot",),
     "eval": ("eval",),
     "eval/harness": ("eval", "harness"),

@@ -4,17 +4,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rocketkv.bench.lines import label_ends, lines_of, swept_axis
-from rocketkv.bench.output import AXES, Record
-from rocketkv.bench.words import PANELS, TIME, colors_of
+from rocketkv.bench.lines import lines_of, swept_axis
+from rocketkv.bench.output import Record
+from rocketkv.bench.words import ACROSS, PANELS, TIME, colors_of
 from rocketkv.errors import InputError
+from rocketkv.figures import label_ends, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOT_FORMATS = (".png", ".svg")
-# A reader with a dark screen gets the picture inverted, its colours kept: a legible card on a page of any colour.
-DARK = "<style>@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }</style>"
 
 
 def check_plot(path: Path | None) -> None:
@@ -41,25 +40,18 @@ def save_plot(result: Record, path: Path, title: str | None = None) -> None:
         path: the picture's file, one of `PLOT_FORMATS`.
         title: the message of the picture; None names the model and the dtype.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     axis = swept_axis(result["rows"])
     panels = PANELS.get(result["benchmark"], TIME)
     lines = lines_of(result["rows"], axis)
-    with rc_context({"svg.hashsalt": "rocketkv", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(9.8 if len(panels) == 2 else 7.5, 3.6), layout="constrained")
-        figure.suptitle(title or f"{result['model']}, {result['dtype']}", x=0.01, ha="left", fontweight="bold")
-        for plot, (value, (unit, label)) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
-            _draw(plot, lines, axis, value, unit)
-            plot.set_title(label, loc="left", fontsize="medium")
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    if path.suffix == ".svg":
-        start, svg, picture = path.read_text(encoding="utf-8").partition("<svg")
-        head, close, rest = picture.partition(">")
-        path.write_text(start + svg + head + close + DARK + rest, encoding="utf-8")
+    figure = Figure(figsize=(9.8 if len(panels) == 2 else 7.5, 3.6), layout="constrained")
+    figure.suptitle(title or f"{result['model']}, {result['dtype']}", x=0.01, ha="left", fontweight="bold")
+    plots = figure.subplots(1, len(panels), squeeze=False)[0]
+    for plot, (value, (unit, label)) in zip(plots, panels.items(), strict=True):
+        _draw(plot, lines, axis, value, unit)
+        plot.set_title(label, loc="left", fontsize="medium")
+    save_figure(figure, path)
 
 
 def _draw(plot: "Axes", lines: dict[str, list[Record]], axis: str, value: str, unit: float) -> None:
@@ -67,15 +59,15 @@ def _draw(plot: "Axes", lines: dict[str, list[Record]], axis: str, value: str, u
     from matplotlib.ticker import LogLocator
 
     xs = sorted({row[axis] for line in lines.values() for row in line if row[axis] is not None})
-    plot.set(xscale="log", yscale="log", xlabel=AXES[axis])
+    plot.set(xscale="log", yscale="log", xlabel=ACROSS[axis])
     colors = colors_of(lines)
-    ends: list[tuple[float, str]] = []
+    ends: list[tuple[float, float, str]] = []
     for label, line in lines.items():
         points = sorted((row[axis], row[value] / unit) for row in line if row[axis] is not None)
         if not points:  # the same for every value on the axis
             points = [(x, line[0][value] / unit) for x in xs]
         plot.plot(*zip(*points, strict=True), "o-", label=label, color=colors[label], markersize=4, linewidth=2)
-        ends.append((points[-1][1], label))
+        ends.append((xs[-1], points[-1][1], label))
     plot.set_xticks(xs, [f"{x:,}" for x in xs], minor=False, fontsize="small")
     low, high = plot.get_ylim()
     plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
@@ -83,4 +75,4 @@ def _draw(plot: "Axes", lines: dict[str, list[Record]], axis: str, value: str, u
     plot.minorticks_off()
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
-    label_ends(plot, xs[-1], ends, colors)
+    label_ends(plot, ends, colors)

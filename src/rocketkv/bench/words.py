@@ -1,4 +1,4 @@
-"""What the lines and panels of a plot are called, in a reader's words, and the colours of the lines."""
+"""What the lines and panels and axes of a plot are called, in a reader's words, and the colours of the lines."""
 
 from collections.abc import Iterable
 from itertools import cycle
@@ -33,6 +33,7 @@ PANELS = {  # what is drawn of a benchmark, and in which unit
     "decode": {"median_ms": (1.0, "milliseconds per token"), "kv_bytes": (2.0**20, "KV cache, MiB")},
     "memory": {"peak_rss_bytes": (2.0**30, "peak memory of the process, GiB")},
 }
+ACROSS = {"seq_len": "length of the text, tokens", "token_budget": "token budget", "batch": "rows of the batch"}
 TIME = {"median_ms": (1.0, "milliseconds")}
 
 

@@ -1,12 +1,10 @@
-"""The report's plots, in colours that the colour-blind can tell apart (Okabe and Ito's), and with different markers."""
+"""The report's plots, in colours that the colour-blind can tell apart, and with different markers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -17,19 +15,15 @@ from rocketkv.eval.report.results import FULL_CACHE, Results, layer_means, turn_
 from rocketkv.eval.report.statistics import score_interval
 from rocketkv.eval.report.words import words_of
 from rocketkv.eval.run.methods import FULL, METHODS, Arm
+from rocketkv.figures import label_ends
 
-COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00")
+OKABE_ITO = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00")
+COLORS = (*OKABE_ITO, "#8C564B", "#6E62B6")  # as many as there are methods
 MARKERS = "osD^vPX*p"
 NO_DATA = {"facecolor": "white", "edgecolor": "#bbbbbb", "hatch": "////"}
 MAX_DEPTHS = 12  # a plot with more levels than these draws ten of them
 
 Grid = NDArray[np.float64]
-
-
-def save_svg(figure: Figure, path: Path) -> None:
-    """Write a plot as SVG, with the same bytes for the same figures."""
-    with rc_context({"svg.hashsalt": "rocketkv"}):
-        figure.savefig(path, metadata={"Date": None})
 
 
 def draw_budgets(results: Results) -> Figure:
@@ -42,10 +36,12 @@ def draw_budgets(results: Results) -> Figure:
         if len(tasks) == len(results.cells):
             for budget in results.budgets if arm == FULL_CACHE else [arm.token_budget or 0]:
                 lines[arm.method][budget] = 100 * score_interval(tasks).value
-    for method, points in lines.items():
-        plot.plot(list(points), list(points.values()), label=words_of(method), **_style(method))
+    styles = {method: _style(method) for method, points in lines.items() if points}
+    for method, style in styles.items():
+        plot.plot(list(lines[method]), list(lines[method].values()), label=words_of(method), **style)
     _finish(plot, results.budgets)
-    _legend(figure)
+    ends = [(*list(lines[method].items())[-1], words_of(method)) for method in styles]
+    label_ends(plot, ends, {words_of(method): style["color"] for method, style in styles.items()})
     return figure
 
 
@@ -88,7 +84,7 @@ def draw_depths(results: Results, task: str) -> Figure:
     plot.set_yticks(range(0, len(depths), every), [f"{depth:.0%}" for depth in depths[::every]])
     plot.set_xticks(range(len(cells)), [f"{cell.length or 0:,}" for cell in cells])
     figure.supylabel("depth of the answer", fontsize="small")
-    figure.supxlabel("length", fontsize="small")
+    figure.supxlabel("length of the text, tokens", fontsize="small")
     return figure
 
 

@@ -12,6 +12,7 @@ from rocketkv.eval.report.results import FULL_CACHE, Cell, Results
 from rocketkv.eval.report.runs import Run
 from rocketkv.eval.report.statistics import RESAMPLES
 from rocketkv.eval.run.fidelity import SUITE as FIDELITY
+from rocketkv.figures import save_figure
 
 LAYER_FIGURES = {"recall": "recall of attention mass", "output_error": "relative output error"}
 SOLVED = 0.5  # a loss can only show on tasks where the full cache scores above this
@@ -45,7 +46,7 @@ class Pictures:
     def add(self, name: str, figure: Figure, caption: str) -> str:
         """Save a picture and return the Markdown that shows it."""
         path = self._folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.svg"
-        plots.save_svg(figure, path)
+        save_figure(figure, path)
         self.paths.append(path)
         return f"![{escape(caption)}]({path.name})\n\n*{escape(caption)}*"
 
