@@ -15,6 +15,8 @@ class LayerStats:
         read_bytes: the bytes that the last decode step had to read; 0 before the first step.
         full_kv_bytes: the bytes that an uncompressed cache would store.
         full_read_bytes: the bytes that a decode step over an uncompressed cache would read.
+        num_image_seen: how many of `num_seen` stand for images or videos; the others are text. 0 outside of a model.
+        num_image_stored: how many of `num_stored` do.
     """
 
     num_seen: float = 0.0
@@ -23,6 +25,8 @@ class LayerStats:
     read_bytes: int = 0
     full_kv_bytes: int = 0
     full_read_bytes: int = 0
+    num_image_seen: float = 0.0
+    num_image_stored: float = 0.0
 
     @property
     def retained_fraction(self) -> float:
@@ -52,4 +56,6 @@ class CacheStats:
             read_bytes=sum(layer.read_bytes for layer in self.layers),
             full_kv_bytes=sum(layer.full_kv_bytes for layer in self.layers),
             full_read_bytes=sum(layer.full_read_bytes for layer in self.layers),
+            num_image_seen=sum(layer.num_image_seen for layer in self.layers) / count,
+            num_image_stored=sum(layer.num_image_stored for layer in self.layers) / count,
         )

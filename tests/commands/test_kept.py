@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaConfig
 
 from rocketkv import LayerCache, RocketKVConfig
 from rocketkv.commands import kept
 from rocketkv.hf import RocketKVCache
+from rocketkv.hf.history import History
 from tiny import CONFIGS, save_tiny
 
 
@@ -51,6 +53,24 @@ def test_the_line_is_darker_where_more_heads_keep(
     line, legend = kept.kept_line(cache).plain.split("\n")
     assert line == f"|{marks[0]}{marks[2]}{marks[4]}|"
     assert "4 tokens a mark" in legend
+
+
+def test_images_are_marked_below_the_line(cache: RocketKVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.model_config = LlamaConfig(image_token_id=5)
+    ids = torch.zeros(1, 301, dtype=torch.int64)
+    cache.history.append(ids, None)
+    monkeypatch.setattr(Console, "width", property(lambda _: 62))  # six tokens a mark
+    assert "^" not in kept.kept_line(cache).plain
+    cache.history = History()
+    ids[0, 100:150] = 5
+    cache.history.append(ids, None)
+    line, below, _, legend = kept.kept_line(cache).plain.split("\n")
+    assert below == " " + " " * 16 + "^" * 9 + " " * 26
+    assert len(line) == 53
+    shares = kept.kept_shares(cache)
+    text = torch.cat([shares[:100], shares[150:]])
+    assert f"{float(shares[100:150].mean()):.0%} of the heads keep such a token" in legend
+    assert f"{float(text.mean()):.0%} keep one of the text" in legend
 
 
 def test_generate_draws_it(run: Any, document: str, tmp_path: Path) -> None:

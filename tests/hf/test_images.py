@@ -1,4 +1,4 @@
-"""Tests of prompts with an image: two turns of a padded batch, and a small budget alone and in a batch."""
+"""Tests of prompts with an image: two turns of a padded batch, a small budget alone and in a batch, what is kept."""
 
 from pathlib import Path
 
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from families import enabled_model
 from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, backends
+from rocketkv.hf.batch import batch_caches
 from rocketkv.hf.versions import pass_cache
-from tiny import EVERYTHING, SMALL, generate, prompts
+from tiny import COMPRESSED, EVERYTHING, SMALL, generate, prompts
 from vision import IMAGE, MODELS, seeing_model, seen_prompt
 
 SIXTEEN = RocketKVConfig(dense_below=0, token_budget=16, **SMALL)
@@ -69,3 +71,44 @@ def test_each_conversation_has_its_own_positions(kind: str, tmp_path: Path) -> N
         assert torch.equal(generate(model, *longer(first, mask), new=4, **pass_cache(again)), expected)
     with pytest.raises(UnsupportedError, match="images have moved the positions of this text"):
         cache.rewind_to(first[:, :30])
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_statistics_tell_images_from_text(kind: str) -> None:
+    model, num_tokens = seeing_model(kind), MODELS[kind][-1]
+    ids, mask, image = seen_prompt(kind, 200, 130)
+    cache = RocketKVCache(model.config, COMPRESSED)
+    assert cache.stats().total.num_image_seen == 0
+    generate(model, ids, mask, new=3, **pass_cache(cache), **image)
+    stats = cache.stats()
+    for layer, own in zip(cache.compressed_layers, stats.layers, strict=True):
+        kept = 0
+        for row, heads in enumerate(layer.cache.positions.tolist()):
+            text = ids[row][mask[row] == 1].tolist() + [0] * 3
+            kept += sum(text[position] == IMAGE for positions in heads for position in positions if position >= 0)
+        assert own.num_image_seen == num_tokens
+        assert own.num_image_stored == kept / 4
+    assert 0 < stats.total.num_image_stored < num_tokens
+    rows = []
+    for row, chosen in enumerate((cache.copy(), cache.copy())):
+        chosen.batch_select_indices(torch.tensor([row]))
+        rows.append(chosen.stats().total.num_image_stored)
+    assert sum(rows) / 2 == stats.total.num_image_stored
+
+
+def test_a_stack_counts_the_images_of_its_rows() -> None:
+    model = seeing_model("llava")
+    caches = [RocketKVCache(model.config, config) for config in (COMPRESSED, EVERYTHING)]
+    for cache in caches:
+        ids, mask, image = seen_prompt("llava", 200)
+        generate(model, ids, mask, new=2, **pass_cache(cache), **image)
+    alone = [cache.stats().total.num_image_stored for cache in caches]
+    assert alone[0] < alone[1] == 16
+    assert batch_caches(caches).stats().total.num_image_stored == sum(alone) / 2
+
+
+def test_a_model_without_images_counts_none() -> None:
+    model = enabled_model("qwen3")
+    cache = RocketKVCache(model.config, COMPRESSED)
+    generate(model, *prompts(20), new=2, **pass_cache(cache))
+    assert cache.stats().total.num_image_seen == cache.stats().total.num_image_stored == 0

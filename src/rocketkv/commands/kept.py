@@ -16,16 +16,32 @@ _ASCII_MARKS = " .+#@"
 
 
 def kept_line(cache: "RocketKVCache") -> Text:
-    """Draw the text that a cache has seen, a mark for as many tokens as fit it to the terminal, with its legend."""
+    """Draw the text that a cache has seen, a mark for as many tokens as fit it to the terminal, with its legend.
+
+    Tokens that stand for images are marked in a second line, if there are any.
+    """
+    import torch
+
+    from rocketkv.hf.modality import find_images
+
     shares = kept_shares(cache)
     num_tokens = len(shares)
     size = -(-num_tokens // max(1, out.width - 2))  # tokens of a mark
     marks = _ASCII_MARKS if out.options.ascii_only else _MARKS
-    parts = (shares[start : start + size] for start in range(0, num_tokens, size))
-    line = "".join(marks[_level(float(part.mean()), len(marks))] for part in parts)
+    line = "".join(marks[_level(float(part.mean()), len(marks))] for part in torch.split(shares, size))
+    legend = (
+        f"The text from its beginning to its end, {size} tokens a mark: the darker, the more of the heads in all "
+        f"layers keep them ({float(shares.mean()):.0%} on average)."
+    )
+    images = find_images(cache.model_config, cache.history)
+    if images is None:
+        return Text(f"|{line}|\n{legend}")
+    is_image = images.positions[0, :num_tokens].cpu()
+    below = "".join("^" if part.any() else " " for part in torch.split(is_image, size))
+    kept, of_text = (float(shares[: len(is_image)][where].mean()) for where in (is_image, ~is_image))
     return Text(
-        f"|{line}|\nThe text from its beginning to its end, {size} tokens a mark: the darker, the more of the heads in "
-        f"all layers keep them ({float(shares.mean()):.0%} on average)."
+        f"|{line}|\n {below}\n{legend}\nMarks over ^ have tokens of images: {kept:.0%} of the heads keep such a token, "
+        f"and {of_text:.0%} keep one of the text."
     )
 
 
@@ -42,7 +58,7 @@ def kept_shares(cache: "RocketKVCache") -> "Tensor":
         working = layer.cache.working
         assert working is not None
         slots = torch.arange(working.max_length, device=working.lengths.device)
-        kept.append(working.mark(slots.where(slots < working.lengths[..., None], -1))[0])
+        kept.append(working.mark(slots.where(slots < working.lengths[..., None], -1))[0, :, : working.row_seen[0]])
     return torch.cat(kept).float().mean(0).cpu()
 
 

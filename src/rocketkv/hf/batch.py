@@ -96,6 +96,10 @@ class StackedLayer(RocketKVLayer):
         """Repeat every row `repeats` times, which is refused unless it is 1; see `batch_select_indices`."""
         self.batch_select_indices(torch.arange(len(self.parts)).repeat_interleave(repeats))
 
+    def num_kept(self, marked: Tensor) -> float:
+        """Return how many of the tokens marked by position, `[B, N]` bool, are kept: the mean over rows and heads."""
+        return sum(part.num_kept(marked[i : i + 1]) for i, part in enumerate(self.parts)) / len(self.parts)
+
     def stats(self) -> LayerStats:
         """Return what all rows store and read."""
         return CacheStats([part.stats() for part in self.parts]).total
@@ -135,7 +139,7 @@ def batch_caches(caches: Sequence[RocketKVCache]) -> RocketKVCache:
 
 
 def row_stats(cache: RocketKVCache, row: int) -> CacheStats:
-    """Return what one row of a stack stores and reads."""
+    """Return what one row of a stack stores and reads; its image tokens are not counted apart."""
     rows = next(len(layer.parts) for layer in cache.layers if isinstance(layer, StackedLayer))
     return CacheStats(
         [

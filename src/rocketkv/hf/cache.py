@@ -22,6 +22,7 @@ from rocketkv.hf.history import History, join
 from rocketkv.hf.images import Noted
 from rocketkv.hf.layer import RocketKVLayer, compress, unannounced
 from rocketkv.hf.layout import check_same_layout
+from rocketkv.hf.modality import count_images, find_images
 from rocketkv.hf.passes import Pass, announce, find_plain_layers
 from rocketkv.hf.plain import cache_stats
 from rocketkv.hf.rewind import rewind_to as rewind_cache
@@ -92,7 +93,7 @@ class RocketKVCache(SavedCache, DynamicCache):
 
     def stats(self) -> CacheStats:
         """Return what the cache stores and reads, per layer and in all, beside what a full cache would."""
-        return cache_stats(self)
+        return count_images(cache_stats(self), self.layers, find_images(self.model_config, self.history))
 
     def reset(self) -> None:
         """Forget everything, transformers' own layers included (some versions of it only zero those)."""

@@ -166,6 +166,18 @@ class RocketKVLayer(CacheLayerMixin):
         """Refuse, as `crop` does: transformers calls this method when it is going to roll the cache back."""
         self.crop(0)
 
+    def num_kept(self, marked: Tensor) -> float:
+        """Return how many of the marked tokens are kept, as the mean over rows and KV heads.
+
+        Args:
+            marked: `[B, N]` bool by position; tokens at positions from N on count as not marked.
+        """
+        positions = self.cache.positions  # [B, Hkv, S]
+        held = (positions >= 0) & (positions < marked.shape[1])
+        marks = marked.to(positions.device)[:, None].expand(-1, positions.shape[1], -1)
+        found = marks.gather(2, positions.where(held, 0)) & held
+        return float(found.sum()) / (positions.shape[0] * positions.shape[1])
+
     def stats(self) -> LayerStats:
         """Return what the layer stores and reads."""
         return self.cache.stats()
