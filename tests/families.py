@@ -89,6 +89,18 @@ HYBRIDS = (
     "lfm2",
     "nemotron_h",
 )  # states per layer, or beside tokens; short; no cache at all
+_GEMMA: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "tie_word_embeddings": False}
+SPECIAL["gemma4_text"] = SPECIAL["gemma4_unified_text"] = {**_GEMMA, **_PER_LAYER, "global_head_dim": 32}
+SPECIAL["gemma3n_text"] = {
+    **_PER_LAYER,
+    "num_hidden_layers": 4,
+    "layer_types": _GEMMA["layer_types"] * 2,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": 48,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "laurel_rank": 4,
+}
 SPECIAL["bamba"] = {"attn_layer_indices": [1]}
 SPECIAL["jamba"] = {"attn_layer_offset": 1, "attn_layer_period": 2}
 SPECIAL["lara_mini"] = {"sliding_window": 16}
@@ -106,8 +118,7 @@ def tiny_config(kind: str) -> PreTrainedConfig:
             name: SIZES[name]
             for name in names
             if name in SIZES
-            and hasattr(config, name)
-            and not isinstance(getattr(config, name), (list, tuple, dict))
+            and not isinstance(_read(config, name), (list, tuple, dict, type(...)))
             and not isinstance(getattr(type(config), name, None), property)
         }
 
@@ -116,6 +127,14 @@ def tiny_config(kind: str) -> PreTrainedConfig:
         if (part := getattr(plain, name, None)) is not None:
             options[name] = {**known(part), "model_type": part.model_type, **SPECIAL.get(part.model_type, {})}
     return config_class(**{**options, **SPECIAL.get(kind, {})})
+
+
+def _read(config: PreTrainedConfig, name: str) -> Any:
+    """Return an attribute; `...` for one that is not there, and None for one that differs from layer to layer."""
+    try:
+        return getattr(config, name, ...)
+    except RuntimeError:
+        return None
 
 
 @cache

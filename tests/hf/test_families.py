@@ -20,7 +20,8 @@ WORKS = """
     afmoe apertus apertus1p5_text arcee aria_text bamba bart beam bert bert-generation biogpt
     bitnet blenderbot blenderbot-small camembert codegen cohere cohere2 cohere2_moe ctrl cwm
     data2vec-text dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe
-    falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text glm glm4 glm4_moe gpt-sw3
+    falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified
+    gemma4_unified_text glm glm4 glm4_moe gpt-sw3
     gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
     granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
     internlm3 iquestcoder jais2 jamba jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama marian
@@ -89,12 +90,14 @@ REFUSED = {  # by the sentence that says why
     "its attention selects tokens by an index of its own": """
         qwen4_exp qwen4_exp_text
     """,
+    "some of its layers share the cache of others": """
+        gemma3n_text
+    """,
 }
 
 # The sizes above do not make a configuration of theirs, or it needs a package.
 NOT_TRIED = """
-    cohere_compass_text dbrx dots3_note dots3_note_text gemma3n gemma3n_text gemma4
-    gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text
+    cohere_compass_text dbrx dots3_note dots3_note_text gemma3n gemma4_assistant gemma4_unified_assistant
     mamba2 musicgen musicgen_melody reformer xlnet zamba zamba2
 """
 
