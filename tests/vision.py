@@ -97,6 +97,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], dic
         {**PIXELS, "token_type_ids": None},
         16,
     ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 128,
+            "use_bidirectional_attention": "vision",  # in sliding windows only
+        },
+        {**SMALL_VISION, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2},
+        {"audio_config": None, "tie_word_embeddings": False},
+        {"pixel_values": (1, 16, 48), "image_position_ids": None, "mm_token_type_ids": None},
+        4,
+    ),
     "mistral3": (
         "mistral",
         {"sliding_window": None},
@@ -144,8 +159,12 @@ def seen_prompt(kind: str, *lengths: int) -> tuple[Tensor, Tensor, dict[str, Ten
         ids[:, start - 1], ids[:, start + num_tokens] = START, END
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(lengths))
         inputs["mm_token_type_ids"] = (ids == IMAGE).to(torch.int64)
-    if "token_type_ids" in shapes:
-        inputs["token_type_ids"] = (ids == IMAGE).to(torch.int64)
+    for name in shapes:
+        if name.endswith("token_type_ids"):
+            inputs[name] = (ids == IMAGE).to(torch.int64)
+    if "image_position_ids" in shapes:
+        square = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2)
+        inputs["image_position_ids"] = square.repeat(len(lengths), 1, 1)
     if "image_sizes" in shapes:
         inputs["image_sizes"] = torch.tensor([[16, 16]] * len(lengths))
     return ids, mask, inputs

@@ -148,5 +148,7 @@ def test_a_mask_is_read_and_one_of_another_form_is_refused() -> None:
     hidden[:, 7, 0] = False
     with pytest.raises(UnsupportedError, match="beyond text"):
         read_ahead(hidden[:, None, 2:], padding, 6)
-    with pytest.raises(UnsupportedError, match="made no mask for them; give text alone"):
-        read_ahead(None, padding, 6)
+    assert read_ahead({"full_attention": None}, padding, 6) is None
+    for none in (None, {"other": sees[:, None, 2:]}):
+        with pytest.raises(UnsupportedError, match="made no mask for them; give text alone"):
+            read_ahead(none, padding, 6)

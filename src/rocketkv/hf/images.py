@@ -68,7 +68,7 @@ def read_ahead(mask: Any, padding: Padding, num_new: int) -> Tensor | None:
 
     Args:
         mask: `[B, 1, T, seen + T]`, bool, or float and negative where a token is hidden; or a dict of masks, of which
-            that of full attention counts.
+            that of full attention counts, where None stands for a causal one.
         padding: the padding among the T new columns.
         num_new: T.
 
@@ -78,7 +78,8 @@ def read_ahead(mask: Any, padding: Padding, num_new: int) -> Tensor | None:
     Raises:
         UnsupportedError: the mask is another, or a token sees others than all up to some later one.
     """
-    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if isinstance(mask, dict) and (mask := mask.get("full_attention", ...)) is None:
+        return None
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise UnsupportedError("a model whose images attend to themselves made no mask for them; give text alone.")
     sees = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0]  # [B, T, seen + T]
