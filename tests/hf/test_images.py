@@ -42,6 +42,15 @@ def test_a_second_turn_goes_on_from_an_image_as_in_one_text(kind: str) -> None:
 
 
 @kinds
+def test_beams_see_the_image(kind: str) -> None:
+    model = seeing_model(kind)
+    ids, mask, image = seen_prompt(kind, 40, 25)
+    caches = DynamicCache(config=model.config), RocketKVCache(model.config, EVERYTHING)
+    plain, ours = (generate(model, ids, mask, new=3, num_beams=2, **pass_cache(cache), **image) for cache in caches)
+    assert torch.equal(plain, ours)
+
+
+@kinds
 def test_a_small_budget_answers_alike_by_any_backend_alone_or_in_a_batch(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

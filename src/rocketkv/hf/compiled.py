@@ -7,6 +7,7 @@ by a handle. The graph knows nothing of the cache, which may grow or give way to
 On a GPU, `graph.py` captures the compiled step as a whole.
 """
 
+import inspect
 import operator
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -25,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rocketkv import backends
 from rocketkv.errors import UnsupportedError
 from rocketkv.hf.cache import RocketKVCache
+from rocketkv.hf.generation import keeper_of_offsets
 from rocketkv.hf.graph import StepGraphs
 from rocketkv.hf.hooks import after_forward, before_forward
 from rocketkv.hf.layer import RocketKVLayer
@@ -118,6 +121,9 @@ class _FastCall:
     def __init__(self, model: PreTrainedModel) -> None:
         self.windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
         self.model = model
+        # Only with positions from outside, one number per token, can a graph know nothing of the cache's length.
+        takes_positions = "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+        self.is_told_positions = takes_positions and keeper_of_offsets(model) is None
         self.step: Callable[..., Tensor] | None = torch.compile(self._step, fullgraph=True, backend=_compile_graph)
         self.graphs = StepGraphs(model, self._run)
 
@@ -158,7 +164,8 @@ class _FastCall:
         """Return whether a call is one new token per row with a compressed cache and asks for nothing but logits."""
         model, config, cache = self.model, self.model.config, others.pop(CACHE_ARGUMENT, None)
         return (
-            isinstance(cache, RocketKVCache)
+            self.is_told_positions
+            and isinstance(cache, RocketKVCache)
             and len(cache.compressed_layers) == len(cache)
             and not any(has_states(layer) for layer in cache.layers)
             and cache.get_seq_length() > 0
@@ -198,8 +205,9 @@ def compile(model: PreTrainedModel, *, weight_dtype: str | None = None) -> PreTr
 
     The first decoded token waits for the compiler, a minute for 30 layers on one core; later processes find most of the
     work in torch's cache on disk. A cache that grows, or another cache, compiles nothing anew; a second and a third
-    batch size do, further ones do not. Models with sliding windows or recurrent states are left uncompiled. A hook that
-    is put on a layer after the first decoded token is not called in decode steps.
+    batch size do, further ones do not. Models with sliding windows or recurrent states, and those that count positions
+    themselves (BART, Qwen-VL), are left uncompiled. A hook that is put on a layer after the first decoded token is not
+    called in decode steps.
 
     On a GPU each cache gets a CUDA graph of the whole step. The graph is captured anew when the buffers grow, by 256
     tokens or more, when the plan changes, and when the weights lie elsewhere; a layer that takes another's place after
@@ -253,6 +261,8 @@ def _compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Any:
 
     for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
         x, weight, bias = (*node.args, None)[:3]
+        if is_traceable_wrapper_subclass(weight.meta.get("example_value")):
+            continue  # weights that another library stores in fewer bits have products of their own
         with graph.graph.inserting_before(node):
             output = graph.graph.call_function(torch.ops.rocketkv.linear.default, (x, weight))
             if bias is not None:

@@ -27,7 +27,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(ids, Tensor) and ids.dim() == 2 and (mask is None or mask.shape[-1] == ids.shape[1]):
         cache.check_continued(ids)
     token = given.set(Given(self, self.get_decoder(), cache))
-    positioned = next((part for part in (self, getattr(self, "model", None)) if hasattr(part, "rope_deltas")), None)
+    positioned = keeper_of_offsets(self)
     if positioned is not None and cache.history.num_columns > 0:
         positioned.rope_deltas = cache.history.offsets  # another conversation may have left its own there
     try:
@@ -36,6 +36,11 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         given.reset(token)
         if positioned is not None:
             cache.history.offsets = positioned.rope_deltas
+
+
+def keeper_of_offsets(model: Any) -> Any:
+    """Return the part of a model that keeps how far images have moved positions (M-RoPE); None if none does."""
+    return next((part for part in (model, getattr(model, "model", None)) if hasattr(part, "rope_deltas")), None)
 
 
 @wraps(GenerationMixin.init_continuous_batching)

@@ -163,6 +163,12 @@ def quantize(model: PreTrainedModel, weight_dtype: str) -> PreTrainedModel:
         raise UnsupportedError(
             f"the weights are in {found} already; load the model anew to have them in {weight_dtype}."
         )
+    for weight in model.parameters():
+        if type(weight) is not nn.Parameter:
+            raise UnsupportedError(
+                f"the weights are stored as {type(weight).__name__} already; load the model anew in bfloat16, or leave "
+                "weight_dtype out."
+            )
     names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
     for name in names:
         if reason := _decline(model.get_submodule(name).weight, weight_dtype):
