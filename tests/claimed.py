@@ -1,7 +1,7 @@
 """Answers the Makefile about versions: the lowest that pyproject.toml claims, and whether a failure counts.
 
-python tests/claimed.py lowest transformers   # prints the lowest version that is claimed
-python tests/claimed.py failed                # after failed tests: exits with 1 if the versions at hand are claimed
+python tests/claimed.py lowest transformers torch  # prints the lowest versions that are claimed, as pip takes them
+python tests/claimed.py failed  # after failed tests: exits with 1 if the versions at hand are claimed
 """
 
 import sys
@@ -12,10 +12,10 @@ from packaging.requirements import Requirement
 
 
 def lowest(name: str) -> str:
-    """Return the lower bound of a dependency in pyproject.toml."""
+    """Return the lower bound of a dependency in pyproject.toml, as a requirement of pip."""
     project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
     specifier = next(r.specifier for r in map(Requirement, project["dependencies"]) if r.name == name)
-    return next(part.version for part in specifier if part.operator == ">=")
+    return next(f"{name}=={part.version}" for part in specifier if part.operator == ">=")
 
 
 def failed() -> int:
@@ -33,6 +33,6 @@ def failed() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "lowest":
-        print(lowest(sys.argv[2]))
+        print(*map(lowest, sys.argv[2:]))
     else:
         sys.exit(failed())
