@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from families import UNCOMPILED, WORKS, enabled_model, skip_before_5_24, tiny_config
+from families import UNCOMPILED, WORKS, skip_before_5_24, tiny_config
 from rocketkv import RocketKVCache, RocketKVConfig, UnsupportedError, backends, enable
 from rocketkv.hf.versions import pass_cache
 from tiny import EVERYTHING, SMALL, generate, prompts
@@ -95,7 +95,6 @@ COUNTS_COLUMNS = """
     bart blenderbot blenderbot-small marian mbart moss_transcribe_diarize pegasus plbart whisper
 """
 
-KINDS = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in NOT_TRIED.split()]
 SIXTEEN = RocketKVConfig(dense_below=0, token_budget=16, **SMALL)
 MORE = prompts(9, 9, seed=1)[0]
 
@@ -129,49 +128,49 @@ def _names(kinds: Iterable[str]) -> str:
     return ", ".join(f"`{kind}`" for kind in kinds)
 
 
-def turns(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, more: Tensor) -> list[Tensor]:
+def turns(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor) -> list[Tensor]:
     """Return the texts `[B, L]` after each turn of a conversation, of two turns if the type takes a second one."""
     texts = [generate(model, ids, mask, new=3, **pass_cache(cache))]
     if model.config.model_type not in ONE_TURN.split():
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 3 + more.shape[1])], 1)
-        texts.append(generate(model, torch.cat([texts[0], more], 1), mask, new=3, **pass_cache(cache)))
+        longer = torch.cat([mask, mask.new_ones(len(mask), 3 + MORE.shape[1])], 1)
+        texts.append(generate(model, torch.cat([texts[0], MORE], 1), longer, new=3, **pass_cache(cache)))
     return texts
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_family_is_right_or_refused_by_name(kind: str) -> None:
-    skip_before_5_24(kind)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
-    if kind in WORKS.split():
-        answers = []
-        for new_cache in (lambda: DynamicCache(config=model.config), lambda: RocketKVCache(model.config, EVERYTHING)):
-            texts = turns(model, new_cache(), *prompts(40, 25), MORE)
-            beams = generate(model, *prompts(40, 25), new=3, num_beams=2, **pass_cache(new_cache()))
-            answers.append([*texts, beams])
-            enable(model)
-        assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
-        return
-    (reason,) = (reason for reason, kinds in REFUSED.items() if kind in kinds.split())
-    for refused in (lambda: enable(model), lambda: RocketKVCache(model.config, EVERYTHING)):
-        with pytest.raises(UnsupportedError, match=f" is not supported: {reason}; use it with transformers' own"):
-            refused()
-
-
 @pytest.mark.parametrize("kind", WORKS.split())
-def test_a_small_budget_answers_alike_by_any_backend_alone_or_in_a_batch(
+def test_a_family_answers_as_with_a_full_cache_and_alike_by_any_backend(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_before_5_24(kind)
-    model = enabled_model(kind)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
     ids, mask = prompts(40, 25)
-    batch = turns(model, RocketKVCache(model.config, SIXTEEN), ids, mask, MORE)
+    answers = []
+    for new_cache in (lambda: DynamicCache(config=model.config), lambda: RocketKVCache(model.config, EVERYTHING)):
+        texts = turns(model, new_cache(), ids, mask)
+        answers.append([*texts, generate(model, ids, mask, new=3, num_beams=2, **pass_cache(new_cache()))])
+        enable(model)
+    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+
+    def small(rows: Tensor, rows_mask: Tensor) -> Tensor:
+        return generate(model, rows, rows_mask, new=4, **pass_cache(RocketKVCache(model.config, SIXTEEN)))
+
+    batch = small(ids, mask)
     if kind not in COUNTS_COLUMNS.split():
-        alone = turns(model, RocketKVCache(model.config, SIXTEEN), ids[1:, 15:], mask[1:, 15:], MORE[1:])
-        assert all(torch.equal(turn[1:, 15:], own) for turn, own in zip(batch, alone, strict=True))
+        assert torch.equal(small(ids[1:, 15:], mask[1:, 15:]), batch[1:, 15:])
     monkeypatch.setattr(backends, "BACKENDS", ())
-    reference = turns(model, RocketKVCache(model.config, SIXTEEN), ids, mask, MORE)
-    assert all(torch.equal(*pair) for pair in zip(batch, reference, strict=True))
+    assert torch.equal(small(ids, mask), batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(kind, reason) for reason, kinds in REFUSED.items() for kind in kinds.split()]
+)
+def test_other_families_are_refused_by_name_with_a_reason(kind: str, reason: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    for refused in (lambda: enable(model), lambda: RocketKVCache(model.config, EVERYTHING)):
+        with pytest.raises(UnsupportedError, match=f" is not supported: {reason}; use it with transformers' own"):
+            refused()
 
 
 def test_every_type_has_its_place() -> None:

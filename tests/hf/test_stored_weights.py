@@ -19,7 +19,6 @@ pytestmark = [
 DISK = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
 DISK |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "disk"}
 LIBRARIES = {
-    "cpu": "accelerate",
     "auto": "accelerate",
     "disk": "accelerate",
     "int8 of torchao": "torchao.quantization",
