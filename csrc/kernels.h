@@ -80,7 +80,8 @@ struct Layer {
   const int64_t* dense_lengths = nullptr;  // [B] >= top_k; up to so many tokens are all attended
 };
 
-// One token per row, all tensors dense in the layer's dtype.
+// One token per row, all tensors dense in the layer's dtype. Without a key the token is in the cache already, and the
+// step only reads.
 struct Token {
   const void* query = nullptr;                  // [B, Hq, D]
   const void *key = nullptr, *value = nullptr;  // [B, Hkv, D]

@@ -61,6 +61,7 @@ class Step {
       }
     };
     run_on_threads(num_threads_, work, this);
+    if (!appends()) return bytes_read_;
     const Layer& layer = view_.layer;
     for (int64_t i = 0; i < view_.num_tasks; ++i) ++layer.lengths[i];
     if (layer.archive_lengths)
@@ -83,7 +84,7 @@ class Step {
       HeadTask& task = tasks_[i];
       task.index = i;
       task.row = i / layer.num_kv_heads;
-      task.length = layer.lengths[i] + 1;
+      task.length = layer.lengths[i] + appends();
       task.selects = layer.scoring != Scoring::kDense && task.length > layer.dense_lengths[task.row];
       task.page_size = 1;
       if (task.selects)
@@ -195,7 +196,10 @@ class Step {
 
   // ---- the phases of a task
 
+  bool appends() const { return view_.token.key != nullptr; }
+
   void append(const HeadTask& task) {
+    if (!appends()) return;
     const Layer& layer = view_.layer;
     const int64_t rank = task.length - 1;
     const int64_t slot = layer.archived ? layer.archive_lengths[task.index] : rank;
@@ -218,7 +222,7 @@ class Step {
 
   // A task's channels are chosen by the spread from before the new token, so that this comes after all of its scoring.
   void extend_spread(const HeadTask& task) {
-    if (view_.layer.scoring != Scoring::kDense)
+    if (appends() && view_.layer.scoring != Scoring::kDense)
       with_scoring<T>(view_.layer.scoring, [&](auto scoring) { scoring.extend_spread(view_.layer, task); });
   }
 

@@ -94,16 +94,19 @@ HYBRIDS = (
 )  # states per layer, or beside tokens; short; no cache at all
 _GEMMA: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 _PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128, "tie_word_embeddings": False}
-SPECIAL["gemma4_text"] = SPECIAL["gemma4_unified_text"] = {**_GEMMA, **_PER_LAYER, "global_head_dim": 32}
+_SHARING = {"num_hidden_layers": 6, "layer_types": _GEMMA["layer_types"] * 3, "num_kv_shared_layers": 4}
+SPECIAL["gemma4_unified_text"] = {**_GEMMA, **_PER_LAYER, "global_head_dim": 32}
+SPECIAL["gemma4_text"] = {**SPECIAL["gemma4_unified_text"], **_SHARING, "initializer_range": 0.5}
 SPECIAL["gemma3n_text"] = {
     **_PER_LAYER,
-    "num_hidden_layers": 4,
-    "layer_types": _GEMMA["layer_types"] * 2,
-    "num_kv_shared_layers": 2,
+    **_SHARING,
+    "sliding_window": 16,
+    "initializer_range": 0.5,
     "intermediate_size": 48,
-    "activation_sparsity_pattern": [0.0] * 4,
+    "activation_sparsity_pattern": [0.0] * 6,
     "laurel_rank": 4,
 }
+SHARED = ("gemma3n_text", "gemma4_text")  # layers that share the cache of others
 SPECIAL["bamba"] = {"attn_layer_indices": [1]}
 SPECIAL["jamba"] = {"attn_layer_offset": 1, "attn_layer_period": 2}
 SPECIAL["lara_mini"] = {"sliding_window": 16}
@@ -115,8 +118,8 @@ WORKS = """
     afmoe apertus apertus1p5_text arcee aria_text bamba bart beam bert bert-generation biogpt
     bitnet blenderbot blenderbot-small camembert codegen cohere cohere2 cohere2_moe ctrl cwm
     data2vec-text dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe
-    falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified
-    gemma4_unified_text glm glm4 glm4_moe gpt-sw3
+    falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text
+    gemma4_unified gemma4_unified_text glm glm4 glm4_moe gpt-sw3
     gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
     granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
     internlm3 iquestcoder jais2 jamba jetmoe kolibri1 laguna lfm2 lfm2_moe lfm3 llama marian
@@ -135,7 +138,7 @@ SINCE_5_24 = """
 
 UNCOMPILED = {  # types that `rocketkv.compile` leaves as they are, by the reason
     "windows or states": """
-        bamba falcon_h1 gemma4 gemma4_text gemma4_unified gemma4_unified_text gpt_oss granite_swa
+        bamba falcon_h1 gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text gpt_oss granite_swa
         granitemoe_swa granitemoehybrid jamba lfm2 lfm2_moe lfm3 mimo_v2_flash nemotron_h olmo_hybrid
         qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next zaya
     """,

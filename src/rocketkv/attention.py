@@ -15,10 +15,11 @@ from rocketkv.errors import InputError
 from rocketkv.exclusive import exclusive
 from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.plan import SelectionPlan
-from rocketkv.state import LayerState, Observed
+from rocketkv.shared import Prompt, SharedReads
+from rocketkv.state import Observed
 
 
-class LayerCache(LayerState):
+class LayerCache(SharedReads):
     """The KV cache of one attention layer and the attention over it, compressed in two stages.
 
     Source: RocketKV (arXiv:2502.14051), "SnapKV with GQA support", "Hybrid Sparse Attention" and "RocketKV-MT". Rows of
@@ -96,6 +97,7 @@ class LayerCache(LayerState):
         output = backends.prefill_densely(
             query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms
         )
+        self.prompt = Prompt(keys, values, tokens.lengths.clone(), num_queries) if self.keeps_prompt else None
         prompt = Observed(query, num_queries, scale, terms, is_first)
         working.keep(tokens, self._evict(working, prompt, keys, tokens.lengths), self.config.new_tokens)
         keeps = self.keep_queries > 0 and working.archive is not None
@@ -139,7 +141,7 @@ class LayerCache(LayerState):
         plan.steps_left -= 1  # no call stands between these counts, so that an interrupt cannot part them
         self.num_seen += 1
         self.num_decoded += 1
-        self.just_prefilled = False
+        self.just_prefilled, self._num_reads = False, 1
         return output
 
     @exclusive

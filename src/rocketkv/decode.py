@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rocketkv import ops
-from rocketkv.backends import LayerTensors, Scoring, Spec, Step, find_backend
+from rocketkv.backends import LayerTensors, ReadingStep, Scoring, Spec, Step, find_backend
 from rocketkv.cache import WorkingSet
 from rocketkv.checks import check_logits
 from rocketkv.config import RocketKVConfig
-from rocketkv.errors import UnsupportedError
+from rocketkv.errors import InputError, UnsupportedError
 from rocketkv.index import LowBitIndex, PageIndex
 from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.plan import Planner, SelectionPlan
@@ -37,12 +37,22 @@ class ReferenceStep:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, int]:
         """Append one token per row and attend; see `Step`."""
-        plan, working = self._plan, self._working.draft()
+        working = self._working.draft()
         self._working.index = None  # if the step fails, the index may have a token that the working set has not
         working.append(key, value)
-        lengths, logits = working.lengths, None
+        output, read_bytes = self._attend(query, working, ranks)
+        self._working.become(working)
+        return output, read_bytes
+
+    def read_again(self, query: Tensor) -> tuple[Tensor, int]:
+        """Attend another query and append nothing; see `ReadingStep`."""
+        return self._attend(query, self._working, None)
+
+    def _attend(self, query: Tensor, working: WorkingSet, ranks: Tensor | None) -> tuple[Tensor, int]:
+        """Attend one token per row to the tokens of a working set; see `Step`."""
+        plan, lengths, logits = self._plan, working.lengths, None
         if working.max_length > plan.dense_length:
-            grouped = query.reshape(*key.shape[:2], -1, key.shape[3])  # [B, Hkv, G, D]
+            grouped = query.reshape(*lengths.shape, -1, query.shape[3])  # [B, Hkv, G, D]
             logits = self._selection.logits(grouped, working, plan.num_channels, self._scale)
         if logits is None:
             counts, chosen = lengths, torch.arange(working.max_length, device=lengths.device).expand(*lengths.shape, -1)
@@ -65,7 +75,6 @@ class ReferenceStep:
             is_chosen = torch.arange(chosen.shape[2], device=chosen.device) < counts.minimum(lengths)[..., None]
             ranks.fill_(-1)
             ranks[..., : chosen.shape[2]] = chosen.where(is_chosen, -1)
-        self._working.become(working)
         return output, read_bytes
 
     def _count_read_bytes(self, working: WorkingSet) -> int:
@@ -92,6 +101,8 @@ class Decoder:
         self._kind: tuple[object, ...] | None = None  # `kind_of` the checked arguments that the step was bound for
         self._sinks: Tensor | None = None  # as they were given, by whose memory the kind knows them
         self._steps_left = 0
+        self._reader: ReadingStep | None = None  # reads again what the bound step has left
+        self._reads: tuple[object, ...] = ()  # what a query must be like to be read again: its shape, scale and terms
         self.backend: str | None = None  # the name of the bound backend, or "reference"; None if no step is bound
 
     def has_checked(self, kind: tuple[object, ...]) -> bool:
@@ -166,11 +177,14 @@ class Decoder:
             raise UnsupportedError(
                 f"backend={self._config.backend!r} declines this cache ({'; '.join(reasons)}); set backend='auto'."
             )
+        reader: ReadingStep = ReferenceStep(working, plan, self._selection, scale, terms)
         if backend is None or scoring is None:
-            self._step, self.backend = ReferenceStep(working, plan, self._selection, scale, terms), "reference"
+            self._step, self.backend = reader, "reference"
         else:
-            self._step = _BackendStep(backend.bind(_tensors(working, plan, scoring, num_heads, scale, terms)), working)
-            self.backend = backend.NAME
+            step = backend.bind(_tensors(working, plan, scoring, num_heads, scale, terms))
+            reader = step if isinstance(step, ReadingStep) else reader
+            self._step, self.backend = _BackendStep(step, working), backend.NAME
+        self._reader, self._reads = reader, (num_heads, scale, terms.softcap, terms.sink_logits)
         self._working, self._kind, self._sinks = working, kind, given_sinks
         self._steps_left = min(working.room, plan.steps_left)
         if is_dense:
@@ -199,6 +213,20 @@ class Decoder:
             raise
         self._steps_left -= 1
         return output, read_bytes, attended
+
+    def read_again(self, query: Tensor, scale: float, terms: LogitTerms) -> tuple[Tensor, int]:
+        """Attend another query, `[B, Hq, 1, D]`, to what the last step left, and append nothing; see `ReadingStep`.
+
+        Raises:
+            InputError: no step ran since buffers or plan changed, or the query is of another kind than the step's.
+        """
+        if self._reader is None or query.shape[2] != 1:
+            raise InputError("only a query of one token, right after a decode step, can read what the step has left.")
+        if self._reads != (query.shape[1], scale, terms.softcap, None):
+            raise InputError(
+                "a query that reads again must have the heads, scale and soft cap of the step, and no sinks."
+            )
+        return self._reader.read_again(query)
 
 
 class _BackendStep:

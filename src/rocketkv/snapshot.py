@@ -58,6 +58,7 @@ def take(cache: LayerCache) -> Snapshot:
         "num_decoded": cache.num_decoded,
         "just_prefilled": cache.just_prefilled,
         "read_bytes": cache.read_bytes,
+        "num_reads": cache._num_reads,
         "plan": None if plan is None else {"splits": plan.splits, "limits": plan.limits},
         "archive": None if working.archive is None else working.archive.lengths.tolist(),
         "observed": None,
@@ -97,6 +98,7 @@ def restore(config: RocketKVConfig, keep_queries: int, snapshot: Snapshot, devic
         cache.num_seen = check_count("num_seen", facts["num_seen"], 1)
         cache.num_decoded = check_count("num_decoded", facts["num_decoded"], 0)
         cache.just_prefilled = bool(facts["just_prefilled"])
+        cache._num_reads = check_count("num_reads", facts["num_reads"], 1)
         cache._read_bytes = check_count("read_bytes", facts["read_bytes"], 0)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"these are not the parts of a layer's cache ({error}).") from None

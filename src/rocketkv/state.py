@@ -56,6 +56,7 @@ class LayerState:
         self.just_prefilled = False
         self.num_decoded = 0
         self.last_attended: Tensor | None = None
+        self._num_reads = 1  # how many queries the last decoded token had: one, and one of each layer that shares
         self._read_bytes: int | Tensor = 0  # a device tensor after a GPU step; reading it synchronises
         self._observed: Observed | None = None
         self._decoder.forget()
@@ -140,7 +141,7 @@ class LayerState:
             kv_bytes=self.kv_bytes,
             read_bytes=self.read_bytes,
             full_kv_bytes=full_bytes,
-            full_read_bytes=full_bytes,
+            full_read_bytes=full_bytes * self._num_reads,
         )
 
     def end_turn(self) -> None:
@@ -249,7 +250,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"user": {}, "_read_bytes": self.read_bytes, "_decoder": Decoder(self.config, self.selection)}
-        return {**vars(self), **own}
+        return {**vars(self), **own, "prompt": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

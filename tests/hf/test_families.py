@@ -74,9 +74,6 @@ REFUSED = {  # by the sentence that says why
     "its attention selects tokens by an index of its own": """
         qwen4_exp qwen4_exp_text
     """,
-    "some of its layers share the cache of others": """
-        gemma3n_text
-    """,
 }
 
 # The sizes above do not make a configuration of theirs, or it needs a package.

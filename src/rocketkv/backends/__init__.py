@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rocketkv import ops
 from rocketkv.backends import cpp, cuda, triton
-from rocketkv.backends.base import Backend, LayerTensors, Scoring, Spec, Step
+from rocketkv.backends.base import Backend, LayerTensors, ReadingStep, Scoring, Spec, Step
 from rocketkv.ops import NO_TERMS, LogitTerms, LowBitKeys, PageBounds
 
 # The fastest backend comes first; the reference in plain torch runs what no backend accepts.
@@ -25,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "LayerTensors",
+    "ReadingStep",
     "Scoring",
     "Spec",
     "Step",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -191,6 +191,15 @@ class Step(Protocol):
         `2 * top_k * D` elements of keys and values; for the others it reads `2 * D` elements of each token. In 8 bits
         the elements are codes, and a step reads their exponents, too.
         """
+        ...
+
+
+@runtime_checkable
+class ReadingStep(Step, Protocol):
+    """A step that can serve further layers; the reference reads in place of one that cannot."""
+
+    def read_again(self, query: Tensor) -> tuple[Tensor, int]:
+        """Attend another query, `[B, Hq, 1, D]`, to what the last call left, without appending; see `Step`."""
         ...
 
 

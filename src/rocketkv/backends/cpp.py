@@ -154,7 +154,16 @@ class CppStep:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, ranks: Tensor | None = None) -> tuple[Tensor, int]:
         """See `Step`."""
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        key, value = key.contiguous(), value.contiguous()
+        return self._run(query, key.data_ptr(), value.data_ptr(), ranks)
+
+    def read_again(self, query: Tensor) -> tuple[Tensor, int]:
+        """See `ReadingStep`."""
+        return self._run(query, 0, 0, None)
+
+    def _run(self, query: Tensor, key: int, value: int, ranks: Tensor | None) -> tuple[Tensor, int]:
+        """Run the step; without the address of a key it appends nothing."""
+        query = query.contiguous()
         try:
             output = self._outputs.pop()
         except IndexError:
@@ -163,8 +172,8 @@ class CppStep:
             output = self._outputs.pop()
         num_bytes = self._native.decode(
             query=query.data_ptr(),
-            key=key.data_ptr(),
-            value=value.data_ptr(),
+            key=key,
+            value=value,
             output=output.data_ptr(),
             chosen=address(ranks),
             num_threads=torch.get_num_threads(),

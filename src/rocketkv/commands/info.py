@@ -155,11 +155,13 @@ def _decoding(model: "PreTrainedModel", config: "RocketKVConfig") -> dict[str, A
     """Return which backend decodes in each kind of layer, and why, as `LayerCache` would decide."""
     from rocketkv.backends import BACKENDS, Spec, find_backend
     from rocketkv.hf import RocketKVCache, head_dims
+    from rocketkv.hf.support import shared_layers
     from rocketkv.hf.switch import enable
 
     scoring = getattr(config.selection_method(), "scoring", None)
-    layers = RocketKVCache(enable(model).config, config).layers
-    kinds = Counter((_kind(layer), head_dim) for layer, head_dim in zip(layers, head_dims(model.config), strict=True))
+    layers, shared = RocketKVCache(enable(model).config, config).layers, shared_layers(model.config)
+    dims_of = head_dims(model.config)
+    kinds = Counter((_kind(layers[shared.get(i, i)]), head_dim) for i, head_dim in enumerate(dims_of))
 
     def way(name: str, head_dim: int) -> str:
         spec = Spec("cpu", model.dtype, head_dim, config.kv_dtype)

@@ -44,6 +44,21 @@ class StackedLayer(RocketKVLayer):
             outputs.append(part.attend(query[row], key[row], value[row], padding.row(i), scale, terms.of_rows(row)))
         return torch.cat(outputs)
 
+    def read(self, query: Tensor, padding: Padding, scale: float | None, terms: LogitTerms = NO_TERMS) -> Tensor:
+        """Attend another layer's queries, row by row as `attend` does; see `RocketKVLayer.read`."""
+        rows = [slice(i, i + 1) for i in range(len(self.parts))]
+        return torch.cat(
+            [
+                part.read(query[row], padding.row(row.start), scale, terms)
+                for part, row in zip(self.parts, rows, strict=True)
+            ]
+        )
+
+    def keep_prompt(self, keeps: bool) -> None:
+        """Let prompts be kept for `read`, or free what was kept."""
+        for part in self.parts:
+            part.keep_prompt(keeps)
+
     def end_turn(self) -> None:
         """Let the next prompt be a turn of its own."""
         for part in self.parts:

@@ -270,6 +270,7 @@ class RocketKVCache(SavedCache, DynamicCache):
         """Note the new columns of the pass in the history, if every compressed layer has attended; return whether."""
         if self._pass is None or any(self._pass.waits):
             return False
+        self._pass.finish()
         self.history.append(self._pass.ids, self._pass.padding.mask)
         self._pass = None
         return True

@@ -12,7 +12,7 @@ from rocketkv.hf.cache import RocketKVCache
 from rocketkv.hf.history import UNKNOWN
 from rocketkv.hf.images import Noted, note, read_ahead
 from rocketkv.hf.interface import NAMES
-from rocketkv.hf.support import check_later_prompt, rope_limit, unsupported
+from rocketkv.hf.support import check_later_prompt, rope_limit, shared_layers, unsupported
 from rocketkv.hf.versions import CACHE_ARGUMENT, CACHE_ARGUMENTS, dependency
 
 
@@ -85,6 +85,10 @@ def _announce(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str,
     if seen > 0:
         check_later_prompt(decoder, tokens.shape[1], kwargs.get("position_ids"))
     current = cache.begin(tokens, attention_mask, kwargs.get("position_ids"))
+    if getattr(decoder.config, "num_kv_shared_layers", None):
+        current.share(shared_layers(decoder.config))
+        if kwargs.get("logits_to_keep", 1) != 1:  # else their queries may be those of a few last columns, unmasked
+            kwargs = {**kwargs, "logits_to_keep": 0}
     if noted.has_joined_images:
         mask = kwargs.get("attention_mask")
         current.ahead = read_ahead(mask, current.padding, tokens.shape[1])

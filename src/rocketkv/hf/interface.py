@@ -64,7 +64,7 @@ def attention(
         UnsupportedError: a compressed layer needs an option, a mask or a window that our attention does not have.
     """
     index: Any = getattr(module, "layer_idx", None)  # a vision tower's modules have none
-    layer = None if rocketkv_pass is None else rocketkv_pass.layers[index]
+    layer = None if rocketkv_pass is None else rocketkv_pass.layers[rocketkv_pass.owners.get(index, index)]
     if rocketkv_pass is None or not isinstance(layer, RocketKVLayer):
         attend = sdpa_attention_forward if plain == "sdpa" else _eager_attention(type(module))
         result: tuple[Tensor, Tensor | None] = attend(
@@ -82,7 +82,7 @@ def attention(
             f"{type(module).__name__} passes {'dropout' if dropout > 0 else 'a mask of its own'} "
             "to a compressed layer; use model.eval() and left padding only."
         )
-    if not rocketkv_pass.waits[index]:
+    if index not in rocketkv_pass.owners and not rocketkv_pass.waits[index]:
         raise unsupported(type(module).__name__, "it attends without updating its cache")
     ahead = rocketkv_pass.ahead
     ahead = None if ahead is None else ahead.to(query.device)  # a device map may put layers on several devices

@@ -93,6 +93,26 @@ class RocketKVLayer(CacheLayerMixin):
         output = self.cache.prefill(query, key, value, padding=padding.counts, scale=scale, terms=terms)
         return _take_columns(output, order.argsort(1))
 
+    def read(self, query: Tensor, padding: Padding, scale: float | None, terms: LogitTerms = NO_TERMS) -> Tensor:
+        """Attend another layer's queries, `[B, Hq, T', D]`, after this one has attended in a pass of T new columns.
+
+        T' is T, or 1 where the other layer computes the last column only. The other arguments are those of `attend`.
+
+        Raises:
+            RocketKVError: as `LayerCache.read_prompt` and `LayerCache.read_token` raise it.
+        """
+        if self.cache.prompt is None:
+            return self.cache.read_token(query, scale=scale, terms=terms)
+        if padding.order is None or query.shape[2] == 1:
+            return self.cache.read_prompt(query, scale=scale, terms=terms)
+        order = padding.order.to(query.device)
+        output = self.cache.read_prompt(_take_columns(query, order), scale=scale, terms=terms)
+        return _take_columns(output, order.argsort(1))
+
+    def keep_prompt(self, keeps: bool) -> None:
+        """Let prompts be kept for `read`, or free what was kept."""
+        self.cache.keeps_prompt, self.cache.prompt = keeps, None
+
     def end_turn(self) -> None:
         """Let the next prompt be a turn of its own; see `RocketKVCache.end_turn`."""
         self.cache.end_turn()

@@ -57,5 +57,5 @@ def _layout(config: PreTrainedConfig) -> list[_Layout]:
     kv_heads = [getattr(part, "num_key_value_heads", None) or part.num_attention_heads for part in parts]
     return [
         _Layout(type(layer).__name__, getattr(layer, "sliding_window", None), heads, head_dim)
-        for layer, heads, head_dim in zip(DynamicCache(config=config).layers, kv_heads, head_dims(config), strict=True)
+        for layer, heads, head_dim in zip(DynamicCache(config=config).layers, kv_heads, head_dims(config), strict=False)
     ]

@@ -1,8 +1,9 @@
 """A forward pass: what is checked before it begins, and the object that goes from layer to layer."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,10 +37,12 @@ class Pass:
         padding: as given.
         waits: for each layer, whether it is compressed and has yet to attend in this pass.
         plain_layers: copies of transformers' own layers with tokens from before the pass, by index.
+        owners: for each layer that attends to the keys and values of another, by index, that other layer.
         ahead: `[B, T]` int64, how far each new token sees ahead of itself (`LogitTerms.ahead`); None: none does.
     """
 
     ahead: Tensor | None = None
+    owners: Mapping[int, int] = MappingProxyType({})
 
     def __init__(self, layers: list[Any], ids: Tensor, padding: Padding) -> None:
         self.layers = layers  # and not the cache, which refers to its pass
@@ -53,9 +56,29 @@ class Pass:
         self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, terms: LogitTerms
     ) -> Tensor:
         """Attend the new tokens in the compressed layer `index`; see `RocketKVLayer.attend`."""
+        if (owner := self.owners.get(index)) is not None:
+            read: Tensor = self.layers[owner].read(query, self.padding, scale, terms)
+            return read
         output: Tensor = self.layers[index].attend(query, key, value, self.padding, scale, terms)
         self.waits[index] = False  # not before: a layer that still waits tells of a pass that broke off
         return output
+
+    def share(self, owners: Mapping[int, int]) -> None:
+        """Let layers attend to the keys and values of others, their `owners`; `finish` frees what these keep for it."""
+        self.owners = owners
+        for layer in self._owning:
+            layer.keep_prompt(True)
+
+    def finish(self) -> None:
+        """Free what the pass alone needed."""
+        for layer in self._owning:
+            layer.keep_prompt(False)
+
+    @property
+    def _owning(self) -> list[RocketKVLayer]:
+        """The compressed layers that others read, too."""
+        owning = (self.layers[owner] for owner in set(self.owners.values()))
+        return [layer for layer in owning if isinstance(layer, RocketKVLayer)]
 
     def was_seen_by_all(self, before: int) -> bool:
         """Return whether every layer, having seen `before` columns, has seen those of the pass.

@@ -50,6 +50,7 @@ _PECULIAR = {  # by model_type: reasons that neither the configuration nor the c
     "qwen4_exp_text": "its attention selects tokens by an index of its own",
     "stablelm": _KEEPS_OPTIONS,
 }
+_SHARES = ("gemma3n_text", "gemma4_text", "gemma4_unified_text")  # by model_type: see `shared_layers`
 _STARTS_ANEW = ("jamba", "zamba")  # by model_type: their states forget what came before a prompt
 _COUNTS_FROM_0 = ("bamba",)  # these take the first new token to be at position 0 where they are not told
 
@@ -116,6 +117,16 @@ def rope_limit(config: PreTrainedConfig) -> int | None:
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
+def shared_layers(config: PreTrainedConfig) -> dict[int, int]:
+    """Return the last layers of a decoder that share the cache of an earlier one, by index, each with that one."""
+    text = config.get_text_config(decoder=True)
+    if not (num_shared := getattr(text, "num_kv_shared_layers", None)):
+        return {}
+    kinds = text.layer_types
+    last = {kind: i for i, kind in enumerate(kinds[:-num_shared])}  # the last layer of each kind with a cache
+    return {i: last[kinds[i]] for i in range(len(kinds) - num_shared, len(kinds))}
+
+
 def check_later_prompt(decoder: PreTrainedModel, num_new: int, position_ids: object) -> None:
     """Refuse `num_new` tokens that come after others where a decoder would take them for the beginning of a text.
 
@@ -175,7 +186,7 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
         raise unsupported(name, "multi-head latent attention (MLA) caches no plain keys and values")
     if getattr(text, "alibi", False):
         raise unsupported(name, "it adds position biases to the attention logits (ALiBi)")
-    if getattr(text, "num_kv_shared_layers", None):
+    if getattr(text, "num_kv_shared_layers", None) and text.model_type not in _SHARES:
         raise unsupported(name, "some of its layers share the cache of others")
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise unsupported(name, "its attention is bidirectional")
