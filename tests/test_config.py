@@ -23,6 +23,7 @@ from rocketkv.selection import Exact, LowBit
             "token_budget=16 is smaller than window_size=32; raise token_budget or lower window_size.",
         ),
         ({"token_budget": 0}, "token_budget=0 is too small; give 1 or more."),
+        ({"token_budget": 10**20}, "token_budget=100000000000000000000 is too large; give at most 1000000000000."),
         ({"token_budget": 2.5}, "token_budget=2.5 is not a whole number; give 1 or more."),
         ({"token_budget": True}, "token_budget=True is not a whole number; give 1 or more."),
         ({"token_budget": 256, "mode": "multi"}, "mode='multi' does not exist; did you mean multi_turn?"),

@@ -14,6 +14,7 @@ from rocketkv.selection import SELECTION_METHODS, SelectionMethod
 
 MODES = ("single_turn", "multi_turn")
 DEFAULT_SELECTION = "lowbit"
+MOST_TOKENS = 10**12  # a larger number is a mistake, and might not fit in a tensor of integers
 _SELECTION_NAMES = ("kept_tokens", "split", "build_index", "logits", "scored_bytes")
 
 
@@ -100,10 +101,10 @@ class RocketKVConfig:
             ("sink_tokens", 0),
             ("new_tokens", 0),
         ):
-            self._set(name, check_count(name, getattr(self, name), least))
+            self._set_count(name, least)
         for name in ("recent_tokens", "dense_below"):
             if getattr(self, name) is not None:
-                self._set(name, check_count(name, getattr(self, name), 0))
+                self._set_count(name, 0)
         _check_choice("mode", self.mode, MODES)
         _check_choice("kv_dtype", self.kv_dtype, tuple(FORMATS))
         if not isinstance(self.archive_on_host, bool):
@@ -153,6 +154,13 @@ class RocketKVConfig:
                 f"sink_tokens + recent_tokens = {pinned} is more than the {most} tokens that a step may attend to; "
                 "pin fewer or raise token_budget."
             )
+
+    def _set_count(self, name: str, least: int) -> None:
+        """Set an option to the same number as a plain int, checked to be one that tensors of integers can hold."""
+        count = check_count(name, getattr(self, name), least)
+        if count > MOST_TOKENS:
+            raise ConfigError(f"{name}={count} is too large; give at most {MOST_TOKENS}.")
+        self._set(name, count)
 
     def _set(self, name: str, value: object) -> None:
         """Set an option to the same value as a plain int or tuple."""

@@ -132,6 +132,7 @@ def test_info_tells_what_the_kernels_take(run: Any) -> None:
     [
         (("-m", "/no/model"), "model '/no/model' is neither a folder nor a GGUF file"),
         (("-g", "x"), "geometry='x' does not exist"),
+        (("--backend", "x"), "backend='x' does not exist"),
         (("-g", "qwen3-8b", "--selection", "hybird"), "selection='hybird' does not exist; did you mean hybrid?"),
         (("-g", "qwen3-8b", "--dtype", "int3"), "dtype='int3' does not exist"),
     ],

@@ -51,3 +51,9 @@ def test_models_says_when_there_are_none(run: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("rocketkv.hf.embedded.missing_wheels", lambda name: [name])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no"))
     assert "There are no models at hand" in run("models", str(tmp_path)).stdout
+
+
+def test_models_refuses_what_is_no_folder(run: Any, tmp_path: Path) -> None:
+    result = run("models", str(tmp_path / "missing"))
+    assert result.exit_code == 2
+    assert "missing is no folder; give one" in result.stderr

@@ -80,9 +80,9 @@ def info(
         "embedded models' cache": str(cache_folder()),
         "model cache": HF_HUB_CACHE,
     }
+    chosen = selection or DEFAULT_SELECTION
+    config = RocketKVConfig(token_budget=256, mode=mode, selection=chosen, backend=backend, kv_dtype=kv_dtype)
     if model or geometry:
-        chosen = selection or DEFAULT_SELECTION
-        config = RocketKVConfig(token_budget=256, mode=mode, selection=chosen, backend=backend, kv_dtype=kv_dtype)
         facts |= _decoding(_meta_model(model, geometry, dtype), config)
     if as_json:
         print(json.dumps(facts, indent=2))

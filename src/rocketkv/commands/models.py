@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rocketkv.commands.options import AsJson
 from rocketkv.commands.terminal import out, quieten
+from rocketkv.errors import InputError
 
 
 class Found(NamedTuple):
@@ -35,6 +36,8 @@ def models(
 ) -> None:
     """List the models at hand: those of installed wheels, the hub's cache, and GGUF files in a folder."""
     quieten()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give one, or name a model to `rocketkv info --model`.")
     found = [*_in_wheels(), *_in_hub_cache(), *_in_folder(folder)]
     if as_json:
         print(json.dumps([model._asdict() for model in found], indent=2))
