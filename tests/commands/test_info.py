@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
 import rocketkv
+from families import tiny_config
 from rocketkv import LayerCache, RocketKVConfig
 from rocketkv.backends import Spec, cpp, library
 from rocketkv.commands.info import _meta_model
@@ -92,6 +93,28 @@ def test_info_tells_which_way_decode_steps_go(describe: Any, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize(
+    ("kind", "name", "layers"),
+    [
+        ("gemma3", "Gemma3ForConditionalGeneration", ["2 full-attention, head_dim=16: native kernels (cpp)"]),
+        (
+            "gemma4",  # of three layers of a kind, two share the cache of the first
+            "Gemma4ForConditionalGeneration",
+            [
+                "3 sliding-window, head_dim=16: transformers' own cache, not compressed",
+                "3 full-attention, head_dim=32: native kernels (cpp)",
+            ],
+        ),
+    ],
+)
+def test_info_tells_of_models_that_see(run: Any, tmp_path: Path, kind: str, name: str, layers: list[str]) -> None:
+    tiny_config(kind).save_pretrained(tmp_path)
+    facts = json.loads(run("info", "--model", str(tmp_path), "--json").stdout)
+    assert facts["decode of"].startswith(f"{name}, ")
+    assert facts["layers"] == layers
+
+
 def test_info_tells_what_a_cache_does(describe: Any) -> None:
     for head_dim, is_fused in ((256, True), (258, False)):
         (layer,), _ = describe("qwen3", head_dim=head_dim)
