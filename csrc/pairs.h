@@ -187,8 +187,8 @@ inline Vec store_operands(Bfloat16* p, Vec v) {
 // The largest of `most` less the smallest of `least`, `count` numbers each; 0 if there are none, NaN if one is NaN.
 template <class T>
 inline float range_of(const T* least, const T* most, int count) {
-  auto higher = [](auto x, auto best) { return (x > best) | (x != x) ? x : best; };
-  auto lower = [](auto x, auto best) { return (x < best) | (x != x) ? x : best; };
+  auto higher = [](auto x, auto best) { return ((x > best) | (x != x)) ? x : best; };
+  auto lower = [](auto x, auto best) { return ((x < best) | (x != x)) ? x : best; };
   Vec highest = broadcast(-__builtin_inff()), lowest = -highest;
   int i = 0;
   for (; i + kPair <= count; i += kPair) {

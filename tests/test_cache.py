@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from rocketkv.cache import WorkingSet
 from rocketkv.formats import FORMATS
-from rocketkv.ragged import RaggedTokens, align_left
+from rocketkv.ragged import Kept, RaggedTokens, align_left
 
 
 def poison(tokens: RaggedTokens) -> None:
@@ -57,9 +57,9 @@ def test_append_rarely_allocates() -> None:
 
 def test_keep_takes_each_heads_tokens_in_order(seeded: torch.Generator) -> None:
     tokens = torch.arange(20.0).expand(1, 2, -1)[..., None]
-    store = RaggedTokens({"keys": tokens}, torch.full((1, 2), 20), 20, False)
+    store = RaggedTokens({"keys": tokens}, torch.full((1, 2), 20))
     mask = torch.rand(1, 2, 20, generator=seeded) < 0.4
-    kept = store.keep(mask)
+    kept = store.keep(Kept(mask, mask.sum(2)))
     for head in range(2):
         count = int(mask[0, head].sum())
         assert kept.lengths[0, head] == count
@@ -78,7 +78,7 @@ def test_the_archive_is_not_copied_by_the_working_set() -> None:
     key = torch.randn(1, 2, 1000, 64)
     working = WorkingSet(key, FORMATS["auto"], archived=True)
     seen = working.append_prompt(key, key, None)
-    working.keep(seen, torch.arange(1000).expand(1, 2, -1) < 300, 0)
+    working.keep(seen, Kept(torch.arange(1000).expand(1, 2, -1) < 300, torch.full((1, 2), 300)), 0)
     full = 2 * key.nbytes
     assert full <= working.num_bytes <= 1.1 * full
     keys, _ = working.keys_and_values()

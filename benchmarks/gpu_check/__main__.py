@@ -12,6 +12,7 @@ shows that the check works and no more.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,17 +28,20 @@ def run_part(name: str, seconds: float) -> dict[str, Any]:
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name]
-    begin = time.monotonic()
+    begin, pipe = time.monotonic(), subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
     try:
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=seconds
-        )
+        output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that the part has started, which keep the GPU busy
+        process.communicate()
         return {"state": f"stopped after {seconds:.0f} s", "seconds": time.monotonic() - begin}
     part: dict[str, Any] = {"state": "done", "seconds": time.monotonic() - begin}
-    if result.returncode != 0:
-        return part | {"state": f"failed with status {result.returncode}", "error": result.stderr[-3000:]}
-    return part | {"rows": json.loads(result.stdout.splitlines()[-1])}
+    if process.returncode != 0:
+        return part | {"state": f"failed with status {process.returncode}", "error": errors[-3000:]}
+    return part | {"rows": json.loads(output.splitlines()[-1])}
 
 
 def main(arguments: list[str]) -> int:

@@ -13,8 +13,9 @@ from rocketkv.checks import check_config, check_kept, check_loaded, check_paddin
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import InputError
 from rocketkv.exclusive import exclusive
-from rocketkv.ops import NO_TERMS, LogitTerms
+from rocketkv.ops import NO_TERMS, LogitTerms, on_device
 from rocketkv.plan import SelectionPlan
+from rocketkv.ragged import Kept, RaggedTokens
 from rocketkv.shared import Prompt, SharedReads
 from rocketkv.state import Observed
 
@@ -86,20 +87,19 @@ class LayerCache(SharedReads):
         padding = check_padding(padding, key)
         scale, terms = check_terms(scale, terms, query)
         num_queries = torch.full((key.shape[0],), key.shape[2], device=key.device)
-        num_queries = num_queries if padding is None else num_queries - padding
+        num_queries = num_queries if padding is None else num_queries - on_device(padding, key.device)
         is_first = self.working is None
         working = self._empty(key) if self.working is None else self.working.draft()  # until nothing can fail any more
 
         tokens = working.append_prompt(key, value, padding)
-        seen = tokens.views()
-        keys, values = seen["keys"], seen["values"]
-        lengths = None if is_first and padding is None else tokens.lengths
+        keys, values = (tokens.views()[name] for name in ("keys", "values"))
+        lengths = None if is_first and padding is None else tokens.counts
         output = backends.prefill_densely(
             query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms
         )
-        self.prompt = Prompt(keys, values, tokens.lengths.clone(), num_queries) if self.keeps_prompt else None
+        self.prompt = Prompt(keys, values, tokens.counts, num_queries) if self.keeps_prompt else None
         prompt = Observed(query, num_queries, scale, terms, is_first)
-        working.keep(tokens, self._evict(working, prompt, keys, tokens.lengths), self.config.new_tokens)
+        working.keep(tokens, self._evict(working, prompt, keys, tokens), self.config.new_tokens)
         keeps = self.keep_queries > 0 and working.archive is not None
         observed = prompt.last(self.keep_queries) if keeps else None
         self._begin_with(working, self._plan(working), self.num_seen + key.shape[2], observed)
@@ -169,7 +169,7 @@ class LayerCache(SharedReads):
         tokens = working.append_prompt(keys, values, None)
         tokens.fields["positions"] = positions
         working.keep(tokens, None, self.config.new_tokens)
-        working.seen = torch.full_like(working.seen, seen)
+        working.set_seen([seen] * keys.shape[0])
         self._begin_with(working, self._plan(working), seen, None)
 
     @exclusive
@@ -214,15 +214,14 @@ class LayerCache(SharedReads):
                 f"window_size={config.window_size} is more than the keep_queries={self.keep_queries} of this cache; "
                 f"make the cache with keep_queries={config.window_size}, or lower window_size."
             )
-        # A later turn sees what the fork has stored.
-        sees_stored = working.archive is not None and not observed.is_first
+        sees_stored = working.archive is not None and not observed.is_first  # as a later turn sees it
         tokens = (working if sees_stored else past).every_token()
-        mask = forked._evict(working, observed, tokens.fields["keys"], tokens.lengths)
-        if mask is not None and working.archive is None and not observed.is_first:
+        kept = forked._evict(working, observed, tokens.fields["keys"], tokens)
+        if kept is not None and working.archive is None and not observed.is_first:
             raise InputError(
                 "a single_turn fork would have evicted at an earlier prefill already; fork after the first prefill."
             )
-        working.keep(tokens, mask, config.new_tokens)
+        working.keep(tokens, kept, config.new_tokens)
         observed = None if working.archive is None else observed
         forked._begin_with(working, forked._plan(working), self.num_seen, observed)
         return forked
@@ -232,18 +231,19 @@ class LayerCache(SharedReads):
         is_archived = self.config.mode == "multi_turn"
         return WorkingSet(key, self.config.format, archived=is_archived, on_host=self.config.archive_on_host)
 
-    def _evict(self, working: WorkingSet, prompt: Observed, keys: Tensor, lengths: Tensor) -> Tensor | None:
-        """Run stage 1: return `[B, Hkv, S]` bool, True for the kept tokens; None if every row may keep all of its."""
-        kept = self._planner(working).keep(working.row_seen)
-        num_tokens = torch.tensor(kept, device=keys.device)
-        if not bool((lengths > num_tokens[:, None]).any()):
+    def _evict(self, working: WorkingSet, prompt: Observed, keys: Tensor, tokens: RaggedTokens) -> Kept | None:
+        """Run stage 1: return the tokens that stay; None if every row may keep all of its tokens."""
+        most = torch.tensor(self._planner(working).keep(working.row_seen), device="cpu")
+        if not bool((tokens.counts > most[:, None]).any()):
             return None
         query, num_queries, scale, terms, _ = prompt
+        lengths, num_tokens = tokens.lengths, on_device(most, keys.device)
         mask = self.eviction.keep(
             query, keys, lengths=lengths, num_queries=num_queries, num_tokens=num_tokens, scale=scale, terms=terms
         )
-        return None if mask is None else check_kept(mask, self.eviction, keys, lengths)
+        return None if mask is None else check_kept(mask, self.eviction, keys, tokens, most)
 
     def _plan(self, working: WorkingSet) -> SelectionPlan:
         """Plan how decode spends the budget on the kept tokens, and prepare the room and index that decode needs."""
-        return self._decoder.prepare(working, self._planner(working).prefilled(working.row_seen, working.lengths))
+        planner = self._planner(working)
+        return self._decoder.prepare(working, planner.prefilled(working.row_seen, working.tokens.row_lengths))

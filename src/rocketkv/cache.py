@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rocketkv.formats import Fields, Format
 from rocketkv.index import Index
-from rocketkv.ops import take_tokens
-from rocketkv.ragged import RaggedTokens, align_left
+from rocketkv.ops import on_device, take_tokens
+from rocketkv.ragged import Kept, RaggedTokens, align_left
 
 
 class WorkingSet:
@@ -25,9 +25,9 @@ class WorkingSet:
         like: an empty tensor `[B, Hkv, 0, D]` with the shape, dtype and device of incoming keys.
         is_whole: True if the last `keep` left nothing out.
         archive: the fields of every token seen, on the host if so configured; None in `single_turn`.
-        num_pending: the number of last tokens of every row that an archive on the host does not have yet.
+        num_pending: the number of last tokens of every row that an archive on the host may not have yet.
         index: the selection method's index of the keys; None while nothing is to be selected.
-        seen: `[B]` int64, the number of tokens seen by each row, padding left out.
+        seen: `[B]` int64, the number of tokens seen by each row, padding left out, on the device.
         head_dim: the number of channels of a key, D.
         key_bytes: the bytes of one incoming key in one KV head.
         token_bytes: the bytes of one token's stored key and value in one KV head.
@@ -46,7 +46,7 @@ class WorkingSet:
         self.num_pending = 0
         self.index: Index | None = None
         self.is_whole = True
-        self.seen = torch.zeros(key.shape[0], dtype=torch.int64, device=key.device)
+        self.set_seen([0] * key.shape[0])
         self.head_dim = key.shape[3]
         self.key_bytes = self.head_dim * key.element_size()
         self.token_bytes = format.token_bytes(self.head_dim, key.element_size())
@@ -64,7 +64,7 @@ class WorkingSet:
     @property
     def row_seen(self) -> list[int]:
         """The number of tokens seen by each row, padding left out, as numbers on the host."""
-        return [int(n) for n in self.seen.tolist()]
+        return [num_seen + self.num_pending for num_seen in self._seen_before]
 
     @property
     def source(self) -> RaggedTokens | None:
@@ -110,7 +110,7 @@ class WorkingSet:
         Args:
             key: `[B, Hkv, T, D]` float.
             value: like `key`.
-            padding: `[B]` int64, the padded columns at the left of each row; None means no padding.
+            padding: `[B]` int64 on the host, the padded columns at the left of each row; None means no padding.
 
         Returns:
             The tokens that the turn attends to, as the fields `keys, values, positions`: the archive in `multi_turn`,
@@ -118,37 +118,37 @@ class WorkingSet:
             later turns attend to what is stored.
         """
         num_new = key.shape[2]
-        counts = None if padding is None else num_new - padding
-        keys, values = align_left(key, padding), align_left(value, padding)
+        counts = torch.full(key.shape[:1], num_new, device="cpu") - (0 if padding is None else padding)
         positions = self._next_positions(num_new, key)
-        self.seen = self.seen + (num_new if counts is None else counts)
+        key, value = align_left(key, padding), align_left(value, padding)
+        self._archive_decoded()
+        self.set_seen((torch.tensor(self.row_seen, device="cpu") + counts).tolist())
         if self.archive is not None:
-            self._archive_decoded()
             is_first, device = self.archive.max_length == 0, self.archive.lengths.device
-            stored = {name: x.to(device) for name, x in self.format.store(keys, values).items()}
-            self.archive.append(stored, None if counts is None else counts.to(device))
+            stored = {name: x.to(device) for name, x in self.format.store(key, value).items()}
+            self.archive.append(stored, counts)
             if not is_first:
                 return self.every_token()
         elif self.tokens.max_length > 0:
-            self.tokens.append(self.format.store(keys, values) | positions, counts)
+            self.tokens.append(self.format.store(key, value) | positions, counts)
             return self._loaded(self.tokens)
-        new = {"keys": keys, "values": values} | positions
-        tokens = RaggedTokens(new, self.lengths + num_new, num_new, False)  # not copied: stage 1 is about to evict most
-        if padding is not None:
-            tokens.set_lengths(tokens.lengths - padding[:, None])
-        return tokens
+        new = {"keys": key, "values": value} | positions
+        return RaggedTokens(new, counts[:, None].expand(key.shape[:2]))  # not copied: stage 1 is about to evict most
 
-    def keep(self, tokens: RaggedTokens, mask: Tensor | None, new_tokens: int) -> None:
-        """Make the working set those `tokens` of a turn where `mask` (`[B, Hkv, S]` bool; None keeps all) is True."""
+    def keep(self, tokens: RaggedTokens, kept: Kept | None, new_tokens: int) -> None:
+        """Make the working set those `tokens` of a turn that stage 1 has `kept`; None keeps all."""
         if self.source is not None:
-            positions = {"positions": tokens.fields["positions"]}
-            tokens = RaggedTokens(positions, tokens.lengths, tokens.max_length, tokens.is_ragged)
-        kept = tokens.keep(mask, new_tokens)
+            tokens = tokens.with_fields({"positions": tokens.fields["positions"]})
+        self.tokens = tokens.keep(kept, new_tokens)
         if self.source is None:
-            kept.fields |= self.format.store(kept.fields["keys"], kept.fields["values"])
-        self.tokens = kept
-        self.is_whole = mask is None
+            self.tokens.fields |= self.format.store(self.tokens.fields["keys"], self.tokens.fields["values"])
+        self.is_whole = kept is None
         self.index = None
+
+    def set_seen(self, row_seen: list[int]) -> None:
+        """Set the number of tokens seen by each row, padding left out."""
+        self.seen = on_device(torch.tensor(row_seen, device="cpu"), self.like.device)
+        self._seen_before = [num_seen - self.num_pending for num_seen in row_seen]  # before the pending tokens
 
     def every_token(self) -> RaggedTokens:
         """Return every token seen, as the fields `keys, values, positions`; there must be an archive."""
@@ -157,8 +157,7 @@ class WorkingSet:
         every = torch.arange(self.archive.max_length, dtype=torch.int32, device=self.seen.device)
         fields = {name: x.to(every.device) for name, x in self.archive.views().items()}
         fields["positions"] = every.expand(*self.lengths.shape, -1)
-        lengths = self.archive.lengths.to(every.device)
-        return self._loaded(RaggedTokens(fields, lengths, self.archive.max_length, self.archive.is_ragged))
+        return self._loaded(RaggedTokens(fields, self.archive.counts))
 
     def fork(self, format: Format, *, archived: bool, on_host: bool = False) -> "WorkingSet":
         """Return a working set with the same past, a copy of the archive if `archived`, and no tokens until `keep`.
@@ -169,7 +168,7 @@ class WorkingSet:
         assert self.format.is_exact or format == self.format
         self._archive_decoded()
         forked = WorkingSet(self.like, format, archived=archived, on_host=on_host)
-        forked.seen = self.seen.clone()
+        forked.set_seen(self.row_seen)
         if forked.archive is not None:
             copied = self.archive.keep(None)
             if format != self.format:
@@ -229,17 +228,16 @@ class WorkingSet:
         self.num_pending = num_pending
         self.index = None
 
-    def truncate(self, counts: Tensor) -> None:
-        """Forget all but the first `counts` (`[B]` int64) tokens seen by every row; no token is kept until `keep`.
+    def truncate(self, row_seen: list[int]) -> None:
+        """Forget all but the first `row_seen` tokens seen by the rows; no token is kept until `keep`.
 
         There must be an archive.
         """
         assert self.archive is not None
         self._archive_decoded()
-        lengths = self.archive.lengths
-        self.archive.set_lengths(counts.to(lengths.device)[:, None].expand_as(lengths).clone())
+        self.archive.set_lengths(torch.tensor(row_seen, device="cpu")[:, None].expand(self.lengths.shape))
         self.tokens = RaggedTokens.empty_like(self.tokens.fields)
-        self.seen = counts
+        self.set_seen(row_seen)
         self.index = None
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
@@ -272,11 +270,14 @@ class WorkingSet:
         return *self.format.load(stored, self.like.dtype), slots
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64); a row may be repeated or left out."""
-        self.seen, self.like = (x.index_select(0, rows) for x in (self.seen, self.like))
-        for part in (self.tokens, self.archive, self.index):
-            if part is not None:
-                part.select_rows(rows)
+        """Replace the batch by its rows `rows` (`[B']` int64 on the host); a row may be repeated or left out."""
+        row_seen, own = self.row_seen, on_device(rows, self.like.device)
+        self.like = self.like.index_select(0, own)
+        self.set_seen([row_seen[row] for row in rows.tolist()])
+        for part in filter(None, (self.tokens, self.archive)):
+            part.select_rows(rows)
+        if self.index is not None:
+            self.index.select_rows(own)
 
     def _archive_decoded(self) -> None:
         """Append the pending decoded tokens to an archive on the host."""
@@ -285,14 +286,13 @@ class WorkingSet:
             slots = self.lengths[..., None] + last
             stored = {name: take_tokens(self.tokens.fields[name], slots) for name in self.archive.fields}
             self.archive.append({name: x.to(self.archive.lengths.device) for name, x in stored.items()})
-        self.num_pending = 0
+        self._seen_before, self.num_pending = self.row_seen, 0
 
     def _loaded(self, tokens: RaggedTokens) -> RaggedTokens:
         """Return stored tokens and their positions as the fields `keys, values, positions`."""
         views = tokens.views()
         keys, values = self.format.load(views, self.like.dtype)
-        fields = {"keys": keys, "values": values, "positions": views["positions"]}
-        return RaggedTokens(fields, tokens.lengths, tokens.max_length, tokens.is_ragged)
+        return tokens.with_fields({"keys": keys, "values": values, "positions": views["positions"]})
 
     def _next_positions(self, num_new: int, key: Tensor) -> Fields:
         """Return the field `positions`, `[B, Hkv, num_new]` int32, of the tokens that come next."""

@@ -9,7 +9,9 @@ from torch import Tensor
 from rocketkv.cache import WorkingSet
 from rocketkv.config import RocketKVConfig
 from rocketkv.errors import ConfigError, InputError, UnsupportedError
+from rocketkv.eviction import EvictionPolicy, keeps_what_it_may
 from rocketkv.ops import LogitTerms
+from rocketkv.ragged import Kept, RaggedTokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_SEEN = 1 << 30  # tokens; positions are stored in 32 bits, which leaves as many for the tokens to come
@@ -118,7 +120,7 @@ def check_terms(scale: object, terms: object, query: Tensor) -> tuple[float, Log
 
 
 def check_padding(padding: object, key: Tensor) -> Tensor | None:
-    """Return the padded columns of each row of `key`, `[B]` int64 on its device, or None if no column is padded."""
+    """Return the padded columns of each row of `key`, `[B]` int64 on the host, or None if no column is padded."""
     if padding is None:
         return None
     batch, width = key.shape[0], key.shape[2]
@@ -132,7 +134,7 @@ def check_padding(padding: object, key: Tensor) -> Tensor | None:
             f"padding={padding if counts is None else counts} does not fit; give one number per row, "
             f"{batch} in all, from 0 to {width - 1}."
         )
-    return given.to(key.device, torch.int64) if any(counts) else None
+    return torch.tensor(counts, dtype=torch.int64, device="cpu") if any(counts) else None
 
 
 def check_rows(rows: object, batch: int) -> list[int]:
@@ -197,8 +199,12 @@ def check_loaded(
     return seen, positions.to(keys.device, torch.int32).expand(shape)
 
 
-def check_kept(mask: object, policy: object, keys: Tensor, lengths: Tensor) -> Tensor:
-    """Return an eviction's mask, `[B, Hkv, S]` bool, made False beyond the lengths; refuse a mask that does not fit."""
+def check_kept(mask: object, policy: EvictionPolicy, keys: Tensor, tokens: RaggedTokens, most: Tensor) -> Kept:
+    """Return what an eviction's mask, `[B, Hkv, S]` bool, marks within the lengths; refuse a mask that does not fit.
+
+    Each row may keep `most` tokens (`[B]` int64 on the host). How many tokens a policy of the user's own has marked is
+    read from the device, for which the host waits.
+    """
     name, shape = type(policy).__name__, list(keys.shape[:3])
     if (
         not isinstance(mask, Tensor)
@@ -210,10 +216,11 @@ def check_kept(mask: object, policy: object, keys: Tensor, lengths: Tensor) -> T
         raise InputError(
             f"{name}.keep returned {_describe(mask)}; return torch.bool {shape}, on {keys.device}, or None."
         )
-    mask = mask & (torch.arange(keys.shape[2], device=keys.device) < lengths[..., None])
-    if not bool(mask.any(2).all()):
+    mask = mask & (torch.arange(keys.shape[2], device=keys.device) < tokens.lengths[..., None])
+    counts = tokens.counts.minimum(most[:, None]) if keeps_what_it_may(policy) else mask.sum(2).cpu()
+    if int(counts.min()) == 0:
         raise InputError(f"{name}.keep left a row without tokens; keep at least one token of each row and head.")
-    return mask
+    return Kept(mask, counts)
 
 
 def check_logits(logits: object, method: object, grouped: Tensor, num_tokens: int) -> Tensor:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, Self
 
+import torch
+
 from rocketkv.backends import BACKENDS, Scoring
 from rocketkv.budget import Budget, check_count
 from rocketkv.errors import ConfigError, UnknownOptionError
@@ -221,7 +223,8 @@ class RocketKVConfig:
             ConfigError: a number is out of range, an explicit budget does not fit head_dim, or more tokens are pinned
                 than a step attends to.
         """
-        return Planner(self, self.selection_method(), check_count("head_dim", head_dim, 1)).budget_for(seq_len)
+        head_dim = check_count("head_dim", head_dim, 1)
+        return Planner(self, self.selection_method(), head_dim, torch.device("cpu")).budget_for(seq_len)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -81,7 +81,7 @@ class ReferenceStep:
         """Return the bytes that the step reads; a row that is attended in full needs no scores."""
         plan, lengths = self._plan, working.lengths
         selects = lengths > plan.dense_lengths[:, None]
-        sizes = (plan.page_size[:, None], plan.num_channels[:, None])
+        sizes = (plan.page_size.to(lengths.device)[:, None], plan.num_channels[:, None])
         scored = self._selection.scored_bytes(lengths, *sizes, working.head_dim, working.like.element_size())
         attended = plan.top_k[:, None].where(selects, lengths) * working.token_bytes
         return int((scored.where(selects, 0) + attended).sum())
@@ -132,8 +132,8 @@ class Decoder:
         """
         self.forget()
         if plan.steps_left == 0:
-            planner = Planner(self._config, self._selection, working.head_dim)
-            plan = planner.outgrown(plan, working.lengths)
+            planner = Planner(self._config, self._selection, working.head_dim, working.like.device)
+            plan = planner.outgrown(plan, working.tokens.row_lengths)
             working.index = None
         working.reserve()
         if working.max_length < plan.dense_length:

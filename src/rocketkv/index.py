@@ -18,6 +18,7 @@ from rocketkv.ops import (
     fold_into_pages,
     hybrid_logits,
     lowbit_logits,
+    on_device,
 )
 
 UNLIMITED = 1 << 62  # tokens
@@ -80,7 +81,7 @@ class PageIndex(Index):
     Attributes:
         bounds: `[B, Hkv, blocks, 2 * D, PAGES_PER_BLOCK]` in the dtype of the keys; D instead of 2 * D if every page
             has one token.
-        page_size: `[B]` int64, the tokens per page; rows of a batch may differ.
+        page_size: `[B]` int64 on the device, the tokens per page; rows of a batch may differ.
         spread: `[B, Hkv, D]` float32, the weights of the channels when channels are chosen; None chooses by the query
             alone, as published.
         earlier_spread: the spread from before the newest token, by which the newest token's step chooses channels.
@@ -89,16 +90,16 @@ class PageIndex(Index):
     def __init__(self, keys: Tensor, lengths: Tensor, page_size: Tensor, *, weighted: bool = False) -> None:
         """Index `keys` `[B, Hkv, S, D]` float with `lengths` `[B, Hkv]` int64 in pages of `page_size` `[B]` int64.
 
-        With `weighted` the index stores the spread of the channels, too.
+        The page sizes are on the host. With `weighted` the index stores the spread of the channels, too.
         """
-        self.page_size = page_size
+        self.page_size = on_device(page_size, keys.device)
         self._smallest = int(page_size.min())
         self._head_dim = keys.shape[3]
         channels = keys.shape[3] if int(page_size.max()) == 1 else 2 * keys.shape[3]
         self.bounds = keys.new_empty(*keys.shape[:2], 0, channels, PAGES_PER_BLOCK)
         self.reserve(keys.shape[2])
         self.spread = _new_spread(keys) if weighted else None
-        build_pages(PageBounds(self.bounds, page_size, self.spread), keys, lengths)
+        build_pages(self.stored, keys, lengths)
         self.earlier_spread = self.spread
 
     @property
@@ -148,7 +149,6 @@ class PageIndex(Index):
             if self.spread is not None:
                 self.spread = self.earlier_spread = self.spread.index_select(0, rows)
         self.page_size = self.page_size.index_select(0, rows)
-        self._smallest = int(self.page_size.min())
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from rocketkv.backends import Scoring
 from rocketkv.budget import Budget, Split, check_count, dense_split, prompt_share
 from rocketkv.errors import ConfigError
+from rocketkv.ops import on_device
 from rocketkv.selection import SelectionMethod
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class SelectionPlan:
     Attributes:
         splits: the split of each row, which says what a step reads.
         limits: the number of kept tokens beyond which each row has outgrown its split.
-        page_size: `[B]` int64, the tokens per page.
+        page_size: `[B]` int64 on the host, the tokens per page.
         num_channels: `[B]` int64, the channels read per page.
         top_k: `[B]` int64, the tokens that a step attends to.
         sinks: `[B]` int64, the number of first kept tokens that every step attends to.
@@ -60,11 +61,13 @@ class Planner:
         config: the configuration.
         selection: the selection method, stage 2.
         head_dim: the number of channels of a key.
+        device: the device for the tensors of the plans.
     """
 
     config: "RocketKVConfig"
     selection: SelectionMethod
     head_dim: int
+    device: torch.device
 
     def keep(self, seen: Sequence[int]) -> list[int]:
         """Return the number of tokens that stage 1 keeps of each row, given the number that each row has `seen`.
@@ -85,8 +88,8 @@ class Planner:
                 kept.append(max(1, prompt_share(wanted, num_seen, config.new_tokens)))
         return kept
 
-    def prefilled(self, seen: Sequence[int], kept: Tensor) -> SelectionPlan:
-        """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 kept `kept` (`[B, Hkv]` int64).
+    def prefilled(self, seen: Sequence[int], kept: Sequence[int]) -> SelectionPlan:
+        """Plan stage 2 for rows that have `seen` so many tokens, of which stage 1 kept `kept` (in the fullest head).
 
         The method warns where a step must read more than the budget; see `RocketKVConfig.token_budget`.
 
@@ -95,7 +98,7 @@ class Planner:
                 split, or more tokens are pinned than a step attends to, at this length or at a later one.
         """
         config, splits, limits = self.config, [], []
-        for num_seen, num_kept in zip(seen, kept.amax(1).tolist(), strict=True):
+        for num_seen, num_kept in zip(seen, kept, strict=True):
             total = num_kept + config.new_tokens
             if config.budget is not None:
                 splits.append(Split(*config.budget[1:]))
@@ -113,8 +116,8 @@ class Planner:
             self._check(split)
         return self._plan(splits, limits, kept)
 
-    def outgrown(self, plan: SelectionPlan, kept: Tensor) -> SelectionPlan:
-        """Plan anew the rows that outgrow `plan` with the next token; rows have `kept` (`[B, Hkv]` int64) tokens.
+    def outgrown(self, plan: SelectionPlan, kept: Sequence[int]) -> SelectionPlan:
+        """Plan anew the rows that outgrow `plan` with the next token; rows have `kept` tokens.
 
         The method warns as `prefilled` does.
 
@@ -122,7 +125,7 @@ class Planner:
             ConfigError: more tokens are pinned than a step attends to.
         """
         splits, limits = list(plan.splits), list(plan.limits)
-        for row, num_kept in enumerate(kept.amax(1).tolist()):
+        for row, num_kept in enumerate(kept):
             if num_kept >= limits[row]:
                 splits[row] = self._split(num_kept + 1)
                 limits[row] = int(OUTGROWN * (num_kept + 1))
@@ -130,18 +133,18 @@ class Planner:
                 self._warn_above_budget(splits[row], num_kept + 1)
         return self._plan(splits, limits, kept)
 
-    def decoded(self, seen: Sequence[int], kept: Tensor, num_decoded: int) -> SelectionPlan:
+    def decoded(self, seen: Sequence[int], kept: Sequence[int], num_decoded: int) -> SelectionPlan:
         """Return the plan after `num_decoded` decode steps; the prefill left rows with `seen` and `kept` tokens."""
         plan = self.prefilled(seen, kept)
         while num_decoded > plan.steps_left:
             num_decoded -= plan.steps_left
-            kept = kept + plan.steps_left
+            kept = [num_kept + plan.steps_left for num_kept in kept]
             plan = self.outgrown(plan, kept)
         plan.steps_left -= num_decoded
         return plan
 
-    def resumed(self, splits: list[Split], limits: list[int], kept: Tensor) -> SelectionPlan:
-        """The plan that had these splits and limits, of rows that have `kept` (`[B, Hkv]` int64) tokens.
+    def resumed(self, splits: list[Split], limits: list[int], kept: Sequence[int]) -> SelectionPlan:
+        """The plan that had these splits and limits, of rows that have `kept` tokens.
 
         Raises:
             ConfigError: a split does not fit head_dim, or pins more tokens than are attended.
@@ -150,14 +153,14 @@ class Planner:
             self._check(split)
         return self._plan(splits, limits, kept)
 
-    def select_rows(self, plan: SelectionPlan, rows: Sequence[int], kept: Tensor) -> SelectionPlan:
-        """Return the plan of a batch of the rows `rows` of `plan`, which have `kept` (`[B', Hkv]` int64) tokens."""
+    def select_rows(self, plan: SelectionPlan, rows: Sequence[int], kept: Sequence[int]) -> SelectionPlan:
+        """Return the plan of a batch of the rows `rows` of `plan`, which have `kept` tokens."""
         return self._plan([plan.splits[row] for row in rows], [plan.limits[row] for row in rows], kept)
 
     def budget_for(self, seq_len: int) -> Budget:
         """See `RocketKVConfig.budget_for`."""
         (kept,) = self.keep([check_count("seq_len", seq_len, 1)])
-        return Budget(kept, *self.prefilled([seq_len], torch.tensor([[kept]])).splits[0])
+        return Budget(kept, *self.prefilled([seq_len], [kept]).splits[0])
 
     def _split(self, num_tokens: int) -> Split:
         """Return the method's split, with a larger `top_k` where the format stores a token in less than 16 bits."""
@@ -206,21 +209,23 @@ class Planner:
         recents = split.top_k // 8 if self.config.recent_tokens is None else self.config.recent_tokens
         return self.config.sink_tokens, recents
 
-    def _plan(self, splits: list[Split], limits: list[int], kept: Tensor) -> SelectionPlan:
-        def column(values: Iterable[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=kept.device)
-
-        pins = [self._pins(split) for split in splits]
+    def _plan(self, splits: list[Split], limits: list[int], kept: Sequence[int]) -> SelectionPlan:
         dense_lengths = [max(split.top_k, self.config.dense_tokens) for split in splits]
+        rows = [
+            (split.num_channels, split.top_k, *self._pins(split), dense_length)
+            for split, dense_length in zip(splits, dense_lengths, strict=True)
+        ]
+        columns = torch.tensor(rows, dtype=torch.int64, device="cpu").T
+        num_channels, top_k, sinks, recents, dense = on_device(columns, self.device)
         return SelectionPlan(
             splits=splits,
             limits=limits,
-            page_size=column(split.page_size for split in splits),
-            num_channels=column(split.num_channels for split in splits),
-            top_k=column(split.top_k for split in splits),
-            sinks=column(sinks for sinks, _ in pins),
-            recents=column(recents for _, recents in pins),
-            dense_lengths=column(dense_lengths),
+            page_size=torch.tensor([split.page_size for split in splits], device="cpu"),
+            num_channels=num_channels,
+            top_k=top_k,
+            sinks=sinks,
+            recents=recents,
+            dense_lengths=dense,
             dense_length=min(dense_lengths),
-            steps_left=min(limit - length for limit, length in zip(limits, kept.amax(1).tolist(), strict=True)),
+            steps_left=min(limit - length for limit, length in zip(limits, kept, strict=True)),
         )

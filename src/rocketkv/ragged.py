@@ -1,11 +1,14 @@
 """Ragged rows of tokens that grow in steps. The file only stores: it knows no eviction, no selection and no model."""
 
+from copy import copy
+from typing import NamedTuple, Self
+
 import torch
 from torch import Tensor
 
 from rocketkv.backends import new_storage
 from rocketkv.formats import Fields
-from rocketkv.ops import take_tokens
+from rocketkv.ops import on_device, take_tokens
 
 GROWTH = 32  # the least spare capacity, in tokens, so that decode does not reallocate at every token
 GROWTH_ON_GPU = 256  # as above; a captured decode step must be captured anew whenever an array has grown
@@ -15,25 +18,39 @@ EXPECTED = 1024  # `keep` makes room for at most as many tokens to come as it ke
 class RaggedTokens:
     """Parallel per-token arrays, left aligned, in which each batch row and KV head has its own length.
 
+    The host knows all lengths without waiting for the device, because rows grow alike between two prompts.
+
     Attributes:
         fields: the arrays by name, each `[B, Hkv, capacity, ...]`; slots beyond a length are undefined.
-        lengths: `[B, Hkv]` int64, the number of tokens of each row and head.
+        lengths: `[B, Hkv]` int64, the number of tokens of each row and head, on the device.
         max_length: the largest length, a number on the host.
         is_ragged: True if lengths differ; False lets every reader skip masks.
     """
 
-    def __init__(self, fields: Fields, lengths: Tensor, max_length: int, is_ragged: bool) -> None:
+    def __init__(self, fields: Fields, counts: Tensor) -> None:
+        """Take the arrays of rows whose lengths are `counts` (`[B, Hkv]` int64 on the host)."""
         self.fields = dict(fields)
-        self.lengths = lengths
-        self.max_length = max_length
-        self.is_ragged = is_ragged
+        self.lengths: Tensor
+        self.max_length: int
+        self.is_ragged: bool
+        self.set_lengths(counts)
 
     @classmethod
-    def empty_like(cls, tokens: Fields) -> "RaggedTokens":
+    def empty_like(cls, tokens: Fields) -> Self:
         """Return rows without tokens, with batch, heads, widths and dtypes of `tokens` (each `[B, Hkv, T, ...]`)."""
         fields = {name: x.new_empty(*x.shape[:2], 0, *x.shape[3:]) for name, x in tokens.items()}
         like = next(iter(fields.values()))
-        return cls(fields, torch.zeros(like.shape[:2], dtype=torch.int64, device=like.device), 0, False)
+        return cls(fields, torch.zeros(like.shape[:2], dtype=torch.int64, device="cpu"))
+
+    @property
+    def counts(self) -> Tensor:
+        """The lengths, `[B, Hkv]` int64 on the host."""
+        return self.max_length - self._missing
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """The largest length of each row's heads, as numbers on the host."""
+        return [int(length) for length in self.counts.amax(1)]
 
     @property
     def num_bytes(self) -> int:
@@ -45,9 +62,15 @@ class RaggedTokens:
         """The number of tokens that every row can still take in before the arrays must grow."""
         return min(x.shape[2] for x in self.fields.values()) - self.max_length
 
-    def draft(self) -> "RaggedTokens":
+    def draft(self) -> Self:
         """Return the same tokens in an object that can grow without a change to this one; both share the arrays."""
-        return RaggedTokens(self.fields, self.lengths, self.max_length, self.is_ragged)
+        return self.with_fields(self.fields)
+
+    def with_fields(self, fields: Fields) -> Self:
+        """Return other arrays for the same tokens, on the same device."""
+        other = copy(self)
+        other.fields = dict(fields)
+        return other
 
     @property
     def growth(self) -> int:
@@ -68,7 +91,8 @@ class RaggedTokens:
 
         Args:
             tokens: the arrays to add, `[B, Hkv, T, ...]` for every field.
-            counts: `[B]` int64, how many of the T tokens, the first ones, belong to each row; None means all T.
+            counts: `[B]` int64 on the host, how many of the T tokens, the first ones, belong to each row; None means
+                all T.
         """
         num_new = next(iter(tokens.values())).shape[2]
         self.reserve(num_new)
@@ -87,46 +111,49 @@ class RaggedTokens:
             self.lengths = self.lengths + num_new
             self.max_length += num_new
         else:
-            self.set_lengths(self.lengths + counts[:, None])
+            self.set_lengths(self.counts + counts[:, None])
 
-    def keep(self, mask: Tensor | None, num_new: int = 0) -> "RaggedTokens":
+    def keep(self, kept: "Kept | None", num_new: int = 0) -> Self:
         """Return a copy of the marked tokens, in order, with room for some of the tokens that will follow.
 
         Args:
-            mask: `[B, Hkv, max_length]` bool, True for the tokens to keep, False beyond the lengths; None keeps all.
+            kept: the tokens to keep; None keeps all.
             num_new: the number of tokens expected to follow; see `EXPECTED` for how much room they get at once.
         """
-        if mask is None:
-            views, lengths = self.views(), self.lengths.clone()
+        if kept is None:
+            views, counts = self.views(), self.counts
         else:
-            lengths = mask.sum(2)
-            slots = (~mask).to(torch.uint8).argsort(dim=2, stable=True)[:, :, : int(lengths.max())]
+            counts = kept.counts
+            slots = marked_slots(kept.mask, int(counts.max()))
             views = {name: take_tokens(x, slots) for name, x in self.fields.items()}
-        kept = RaggedTokens.empty_like(views)
+        copied = self.empty_like(views)
         num_kept = next(iter(views.values())).shape[2]
-        kept._reallocate(num_kept + max(kept.growth, min(num_new, num_kept + EXPECTED)))
-        kept.append(views)
-        kept.set_lengths(lengths)
-        return kept
+        copied._reallocate(num_kept + max(copied.growth, min(num_new, num_kept + EXPECTED)))
+        copied.append(views)
+        copied.set_lengths(counts)
+        return copied
 
-    def set_lengths(self, lengths: Tensor) -> None:
-        """Set `[B, Hkv]` int64 lengths, and `max_length` and `is_ragged` with them."""
-        self.lengths = lengths
-        self.max_length = int(lengths.max())
-        self.is_ragged = int(lengths.min()) != self.max_length
+    def set_lengths(self, counts: Tensor) -> None:
+        """Set the lengths to `counts` (`[B, Hkv]` int64 on the host), and `max_length` and `is_ragged` with them."""
+        self.lengths = on_device(counts, next(iter(self.fields.values())).device)
+        self.max_length = int(counts.max())
+        self._missing = self.max_length - counts  # [B, Hkv] on the host; it stays when all rows grow alike
+        self.is_ragged = bool(self._missing.any())
 
-    def to(self, device: torch.device) -> "RaggedTokens":
+    def to(self, device: torch.device) -> Self:
         """Return the same tokens on a device, without a copy if they are there already."""
         with torch.inference_mode(False):  # the arrays may later be written to with inference mode on or off
             fields = {name: x.to(device) for name, x in self.fields.items()}
-        return RaggedTokens(fields, self.lengths.to(device), self.max_length, self.is_ragged)
+        other = self.with_fields(fields)
+        other.lengths = self.lengths.to(device)
+        return other
 
     def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by its rows `rows` (`[B']` int64); a row may be repeated or left out."""
-        rows = rows.to(self.lengths.device)
-        self.set_lengths(self.lengths.index_select(0, rows))
+        """Replace the batch by its rows `rows` (`[B']` int64 on the host); a row may be repeated or left out."""
+        counts, own = self.counts[rows], on_device(rows, self.lengths.device)
         with torch.inference_mode(False):
-            self.fields = {name: x.index_select(0, rows) for name, x in self.fields.items()}
+            self.fields = {name: x.index_select(0, own) for name, x in self.fields.items()}
+        self.set_lengths(counts)
 
     def _reallocate(self, capacity: int) -> None:
         grown = {}
@@ -137,10 +164,36 @@ class RaggedTokens:
         self.fields = grown
 
 
+class Kept(NamedTuple):
+    """The tokens that stage 1 keeps of some ragged rows.
+
+    Attributes:
+        mask: `[B, Hkv, S]` bool, True for the tokens to keep, False beyond the lengths.
+        counts: `[B, Hkv]` int64 on the host, how many those are, at least 1.
+    """
+
+    mask: Tensor
+    counts: Tensor
+
+
+def marked_slots(mask: Tensor, most: int) -> Tensor:
+    """Return the slots, `[B, Hkv, most]` int64, at which `mask` (`[B, Hkv, S]` bool) is True, in order, then zeros.
+
+    At most `most` slots of a row may be marked. The host does not wait for the device.
+    """
+    ranks = (mask.cumsum(2) - 1).masked_fill_(~mask, most)  # all others go to a slot that is dropped
+    slots = torch.arange(mask.shape[2], device=mask.device).expand(mask.shape)
+    found = torch.zeros(*mask.shape[:2], most + 1, dtype=torch.int64, device=mask.device)
+    return found.scatter_(2, ranks, slots)[:, :, :most]
+
+
 def align_left(tokens: Tensor, padding: Tensor | None) -> Tensor:
-    """Move each row of `tokens` to the left by its `padding` (`[B]` int64); its last columns are then undefined."""
+    """Move each row of `tokens` to the left by its `padding`; its last columns are then undefined.
+
+    The padding is `[B]` int64 on the host; None moves nothing.
+    """
     if padding is None:
         return tokens
-    width = tokens.shape[2]
-    columns = (torch.arange(width, device=tokens.device) + padding[:, None]).clamp(max=width - 1)  # [B, T]
+    width, shifts = tokens.shape[2], on_device(padding, tokens.device)
+    columns = (torch.arange(width, device=tokens.device) + shifts[:, None]).clamp(max=width - 1)  # [B, T]
     return take_tokens(tokens, columns[:, None].expand(-1, tokens.shape[1], -1))

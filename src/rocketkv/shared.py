@@ -22,7 +22,7 @@ class Prompt(NamedTuple):
 
     keys: Tensor  # [B, Hkv, S, D], left aligned
     values: Tensor  # like keys
-    lengths: Tensor  # [B, Hkv] int64
+    lengths: Tensor  # [B, Hkv] int64 on the host
     num_queries: Tensor  # [B] int64, how many of the prompt's columns, the last ones, are no padding
 
 

@@ -114,8 +114,10 @@ def _parts(
     like = torch.empty(batch, num_kv_heads, 0, head_dim, dtype=_DTYPE_NAMES[facts["dtype"]], device=device)
     working = WorkingSet(like, config.format, archived=config.mode == "multi_turn", on_host=config.archive_on_host)
     seen = [check_count("seen", num, 1) for num in facts["seen"]]
-    working.seen = _counts(seen, (batch,), MOST_SEEN).to(device)
-    working.num_pending = check_count("num_pending", facts["num_pending"], 0)
+    _counts(seen, (batch,), MOST_SEEN)
+    num_decoded = check_count("num_decoded", facts["num_decoded"], 0)
+    working.num_pending = check_count("num_pending", facts["num_pending"], num_decoded)
+    working.set_seen(seen)
     tokens = _ragged("tokens", working.tokens, tensors, _counts(facts["lengths"], like.shape[:2], MOST_SEEN))
     num_seen = torch.tensor(seen)[:, None]
     if working.archive is not None:
@@ -136,7 +138,7 @@ def _parts(
         limits = [check_count("limit", limit, 1) for limit in facts["plan"]["limits"]]
         if not len(splits) == len(limits) == batch:
             raise ValueError("a plan of other rows")
-        plan = Planner(config, cache.selection, head_dim).resumed(splits, limits, working.lengths)
+        plan = Planner(config, cache.selection, head_dim, device).resumed(splits, limits, working.tokens.row_lengths)
         if plan.steps_left < 0:
             raise ValueError("a row longer than its plan")
     observed = None
@@ -172,9 +174,7 @@ def _ragged(name: str, empty: RaggedTokens, tensors: dict[str, Any], lengths: Te
             raise ValueError(f"{name}.{field} has {x.shape[2]} tokens a row, fewer than {int(lengths.max())}")
     if len({x.shape[2] for x in fields.values()}) > 1:  # kernels take the room of the keys for that of all fields
         raise ValueError(f"the fields of {name} have room for different numbers of tokens")
-    tokens = RaggedTokens(fields, lengths, 0, False)
-    tokens.set_lengths(lengths)
-    return tokens
+    return RaggedTokens(fields, lengths)
 
 
 def _counts(numbers: Any, shape: tuple[int, ...], most: int) -> Tensor:

@@ -168,16 +168,16 @@ class LayerState:
         """
         working, plan = self._prefilled()
         chosen = check_rows(rows, working.seen.shape[0])
-        rows = rows.to(working.seen.device)
         working = working.draft()
-        working.select_rows(rows)
+        working.select_rows(torch.tensor(chosen, device="cpu"))
         observed = self._observed
         if observed is not None:
+            rows = rows.to(working.seen.device)
             terms = observed.terms.of_rows(rows)
             observed = observed._replace(
                 query=observed.query[rows], num_queries=observed.num_queries[rows], terms=terms
             )
-        plan = self._planner(working).select_rows(plan, chosen, working.lengths)
+        plan = self._planner(working).select_rows(plan, chosen, working.tokens.row_lengths)
         self.working, self.plan, self._observed = working, plan, observed
         self._decoder.forget()
 
@@ -217,12 +217,12 @@ class LayerState:
         if self.only_decoded_since(row_seen):
             num_dropped = working.row_seen[0] - row_seen[0]
             num_decoded = self.num_decoded - num_dropped
-            working.take_back(working.max_length - num_dropped, max(working.num_pending - num_dropped, 0))
-            seen = [num - num_decoded for num in row_seen]
-            self.plan = self._planner(working).decoded(seen, working.lengths - num_decoded, num_decoded)
+            working.take_back(working.max_length - num_dropped, working.num_pending - num_dropped)
+            seen, kept = ([num - num_decoded for num in nums] for nums in (row_seen, working.tokens.row_lengths))
+            self.plan = self._planner(working).decoded(seen, kept, num_decoded)
             self.num_decoded = num_decoded
         else:
-            working.truncate(torch.tensor(row_seen, device=working.seen.device))
+            working.truncate(list(row_seen))
             self.plan, self.num_decoded, self._observed = None, 0, None
         self.working, self.num_seen = working, num_seen
         self._decoder.forget()
@@ -262,7 +262,7 @@ class LayerState:
         self._decoder.forget()
 
     def _planner(self, working: WorkingSet) -> Planner:
-        return Planner(self.config, self.selection, working.head_dim)
+        return Planner(self.config, self.selection, working.head_dim, working.like.device)
 
     def _started(self) -> WorkingSet:
         if self.working is None:

@@ -77,6 +77,30 @@ def test_a_second_thread_is_refused_and_does_no_harm(x: Inputs) -> None:
     cache.decode(*x.part(200, 201))
 
 
+def test_a_call_within_a_call_leaves_the_cache_reserved(x: Inputs) -> None:
+    refused: list[Exception] = []
+
+    class Copying(KeepAll):
+        def keep(self, query: Tensor, keys: Tensor, **options: Any) -> None:
+            cache.copy()
+            thread = threading.Thread(target=reset)
+            thread.start()
+            thread.join()
+
+    def reset() -> None:
+        try:
+            cache.reset()
+        except InputError as error:
+            refused.append(error)
+
+    cache = LayerCache(RocketKVConfig(**SMALL, eviction=Copying()))
+    cache.prefill(*x.part(0, 200))
+    assert len(refused) == 1
+    cache.user["thread"] = threading.get_ident()  # as an interrupted call may leave it
+    cache.reset()
+    assert cache.user == {}
+
+
 def test_threads_that_share_a_cache_decode_each_token_or_are_refused(x: Inputs) -> None:
     cache = prefilled(x, token_budget=64)
     refused, foreign, steps = [], [], 300

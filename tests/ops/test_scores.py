@@ -7,6 +7,7 @@ import torch
 import oracle
 from inputs import SIZES, arrays, make_inputs, poisoned
 from rocketkv import ops
+from rocketkv.ops.scores import _cut, _cut_on_cpu
 
 
 @pytest.mark.parametrize("by_peak", [False, True])
@@ -75,6 +76,24 @@ def test_top_mask_of_plateaus_is_the_same_alone_and_in_a_ragged_batch(seeded: to
         expected = best_by_loops(scores[row, head].tolist(), end, count)
         assert together[row, head].nonzero().flatten().tolist() == expected
         assert alone[0, 0].nonzero().flatten().tolist() == expected
+
+
+def test_top_mask_puts_nan_above_infinity_and_takes_zeros_of_both_signs_for_equal() -> None:
+    scores = torch.tensor([[[-0.0, 0.0, torch.inf, -torch.nan, 1.0, torch.nan, -0.0, torch.inf]]])
+    marked = []
+    for count in range(9):
+        mask = ops.topk_mask(scores, candidates=torch.tensor([[7]]), num_tokens=torch.tensor([count]))
+        marked.append(mask[0, 0].nonzero().flatten().tolist())
+    every = [5, 3, 2, 4, 6, 1, 0]  # the last infinity is no candidate
+    assert marked == [sorted(every[:count]) for count in range(9)]
+
+
+def test_the_way_to_the_cut_on_other_devices_finds_the_same(seeded: torch.Generator) -> None:
+    order = torch.randint(-1, 9, (3, 2, 90), dtype=torch.int32, generator=seeded)
+    ranks = torch.tensor([1, 90, 30, 30, 7, 1]).view(3, 2, 1)
+    expected = order.sort(descending=True).values.gather(2, ranks - 1)
+    assert torch.equal(_cut(order, ranks), expected)
+    assert torch.equal(_cut_on_cpu(order, ranks), expected)
 
 
 def test_best_tokens_pin_and_break_ties_by_position() -> None:

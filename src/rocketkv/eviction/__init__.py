@@ -54,4 +54,20 @@ EVICTION_POLICIES: dict[str, Callable[["RocketKVConfig"], EvictionPolicy]] = {
     "streaming_llm": StreamingLLM.from_config,
 }
 
-__all__ = ["EVICTION_POLICIES", "EvictionPolicy", "KeepAll", "Peak", "SnapKV", "StreamingLLM"]
+__all__ = [
+    "EVICTION_POLICIES",
+    "EvictionPolicy",
+    "KeepAll",
+    "Peak",
+    "SnapKV",
+    "StreamingLLM",
+    "keeps_what_it_may",
+]
+
+
+def keeps_what_it_may(policy: EvictionPolicy) -> bool:
+    """Return whether a policy is known to keep `num_tokens` tokens of each row and head, or all where there are fewer.
+
+    A policy of your own is not known to, nor is one that derives from ours and defines `keep`.
+    """
+    return getattr(policy.keep, "__func__", None) in (SnapKV.keep, StreamingLLM.keep)

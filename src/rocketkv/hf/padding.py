@@ -16,7 +16,7 @@ class Padding(NamedTuple):
     """The padding of a forward pass with T new columns per row.
 
     Attributes:
-        counts: `[B]` int64, the number of padded columns among the new ones; None if none is padded.
+        counts: `[B]` int64 on the host, the number of padded columns among the new ones; None if none is padded.
         order: `[B, T]` int64, the new columns with the padded ones first; None if padding comes first already.
         mask: `[B, seen + T]` bool, False in padded columns, earlier ones included; None if no column is padded.
     """
@@ -79,4 +79,4 @@ def read(attention_mask: object, seen: int, seen_mask: Tensor | None, *, num_row
         return Padding(mask=mask)
     is_left = bool((new[:, 1:] >= new[:, :-1]).all())  # else a token of the last answer stands before the padding
     order = None if is_left else new.to(torch.uint8).argsort(dim=1, stable=True)
-    return Padding(num_new - new.sum(1), order, mask)
+    return Padding((num_new - new.sum(1)).cpu(), order, mask)

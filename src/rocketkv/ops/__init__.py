@@ -12,7 +12,7 @@ from rocketkv.ops.lowbit import (
     lowbit_logits,
     quantize_groups,
 )
-from rocketkv.ops.memory import new_storage
+from rocketkv.ops.memory import new_storage, on_device
 from rocketkv.ops.pages import (
     PAGES_PER_BLOCK,
     PageBounds,
@@ -46,6 +46,7 @@ __all__ = [
     "hybrid_logits",
     "lowbit_logits",
     "new_storage",
+    "on_device",
     "prefill_densely",
     "quantize_groups",
     "quantize_tokens",

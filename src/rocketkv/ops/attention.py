@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rocketkv.ops.gather import take_tokens
+from rocketkv.ops.memory import on_device
 from rocketkv.ops.terms import NO_TERMS, LogitTerms
 
 QUERY_BLOCK = 512  # query tokens per masked block: a mask is never larger than [B, H, QUERY_BLOCK, S]
@@ -29,7 +30,7 @@ def prefill_densely(
         query: `[B, Hq, T, D]` float, right aligned: a row's last column is its last token.
         keys: `[B, Hkv, S, D]` float, left aligned, the T newest tokens included.
         values: like `keys`.
-        lengths: `[B, Hkv]` int64, the number of tokens in each row; None means all S, and T must equal S.
+        lengths: `[B, Hkv]` int64 on the host, the number of tokens in each row; None means all S, and T must equal S.
         num_queries: `[B]` int64, how many of the T query columns, the last ones, are no padding; None means all.
         scale: the factor on the dot products.
         terms: the sinks, the soft cap, and how far queries see ahead.
@@ -44,17 +45,17 @@ def prefill_densely(
     if not terms.are_none:
         block = max(1, min(block, BLOCK_LOGITS // (query.shape[0] * query.shape[1] * keys.shape[2])))
     if lengths is None and not (terms.are_none and terms.ahead is None):
-        lengths = keys.new_full(keys.shape[:2], keys.shape[2], dtype=torch.int64)
+        lengths = torch.full(keys.shape[:2], keys.shape[2], device="cpu")
     if lengths is None:
         return scaled_dot_product_attention(
             query, keys, values, is_causal=True, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
         )
-    if bool((lengths != keys.shape[2]).any()):
+    is_full, is_shared = bool((lengths == keys.shape[2]).all()), bool((lengths == lengths[:, :1]).all())
+    lengths = on_device(lengths, keys.device)
+    if not is_full:
         keys, values = _zero_beyond(keys, lengths), _zero_beyond(values, lengths)
-    if bool((lengths == lengths[:, :1]).all()):
-        lengths = lengths[:, :1]  # one mask for all heads
-    else:
-        lengths = lengths.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    group = query.shape[1] // keys.shape[1]
+    lengths = lengths[:, :1] if is_shared else lengths.repeat_interleave(group, dim=1)  # one mask for all heads
     slots = torch.arange(keys.shape[2], device=query.device)
     key_from_end = lengths[..., None] - 1 - slots  # [B, 1 | Hq, S]; negative where there is no token
     last_from_end = num_tokens - 1 - torch.arange(num_tokens, device=query.device)  # [T] | [B, 1, T], what a query sees

@@ -1,4 +1,4 @@
-"""The allocation of tensors that outlive the call in which they are made."""
+"""The allocation of tensors that outlive the call in which they are made, and the way of numbers to a device."""
 
 import torch
 from torch import Tensor
@@ -11,3 +11,12 @@ def new_storage(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None 
     """
     with torch.inference_mode(False):
         return like.new_empty(shape, dtype=dtype)
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of a tensor on the host, on a device; the host does not wait until the device has worked off more.
+
+    From memory that is not pinned, CUDA may copy only after all earlier work of the stream.
+    """
+    x = x.contiguous().pin_memory() if device.type == "cuda" else x.contiguous()
+    return x.to(device, non_blocking=True, copy=True)

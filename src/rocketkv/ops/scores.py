@@ -73,23 +73,36 @@ def topk_mask(scores: Tensor, *, candidates: Tensor, num_tokens: Tensor) -> Tens
     alone and in a batch. On a GPU the host does not wait for the device.
 
     Args:
-        scores: `[B, Hkv, S]` float32, >= 0, no NaN within the candidates.
+        scores: `[B, Hkv, S]` float32, >= 0; a NaN is above all numbers.
         candidates: `[B, Hkv]` int64, how many tokens, the first ones, can be marked.
         num_tokens: `[B]` int64, how many tokens to mark; where a row has fewer candidates, all of them are marked.
 
     Returns:
         `[B, Hkv, S]` bool.
     """
-    slots = torch.arange(scores.shape[2], device=scores.device)
+    slots = torch.arange(scores.shape[2], dtype=torch.int32, device=scores.device)
+    beyond = slots >= candidates[..., None].int()
+    order = (scores.view(torch.int32) & 0x7FFFFFFF).masked_fill_(beyond, -1)  # bits have the order of their numbers
     counts = num_tokens[:, None].minimum(candidates)[..., None]
-    order = (scores.view(torch.int32).long() << 32) + slots  # as the scores, then by position: no two are equal
-    order.masked_fill_(slots >= candidates[..., None], -1)
-    if order.device.type == "cpu":
-        best = order.topk(max(1, int(counts.max()))).values
-    else:  # the host would have to wait for the largest count
-        best = order.sort(descending=True).values
-    cut = best.gather(2, (counts - 1).clamp(min=0))
-    return (order >= cut) & (counts > 0)
+    cut = (_cut_on_cpu if order.device.type == "cpu" else _cut)(order, counts.clamp(min=1))
+    above, equal = order > cut, order == cut
+    ranks = equal.cumsum(2, dtype=torch.int32)  # of equal ones, from the first on
+    return above | equal & (ranks > ranks[..., -1:] - (counts - above.sum(2, keepdim=True)))
+
+
+def _cut(order: Tensor, ranks: Tensor) -> Tensor:
+    """Return the number of `order`, `[B, Hkv, S]`, with this rank from the largest on, `[B, Hkv, 1]`, 1 to S."""
+    return order.sort(descending=True).values.gather(2, ranks - 1)
+
+
+def _cut_on_cpu(order: Tensor, ranks: Tensor) -> Tensor:
+    """Do the same faster, where reading the ranks costs no wait."""
+    rows, own = order.flatten(0, 1), ranks.flatten()
+    cuts = torch.empty_like(own, dtype=order.dtype)
+    for rank in {*own.tolist()}:
+        same = own == rank
+        cuts[same] = rows[same].kthvalue(rows.shape[1] + 1 - rank).values
+    return cuts.view_as(ranks)
 
 
 def score_tokens(logits: Tensor, lengths: Tensor, terms: LogitTerms = NO_TERMS) -> Tensor:

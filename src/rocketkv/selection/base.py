@@ -61,7 +61,7 @@ class SelectionMethod(ABC):
 
         Args:
             working: the working set; its keys beyond the lengths are undefined.
-            page_size: `[B]` int64, the tokens per page.
+            page_size: `[B]` int64 on the host, the tokens per page.
         """
         return None
 
