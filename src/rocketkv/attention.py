@@ -97,12 +97,12 @@ class LayerCache(SharedReads):
         output = backends.prefill_densely(
             query, keys, values, lengths=lengths, num_queries=num_queries, scale=scale, terms=terms
         )
-        self.prompt = Prompt(keys, values, tokens.counts, num_queries) if self.keeps_prompt else None
         prompt = Observed(query, num_queries, scale, terms, is_first)
         working.keep(tokens, self._evict(working, prompt, keys, tokens), self.config.new_tokens)
         keeps = self.keep_queries > 0 and working.archive is not None
         observed = prompt.last(self.keep_queries) if keeps else None
         self._begin_with(working, self._plan(working), self.num_seen + key.shape[2], observed)
+        self.prompt = Prompt(keys, values, tokens.counts, num_queries) if self.keeps_prompt else None
         return output
 
     @exclusive
