@@ -104,7 +104,7 @@ sanitize: setup
 	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/backends/test_prefill.py tests/backends/test_after_prefill.py tests/backends/test_terms.py tests/attention/test_fuzz.py tests/attention/test_any_order.py \
 	    $(addprefix tests/backends/cuda/test_step.py::test_,odd_sizes keys_and_values_in_8_bits long_rows)
 
-CXX_FILES := csrc/* tests/native/* src/rocketkv/backends/cuda/kernels/* $(wildcard tests/backends/cuda/*.h tests/backends/cuda/*.cpp)
+CXX_FILES := csrc/* benchmarks/peak.cpp tests/native/* src/rocketkv/backends/cuda/kernels/* $(wildcard tests/backends/cuda/*.h tests/backends/cuda/*.cpp)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -5,8 +5,10 @@ This file is imported by interpreters without rocketkv, rich or torch: what an e
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-OnToken = Callable[[int], None]  # a function that takes each token as soon as it is known
+Token = int | str  # a token's id, or its text from an engine that does not tell ids
+OnToken = Callable[[Token], None]  # a function that takes each token as soon as it is known
 Decode = Callable[[OnToken], None]  # a function that reads the prompt and decodes `Job.new_tokens` tokens
 
 
@@ -58,24 +60,31 @@ def llama_cpp(cache_type: str) -> Callable[[Job], Decode]:
     """Return a loader of llama.cpp with flash attention; `cache_type` is f16, its default, or q8_0."""
 
     def load(job: Job) -> Decode:
-        import llama_cpp as lib
+        import xllamacpp as lib
 
-        kind = getattr(lib, f"GGML_TYPE_{cache_type.upper()}")
-        model = lib.Llama(
-            job.gguf,
-            n_ctx=len(job.prompt) + job.new_tokens,
-            n_threads=job.threads,
-            n_threads_batch=job.threads,
-            flash_attn=True,
-            type_k=kind,
-            type_v=kind,
-            verbose=False,
-        )
+        params = lib.CommonParams()
+        params.model.path = job.gguf
+        params.n_ctx = len(job.prompt) + job.new_tokens
+        params.n_parallel = 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+        params.flash_attn_type = lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.cache_type_k = params.cache_type_v = getattr(lib.ggml_type, f"GGML_TYPE_{cache_type.upper()}")
+        server = lib.Server(params)  # it runs in this process, in threads of its own
+        request = {
+            "prompt": job.prompt,
+            "n_predict": job.new_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+        }
 
         def decode(on_token: OnToken) -> None:
-            tokens = model.generate(job.prompt, temp=0.0, repeat_penalty=1.0)
-            for _, token in zip(range(job.new_tokens), tokens, strict=False):
-                on_token(token)
+            def on_piece(piece: dict[str, Any]) -> None:
+                choice = piece["choices"][0]
+                if choice["finish_reason"] is None:
+                    on_token(choice["text"])
+
+            server.handle_completions(request, on_piece)
 
         return decode
 
@@ -179,8 +188,8 @@ def transformers(
 
 
 ENGINES = {
-    "llama.cpp": Engine("llama.cpp", "llama-cpp-python", "Q4_1 / f16", llama_cpp("f16")),
-    "llama.cpp q8": Engine("llama.cpp", "llama-cpp-python", "Q4_1 / q8_0", llama_cpp("q8_0")),
+    "llama.cpp": Engine("llama.cpp", "xllamacpp", "Q4_1 / f16", llama_cpp("f16")),
+    "llama.cpp q8": Engine("llama.cpp", "xllamacpp", "Q4_1 / q8_0", llama_cpp("q8_0")),
     "openvino": Engine("openvino", "openvino-genai", "{openvino} / u8", openvino(evict=False)),
     "openvino evict": Engine("openvino", "openvino-genai", "{openvino} / u8", openvino(evict=True)),
     "transformers fp32": Engine("transformers", "transformers", "fp32 / fp32", transformers("float32", False)),

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.engines import ENGINES, Engine, Job, SkippedError
+from benchmarks.peers.engines import ENGINES, Engine, Job, SkippedError, Token
 
 QUIET = 0.03  # the share of CPU time below which other processes count as quiet
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ class Run:
     Attributes:
         prefill_s: the seconds until the first token.
         token_ms: the milliseconds of each token after the first.
-        tokens: the token ids.
+        tokens: the tokens' ids, or their texts.
         others: the share of CPU time that other processes took during decoding, 0 to 1; None if it is not known.
         peak_mib: the most memory that the process held, loading included; None: unknown.
         version: the version of the engine's package.
@@ -33,7 +33,7 @@ class Run:
 
     prefill_s: float
     token_ms: list[float]
-    tokens: list[int]
+    tokens: list[Token]
     others: float | None
     peak_mib: float | None
     version: str
@@ -98,11 +98,11 @@ def run_engine(engine: Engine, job: Job) -> Run:
     except ImportError as error:  # PackageNotFoundError is an ImportError, too
         reason = f"no package {error}" if isinstance(error, PackageNotFoundError) else str(error)
         raise SkippedError(f"{reason}; in {sys.prefix}, see benchmarks/peers/README.md") from error
-    tokens: list[int] = []
+    tokens: list[Token] = []
     times: list[float] = []
     prefill_s, used, others = 0.0, None, None
 
-    def on_token(token: int) -> None:
+    def on_token(token: Token) -> None:
         nonlocal prefill_s, used, others
         tokens.append(token)
         if len(tokens) == 1:

@@ -53,6 +53,8 @@ def show(outcomes: dict[str, Outcome], job: Job, tokenizer: Any) -> None:
         if outcome.runs:
             tokens = outcome.runs[0].tokens
             end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
-            console.print(f"{name}: {tokenizer.decode(tokens[:end])!r}", markup=False, highlight=False, soft_wrap=True)
+            text = tokenizer.decode([x for x in tokens[:end] if isinstance(x, int)])
+            text += "".join(x for x in tokens[:end] if isinstance(x, str))
+            console.print(f"{name}: {text!r}", markup=False, highlight=False, soft_wrap=True)
         if outcome.problem:
             console.print(f"{name} {outcome.problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)

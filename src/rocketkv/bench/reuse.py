@@ -70,7 +70,7 @@ def measure_forks(model: PreTrainedModel, config: RocketKVConfig, seq_len: int, 
     """Measure the memory of forks of one document, each of which has answered a question of its own.
 
     Returns:
-        `memory_bytes`, what the process holds with the forks and without, in proportional set size, the document
+        `memory_bytes`, what the process holds with the forks beyond what it holds without them, the document
         included; `archive_bytes`, the document's keys and values; `working_bytes`, all working sets with their indices
         and the own tail of each archive; `bound_bytes`, 1.05 times the sum of both.
 
@@ -144,13 +144,14 @@ def _ask_copy(model: PreTrainedModel, cache: RocketKVCache, question: Tensor) ->
 
 
 def _held_bytes() -> int:
-    """Return the proportional set size of this process in bytes: a shared page counts once, however often mapped.
+    """Return the bytes of this process's own memory and of the shared memory that it maps, where a page counts once.
 
+    Pages of program files do not count: their proportional size changes with what other processes map.
     Free memory that the C library keeps for later is given back before, where the library can (glibc).
     """
     gc.collect()
     give_back = getattr(CDLL(None), "malloc_trim", None)
     if give_back is not None:
         give_back(0)
-    line = next(line for line in _ROLLUP.read_text().splitlines() if line.startswith("Pss:"))
-    return int(line.split()[1]) * 1024
+    lines = (line.split() for line in _ROLLUP.read_text().splitlines()[1:])
+    return sum(int(kib) * 1024 for name, kib, _ in lines if name in ("Pss_Anon:", "Pss_Shmem:"))
