@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rocketkv import LayerCache, RocketKVConfig
+from rocketkv.backends import triton
 from rocketkv.eviction import Peak
 from rocketkv.ops import LogitTerms
 
@@ -74,6 +75,20 @@ def test_no_prompt_and_no_later_turn_waits(options: dict[str, Any], padding: lis
         assert cache.working is not None
         assert cache.working.lengths.device == META
         assert cache.row_seen == [560, 560 - 2 * sum(padding or [])]
+
+
+@pytest.mark.parametrize("selection", ["lowbit", "hybrid"])
+def test_the_kernels_for_gpus_are_started_without_a_wait(monkeypatch: pytest.MonkeyPatch, selection: str) -> None:
+    launch = pytest.importorskip("rocketkv.backends.triton.launch")
+    started: list[str] = []
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self: started.append(self.kernel.fn.__name__))
+    monkeypatch.setattr(triton, "DEVICES", ("meta",))
+    monkeypatch.setattr(triton, "decline", lambda spec: None)
+    cache = LayerCache(RocketKVConfig(token_budget=40, window_size=8, selection=selection))
+    with Making(), Waiting():  # type: ignore[no-untyped-call]
+        cache.prefill(*tokens(500), padding=torch.tensor([0, 40]))
+    assert started[:2] == ["sum_window_kernel", "score_window_kernel"]
+    assert len(started) == 4  # and two that build the index
 
 
 class Own(Peak):
