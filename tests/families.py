@@ -110,6 +110,7 @@ SHARED = ("gemma3n_text", "gemma4_text")  # layers that share the cache of other
 SPECIAL["bamba"] = {"attn_layer_indices": [1]}
 SPECIAL["jamba"] = {"attn_layer_offset": 1, "attn_layer_period": 2}
 SPECIAL["lara_mini"] = {"sliding_window": 16}
+SPECIAL["blt"] = {"encoder_hash_byte_group_vocab": 64}  # else three million embeddings
 SPECIAL["gpt_neo"] = {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
 
 

@@ -10,7 +10,7 @@ from inputs import Inputs, make_inputs
 from rocketkv import LayerCache, RocketKVConfig
 from rocketkv.ops import NO_TERMS, LogitTerms
 
-TURNS = [(150, 110), (40, 60)]  # tokens of a prompt and of the answer, in which groups close and blocks fill
+TURNS = [(150, 50), (60, 30)]  # tokens of a prompt and of the answer: groups close, blocks fill, a second prompt evicts
 
 
 class Conversation(NamedTuple):

@@ -49,7 +49,7 @@ def test_memory_goes_and_stats_tell(name: str) -> None:
 
 def test_prefill_peaks_at_two_full_layers_and_the_compressed_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    layers, num_tokens = 12, 1500
+    layers, num_tokens = 6, 1500
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**GROUPED, "num_hidden_layers": layers})).eval()
     enable(model)
     samples: list[int] = []
