@@ -219,6 +219,7 @@ R := benchmarks/results
 BENCH := $(BIN)/rocketkv bench
 LAYER := $(BENCH) attention --geometry llama-3.1-8b --selection lowbit,hybrid --time-limit 4 --json
 PROMPT := $(BENCH) prefill --seq-len 1024,2048,4096,8192 --token-budget 512 --repeats 3 --json
+LONG_PROMPT := $(BENCH) prefill --seq-len 16384,32768 --token-budget 512 --repeats 1 --json
 MODEL := $(BENCH) decode --geometry llama-3.2-1b --time-limit 8 --json
 bench: setup
 	mkdir -p $(R)
@@ -241,7 +242,9 @@ bench: setup
 	$(PROMPT) --geometry gemma3-270m > $(R)/prefill-gemma3-270m.json
 	$(PROMPT) --geometry gemma3-270m --dtype float32 > $(R)/prefill-float32.json
 	$(PROMPT) --geometry gemma3-270m --dtype float16 > $(R)/prefill-float16.json
-	$(BENCH) prefill --geometry smollm2-135m --seq-len 7500 --token-budget 512 --repeats 1 --whole-model --json > $(R)/prefill-model.json
+	$(LONG_PROMPT) --geometry smollm2-135m > $(R)/prefill-long-smollm2-135m.json
+	$(LONG_PROMPT) --geometry gemma3-270m > $(R)/prefill-long-gemma3-270m.json
+	$(BENCH) prefill --geometry smollm2-135m --seq-len 7500 --token-budget 512 --repeats 2 --whole-model --json > $(R)/prefill-model.json
 	$(BENCH) reuse --model smollm2 --dtype bfloat16 --seq-len 7500 --token-budget 256 --forks 16 --json > $(R)/reuse.json
 	$(BENCH) memory --geometry llama-3.2-1b --seq-len 98304 --token-budget 256 --json > $(R)/memory.json
 	$(BIN)/python benchmarks/plots.py
