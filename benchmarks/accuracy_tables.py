@@ -22,7 +22,6 @@ from rocketkv.eval.run.methods import FULL, Arm
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "accuracy"
 BUDGETS = (128, 256, 512)
 FOUR = (64, *BUDGETS)
-QUESTIONS = ("smollm2-niah-turns", "smollm2-squad-turns", "smollm2-qa")
 GEMMA_NEEDLES = ("gemma-niah", "gemma-niah-long")
 MIN_SAMPLES = 10  # the least number of samples of a cell that counts for the average
 OURS = ("rocketkv", "rocketkv:kv_dtype=int8")
@@ -40,11 +39,10 @@ def main() -> None:
     print("## Needles\n")
     by_length(read("smollm2-niah"), FOUR)
     of_found(read("smollm2-niah"), FOUR)
-    print("## Questions and turns\n")
-    turns = read(*QUESTIONS)
-    for cell in turns.cells:
-        print(f"{cell}\n")
-        by_budget(turns, BUDGETS, lambda arm, cell=cell: score(turns, arm, cell))
+    print("## Several turns\n")
+    turns = read("smollm2-niah-turns")
+    (cell,) = turns.cells
+    by_budget(turns, BUDGETS, lambda arm: score(turns, arm, cell))
     print("## Fidelity: error of the output, KL, top-1 agreement, MiB read per step, MiB held\n")
     by_fidelity(read("smollm2-fidelity"), FOUR)
     gemma, needles = read(*GEMMA_NEEDLES, "gemma-ruler"), read(*GEMMA_NEEDLES)
