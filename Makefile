@@ -192,7 +192,8 @@ smollm2-squad-turns: setup
 GEMMA_METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,$(OURS),rocketkv_paper
 GEMMA_LONG := full,exact_topk,snapkv,$(OURS),rocketkv_paper
 GEMMA_RULER := niah_single_1,niah_multikey_1
-GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --dtype float32 --budgets 128,256,512 $(NEEDLES_IN) --methods
+GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --dtype bfloat16 --budgets 128,256,512 $(NEEDLES_IN) \
+    --methods
 GEMMA_CORE := gemma-niah-long gemma-niah gemma-fidelity gemma-ruler gemma-fidelity-long
 gemma-niah: setup $(NOVELS)
 	$(GEMMA_RUN) $(GEMMA_METHODS) --suite niah --tasks code --lengths 1024,2048,4096,8192 --samples 3 --out $(EVAL)/$@
