@@ -7,7 +7,6 @@
 
 #include <csetjmp>
 #include <cstdio>
-#include <cstdlib>
 #include <vector>
 
 uint3 threadIdx, blockIdx, blockDim;
@@ -23,7 +22,8 @@ struct Fiber {
   jmp_buf context;
   std::vector<char> stack;
   uint3 index;
-  bool is_new = true;
+  std::vector<char> argument;  // the thread's own
+  bool is_new = true, has_waited;
 };
 
 // The lanes of a warp hand over numbers in turns; two turns' numbers are kept, since a lane may be one turn ahead.
@@ -36,9 +36,11 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 std::vector<int> ready;  // fibers that can go on
 int current, num_threads, at_barrier, barrier_line, num_done;
-jmp_buf scheduler;
+jmp_buf scheduler, failed;
+char failure[200];
 void (*kernel)(const void*);
-const void* arguments;
+const char* argument;
+int argument_bytes;
 unsigned random_state = 1;
 
 unsigned draw(unsigned below) {
@@ -47,8 +49,8 @@ unsigned draw(unsigned below) {
 }
 
 [[noreturn]] void fail(const char* what, int line, int other) {
-  std::fprintf(stderr, "emulator: %s (lines %d and %d of the source)\n", what, line, other);
-  std::abort();
+  std::snprintf(failure, sizeof(failure), "%s (lines %d and %d of the source)", what, line, other);
+  _longjmp(failed, 1);
 }
 
 __attribute__((noinline)) void pause() {
@@ -59,7 +61,8 @@ __attribute__((noinline)) void pause() {
 void run_fiber() {
   for (;;) {
     threadIdx = fibers[current].index;
-    kernel(arguments);
+    kernel(fibers[current].argument.data());
+    if (!fibers[current].has_waited) fail("a thread ends that has not waited for the kernel before", 0, 0);
     ++num_done;
     pause();
   }
@@ -133,23 +136,54 @@ unsigned vote(bool is_for, int line) {
   return all;
 }
 
-// Run all blocks of a launch. Before each block, its memory is filled with what is no number.
-extern "C" void launch(void (*function)(const void*), const void* layer, const unsigned* grid, unsigned threads,
-                       char* shared, char* shared_end, unsigned dynamic_bytes, unsigned seed) {
-  kernel = function, arguments = layer, num_threads = threads, random_state = seed * 2654435761u | 1u;
-  blockDim = {threads, 1, 1};
-  if (fibers.size() < threads) fibers.resize(threads);
-  for (unsigned i = 0; i < threads; ++i) fibers[i].index = {i, 0, 0};
-  std::vector<uint4> dynamic(dynamic_bytes / sizeof(uint4) + 1);
-  dynamic_shared = dynamic.data();
-  std::vector<unsigned> blocks(grid[0] * grid[1] * grid[2]);
-  for (unsigned i = 0; i < blocks.size(); ++i) blocks[i] = i;
+void wait_for_previous() {
+  fibers[current].has_waited = true;
+  std::memcpy(fibers[current].argument.data(), argument, argument_bytes);
+}
+
+namespace {
+
+struct Launch {
+  unsigned grid[3], threads, dynamic_bytes, overlaps, seed;
+};
+
+// Run all blocks. Before each block, its memory is filled with what is no number.
+void run_grid(const Launch& launch, std::vector<unsigned>& blocks, std::vector<uint4>& dynamic, char* shared,
+              char* shared_end) {
   for (unsigned left = blocks.size(); left > 0; --left) {
     const unsigned place = draw(left), block = blocks[place];
     blocks[place] = blocks[left - 1];
-    blockIdx = {block % grid[0], block / grid[0] % grid[1], block / grid[0] / grid[1]};
+    blockIdx = {block % launch.grid[0], block / launch.grid[0] % launch.grid[1], block / launch.grid[0] / launch.grid[1]};
     std::memset(shared, 0xff, shared_end - shared);
     std::memset(dynamic.data(), 0xff, dynamic.size() * sizeof(uint4));
+    for (unsigned i = 0; i < launch.threads; ++i) {
+      fibers[i].argument.assign(argument, argument + argument_bytes);
+      fibers[i].has_waited = !launch.overlaps;
+      if (launch.overlaps) fibers[i].argument.assign(argument_bytes, -1);
+    }
     run_block();
   }
+}
+
+}  // namespace
+
+// Run a launch; return what was wrong with the kernel, or null.
+extern "C" const char* launch(void (*function)(const void*), const char* layer, int layer_bytes, const Launch* launch,
+                              char* shared, char* shared_end) {
+  kernel = function, argument = layer, argument_bytes = layer_bytes, num_threads = launch->threads;
+  random_state = launch->seed * 2654435761u | 1u;
+  blockDim = {launch->threads, 1, 1};
+  if (fibers.size() < launch->threads) fibers.resize(launch->threads);
+  for (unsigned i = 0; i < launch->threads; ++i) fibers[i].index = {i, 0, 0};
+  std::vector<uint4> dynamic(launch->dynamic_bytes / sizeof(uint4) + 1);
+  dynamic_shared = dynamic.data();
+  std::vector<unsigned> blocks(launch->grid[0] * launch->grid[1] * launch->grid[2]);
+  for (unsigned i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  if (_setjmp(failed) == 0) {
+    run_grid(*launch, blocks, dynamic, shared, shared_end);
+    return nullptr;
+  }
+  fibers.clear();
+  ready.clear();
+  return failure;
 }

@@ -8,7 +8,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __global__
-#define __grid_constant__
+#define __grid_constant__ &
 #define __launch_bounds__(threads)
 #define __shared__ static __attribute__((section("shared_memory")))
 
@@ -27,6 +27,10 @@ extern uint4* dynamic_shared;
 
 // Wait for all threads of the block, which must be at the same line.
 void wait_for_block(int line);
+
+// Of a kernel that may start before the one before it has ended, a thread has no argument before it waits.
+inline void let_next_start() {}
+void wait_for_previous();
 
 // Hand over a number and return that of another lane of the warp, all of whose lanes must be at the same line.
 unsigned exchange(unsigned number, int lane, int line);

@@ -17,7 +17,7 @@ import torch
 
 from rocketkv.backends.base import LayerTensors
 from rocketkv.backends.cuda.arguments import Layer
-from rocketkv.backends.cuda.launch import Kernel, Program
+from rocketkv.backends.cuda.launch import Kernel, Program, Shape
 from rocketkv.backends.cuda.step import CudaStep
 
 if shutil.which("g++") is None:
@@ -39,9 +39,13 @@ extern "C" int argument_bytes() { return sizeof(ARGUMENT); }
 
 
 class Emulator:
-    """A device of few cores, so that short rows have several pieces; its threads run in an order drawn by `seed`."""
+    """A device of few cores, so that short rows have several pieces; its threads run in an order drawn by `seed`.
+
+    A kernel's start is in order all the same: that a kernel waits for the one before shows by other means (emulator.h).
+    """
 
     num_cores = 4
+    overlaps = True
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -51,19 +55,25 @@ class Emulator:
         return self.kernel(program.source(), program.kernel, "Layer", Layer)
 
     def kernel(self, source: str, name: str, argument: str, structure: type[ctypes.Structure]) -> Kernel:
-        """Compile the kernel `name`, whose argument is the struct `argument`, in Python `structure`."""
+        """Compile the kernel `name`, whose argument is the struct `argument`, in Python `structure`.
+
+        The kernel raises RuntimeError if its threads wait for each other in vain, or if they should have waited.
+        """
         call = CALL.replace("KERNEL", name).replace("ARGUMENT", argument)
         library = compiled(f'#include "emulator.h"\n{source}{call}')
         assert library.argument_bytes() == ctypes.sizeof(structure)
         library.memory.restype = ctypes.c_void_p
         start, end = library.memory(False), library.memory(True)
 
-        def run(layer: ctypes.Structure, grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
-            assert end - start + shared_bytes <= SHARED_BYTES
+        def run(layer: ctypes.Structure, shape: Shape) -> None:
+            assert end - start + shape.shared_bytes <= SHARED_BYTES
             self.seed += 1
-            address = ctypes.c_void_p
-            sizes = ((ctypes.c_uint * 3)(*grid), threads, address(start), address(end), shared_bytes, self.seed)
-            fibers().launch(library.call, ctypes.byref(layer), *sizes)
+            numbers = (*shape.grid, shape.threads, shape.shared_bytes, shape.overlaps, self.seed)
+            size, memory = ctypes.sizeof(structure), (ctypes.c_void_p(start), ctypes.c_void_p(end))
+            launch = (ctypes.c_uint * len(numbers))(*numbers)  # `Launch` in emulator.cpp
+            failure = fibers().launch(library.call, ctypes.byref(layer), size, launch, *memory)
+            if failure is not None:
+                raise RuntimeError(failure.decode())
 
         return run
 
@@ -84,7 +94,9 @@ class Emulated:
 @cache
 def fibers() -> ctypes.CDLL:
     """Return the library of emulator.cpp, whose names the kernels find."""
-    return ctypes.CDLL(built((HERE / "emulator.cpp").read_text()), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(built((HERE / "emulator.cpp").read_text()), mode=ctypes.RTLD_GLOBAL)
+    library.launch.restype = ctypes.c_char_p
+    return library
 
 
 @cache

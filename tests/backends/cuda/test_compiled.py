@@ -15,13 +15,14 @@ from backends.cuda.emulator import SHARED_BYTES
 from layers import SCORINGS, make_layer
 from rocketkv.backends import Scoring, Spec, cuda
 from rocketkv.backends.cuda.arguments import Layer
-from rocketkv.backends.cuda.launch import Kernel, Launch, Program
+from rocketkv.backends.cuda.launch import Kernel, Launch, Program, Shape
 from rocketkv.backends.cuda.step import CudaStep
 
 gpu = pytest.importorskip("rocketkv.backends.cuda.gpu", reason="`make setup` installs what compiles CUDA")
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 MOST_LOCAL = 64  # bytes of a thread that may lie in memory for want of registers
+NUMBERS = [f"{thing}Dim{axis}" for thing in ("grid", "block") for axis in "XYZ"] + ["sharedMemBytes", "numAttrs"]
 REGISTERS = 65536  # of a multiprocessor, which one block at least must fit
 
 
@@ -29,6 +30,7 @@ class Nowhere:
     """A device of many cores that runs nothing."""
 
     num_cores = 132
+    overlaps = True
 
     def load(self, program: Program) -> Kernel:
         return lambda *launch: None
@@ -63,9 +65,9 @@ def test_kernels_compile_fit_and_hardly_spill(variant: str) -> None:
             sum(map(int, re.findall(rf"(\d+) {what}", remarks)))
             for what in ("registers", "bytes stack frame", "bytes smem")
         )
-        assert 0 < registers * launch.threads <= REGISTERS
+        assert 0 < registers * launch.shape.threads <= REGISTERS
         assert local <= MOST_LOCAL
-        assert shared + launch.shared_bytes <= SHARED_BYTES
+        assert shared + launch.shape.shared_bytes <= SHARED_BYTES
 
 
 def test_what_was_compiled_is_kept_by_source_options_and_architecture(
@@ -83,23 +85,28 @@ def test_what_was_compiled_is_kept_by_source_options_and_architecture(
 
 
 def test_the_driver_gets_the_grid_and_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[tuple[Any, ...]] = []
-    results = [gpu.driver.CUresult.CUDA_SUCCESS, gpu.driver.CUresult.CUDA_ERROR_INVALID_VALUE]
+    started: list[Any] = []
+    results = [*2 * [gpu.driver.CUresult.CUDA_SUCCESS], gpu.driver.CUresult.CUDA_ERROR_INVALID_VALUE]
 
-    def start(function: Any, *arguments: int) -> tuple[Any]:
-        *numbers, stream, parameters, extra = arguments
+    def start(config: Any, function: Any, parameters: int, extra: int) -> tuple[Any]:
         layer = Layer.from_address(c_void_p.from_address(parameters).value or 0)
-        started.append((int(function), *numbers, stream, layer.num_units, layer.scale, extra))
+        numbers = {name: getattr(config, name) for name in NUMBERS}
+        attributes = {attribute.id: attribute.value for attribute in config.attrs}
+        started.append((int(function), numbers, int(config.hStream), attributes, layer.num_units, layer.scale, extra))
         return (results.pop(0),)
 
-    monkeypatch.setattr(gpu.driver, "cuLaunchKernel", start)
+    monkeypatch.setattr(gpu.driver, "cuLaunchKernelEx", start)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     kernel = gpu.GpuKernel(SimpleNamespace(handle=5), torch.device("cuda", 0))
-    kernel(Layer(num_units=3, scale=0.5), (1, 2, 3), 128, 64)
-    assert started == [(5, 1, 2, 3, 128, 1, 1, 64, 7, 3, 0.5, 0)]
+    kernel(Layer(num_units=3, scale=0.5), Shape((1, 2, 3), 128, 64))
+    assert started == [(5, dict(zip(NUMBERS, (1, 2, 3, 128, 1, 1, 64, 0), strict=True)), 7, {}, 3, 0.5, 0)]
+    kernel(Layer(), Shape((1, 2, 3), 128, 64, overlaps=True))
+    (overlap,) = started[1][3].items()
+    assert overlap[0] == gpu.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert overlap[1].programmaticStreamSerializationAllowed == 1
     with pytest.raises(RuntimeError, match=r"grid \(9, 2, 3\): CUDA_ERROR_INVALID_VALUE"):
-        kernel(Layer(), (9, 2, 3), 128, 64)
+        kernel(Layer(), Shape((9, 2, 3), 128, 64))
 
 
 def test_it_declines_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

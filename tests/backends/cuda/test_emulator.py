@@ -1,10 +1,14 @@
-"""The emulator finds what a CPU's order of threads would hide: it does run threads in any order, up to a barrier."""
+"""The emulator finds what a CPU's order of threads would hide: it does run threads in any order, up to a barrier.
+
+It also finds a kernel that starts early and does not wait for the one before.
+"""
 
 import ctypes
 
 import pytest
 
 from backends.cuda.emulator import Emulator
+from rocketkv.backends.cuda.launch import Shape
 
 # Each thread writes to shared memory and reads what its neighbour wrote, with or without a barrier between.
 SHIFT = """
@@ -17,6 +21,17 @@ extern "C" void shift(const Numbers numbers) {
   numbers.out[threadIdx.x] = shared[(threadIdx.x + 1) % 64] + __shfl_xor_sync(~0u, own, 1);
 }
 """
+# Threads tell whether they had their argument before they waited. The careless ones of the second block do not wait.
+EARLY = """
+struct Numbers { int* out; };
+extern "C" void early(const Numbers __grid_constant__ numbers) {
+  if (IS_CARELESS && blockIdx.x == 1) return;
+  __shared__ const int* before[32];
+  before[threadIdx.x] = numbers.out;
+  wait_for_previous();
+  numbers.out[threadIdx.x] = before[threadIdx.x] == numbers.out;
+}
+"""
 RIGHT = [(i + 1) % 64 + 1000 * (i ^ 1) for i in range(64)]
 
 
@@ -27,7 +42,7 @@ class Numbers(ctypes.Structure):
 def shifted(barrier: str, seed: int) -> list[int]:
     out = (ctypes.c_int * 64)()
     kernel = Emulator(seed).kernel(SHIFT.replace("BARRIER", barrier), "shift", "Numbers", Numbers)
-    kernel(Numbers(ctypes.addressof(out)), (1, 1, 1), 64, 0)
+    kernel(Numbers(ctypes.addressof(out)), Shape((1, 1, 1), 64))
     return list(out)
 
 
@@ -35,3 +50,17 @@ def shifted(barrier: str, seed: int) -> list[int]:
 def test_a_missing_barrier_shows(barrier: str) -> None:
     results = [shifted(barrier, seed) for seed in range(10)]
     assert (results == 10 * [RIGHT]) == (barrier == "__syncthreads()")
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_missing_wait_for_the_kernel_before_shows(overlaps: bool) -> None:
+    out = (ctypes.c_int * 32)()
+    numbers, shape = Numbers(ctypes.addressof(out)), Shape((2, 1, 1), 32, overlaps=overlaps)
+    kernels = [Emulator().kernel(EARLY.replace("IS_CARELESS", word), "early", "Numbers", Numbers) for word in "01"]
+    kernels[0](numbers, shape)
+    assert list(out) == 32 * [not overlaps]
+    if overlaps:
+        with pytest.raises(RuntimeError, match="a thread ends that has not waited"):
+            kernels[1](numbers, shape)
+    else:
+        kernels[1](numbers, shape)

@@ -11,8 +11,10 @@ from cuda.core import Program as Source
 from cuda.core.utils import FileStreamProgramCache
 
 from rocketkv.backends.cuda.arguments import Layer
-from rocketkv.backends.cuda.launch import Kernel, Program
+from rocketkv.backends.cuda.launch import Kernel, Program, Shape
 from rocketkv.folders import cache_folder
+
+OVERLAPPING_MAJOR = 9  # of the compute capability: the first with programmatic dependent launch
 
 
 def check_compiler() -> None:
@@ -56,6 +58,7 @@ class Gpu:
         self._device = device
         properties = torch.cuda.get_device_properties(device)
         self.num_cores: int = properties.multi_processor_count
+        self.overlaps: bool = properties.major >= OVERLAPPING_MAJOR
         self._architecture = f"sm_{properties.major}{properties.minor}"
         self._kernels: dict[Program, Kernel] = {}
 
@@ -75,13 +78,26 @@ class GpuKernel:
         self._device = device
         self._function = driver.CUfunction(int(compiled.handle))
 
-    def __call__(self, layer: Layer, grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
+    def __call__(self, layer: Layer, shape: Shape) -> None:
         """See `Kernel`."""
         parameters = ctypes.c_void_p(ctypes.addressof(layer))
+        config = _config(shape)
         with torch.cuda.device(self._device):  # the default stream is that of the current device
-            stream = torch.cuda.current_stream(self._device).cuda_stream
-            (error,) = driver.cuLaunchKernel(
-                self._function, *grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0
-            )
+            config.hStream = torch.cuda.current_stream(self._device).cuda_stream
+            (error,) = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(parameters), 0)
         if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"the driver does not start a kernel with grid {grid}: {error.name}")
+            raise RuntimeError(f"the driver does not start a kernel with grid {shape.grid}: {error.name}")
+
+
+def _config(shape: Shape) -> driver.CUlaunchConfig:
+    """Return what the driver is told of a launch, but for the stream."""
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = shape.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
+    config.sharedMemBytes = shape.shared_bytes
+    if shape.overlaps:
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [overlap], 1
+    return config

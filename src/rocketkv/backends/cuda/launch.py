@@ -35,18 +35,28 @@ class Program(NamedTuple):
         return constants + text_of(f"{self.kernel}.cu")
 
 
+class Shape(NamedTuple):
+    """How a kernel is started.
+
+    Attributes:
+        grid: the number of blocks along x, y and z.
+        threads: the threads of a block, whole warps.
+        shared_bytes: the bytes of `dynamic_shared` of a block, 48 KiB less the kernel's own at most.
+        overlaps: whether the kernel may start before the one before it on the stream has ended. All threads of such a
+            kernel call `wait_for_previous` (device.cuh).
+    """
+
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int = 0
+    overlaps: bool = False
+
+
 class Kernel(Protocol):
     """A compiled kernel."""
 
-    def __call__(self, layer: Layer, grid: tuple[int, int, int], threads: int, shared_bytes: int) -> None:
-        """Start the kernel on the current stream.
-
-        Args:
-            layer: the argument, of which the launch takes a copy.
-            grid: the number of blocks along x, y and z.
-            threads: the threads of a block, whole warps.
-            shared_bytes: the bytes of `dynamic_shared` of a block, 48 KiB less the kernel's own at most.
-        """
+    def __call__(self, layer: Layer, shape: Shape) -> None:
+        """Start the kernel on the current stream, with a copy of `layer` as its argument."""
         ...
 
 
@@ -55,9 +65,11 @@ class Device(Protocol):
 
     Attributes:
         num_cores: the number of multiprocessors.
+        overlaps: whether a kernel can start before the one before it has ended.
     """
 
     num_cores: int
+    overlaps: bool
 
     def load(self, program: Program) -> Kernel:
         """Compile a kernel, unless that was done before."""
@@ -65,14 +77,12 @@ class Device(Protocol):
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid, its threads and its memory, which stay the same from token to token."""
+    """A kernel and how it is started, which stay the same from token to token."""
 
     program: Program
     kernel: Kernel
-    grid: tuple[int, int, int]
-    threads: int
-    shared_bytes: int = 0
+    shape: Shape
 
     def __call__(self, layer: Layer) -> None:
         """Start the kernel for a token."""
-        self.kernel(layer, self.grid, self.threads, self.shared_bytes)
+        self.kernel(layer, self.shape)

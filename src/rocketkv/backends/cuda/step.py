@@ -2,6 +2,8 @@
 
 The host neither waits for the device nor reads any number from it, so a step can be captured in a CUDA graph: grids
 follow from capacities, the kernels read the lengths on the device, and blocks beyond a length do nothing.
+Where the device can, the second and the third kernel start while the one before still runs, and wait for its end before
+they read or write anything (`wait_for_previous` in kernels/device.cuh); the first follows a kernel of torch's.
 The new token counts as stored from the first kernel on; the last kernel adds it to the lengths.
 Each kernel's file says what scratch memory it hands on to the next.
 """
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from rocketkv.backends.base import LayerTensors, Scoring
 from rocketkv.backends.cuda.arguments import SIZES, Layer
-from rocketkv.backends.cuda.launch import Device, Launch, Program
+from rocketkv.backends.cuda.launch import Device, Launch, Program, Shape
 from rocketkv.ops import GROUP, PAGES_PER_BLOCK
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
@@ -145,17 +147,19 @@ def _launches(layer: LayerTensors, scoring: Scoring, sizes: dict[str, int], devi
     rows: dict[str, str | int] = {"HEADS": at_once, "INT8": int(layer.exponents is not None)}
     scored: dict[str, str | int] = {"SCORING": scoring.upper()}
 
-    def launch(kernel: str, constants: dict[str, str | int], grid: tuple[int, int, int], *work: int) -> Launch:
+    def launch(kernel: str, constants: dict[str, str | int], shape: Shape) -> Launch:
         program = Program(kernel, tuple(constants.items()))
-        return Launch(program, device.load(program), grid, *work)
+        return Launch(program, device.load(program), shape)
 
     blocks = max(1, -(-sizes["num_parts"] // sizes["parts_per_block"]))
-    score = launch("append_and_score", numbers | rows | scored, (heads, blocks, 1), WARPS * WARP)
-    attend = launch("attend", numbers | rows, (heads, sizes["num_pieces"], -(-group // at_once)), WARPS * WARP)
+    score = launch("append_and_score", numbers | rows | scored, Shape((heads, blocks, 1), WARPS * WARP))
+    pieces = (heads, sizes["num_pieces"], -(-group // at_once))
+    attend = launch("attend", numbers | rows, Shape(pieces, WARPS * WARP, overlaps=device.overlaps))
     if scoring == Scoring.DENSE:
         return [score, attend]
     scores_bytes = 4 * units if units <= MOST_SCORES_IN_BLOCK else 0
-    choose = launch("choose", numbers | scored, (heads, 1, 1), CHOOSING_THREADS, scores_bytes)
+    work = Shape((heads, 1, 1), CHOOSING_THREADS, scores_bytes, device.overlaps)
+    choose = launch("choose", numbers | scored, work)
     return [score, choose, attend]
 
 

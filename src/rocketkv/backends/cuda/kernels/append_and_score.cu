@@ -144,8 +144,9 @@ __device__ __forceinline__ void store_logits(const Layer& layer, const Head& hea
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS* WARP) append_and_score(const __grid_constant__ Layer layer) {
+extern "C" __global__ void __launch_bounds__(WARPS* WARP) append_and_score(const Layer __grid_constant__ layer) {
   __shared__ Shared shared;
+  let_next_start();
   const Head head(layer, blockIdx.x, SCORING == DENSE);
   const int page_size = layer.page_size ? static_cast<int>(layer.page_size[head.row]) : 1;
   const int units = (head.length + page_size - 1) / page_size, parts = (units + PART - 1) / PART;

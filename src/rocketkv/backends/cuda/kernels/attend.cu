@@ -168,8 +168,9 @@ __device__ __forceinline__ void merge_pieces(const Layer& layer, const Head& hea
   }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const __grid_constant__ Layer layer) {
+extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const Layer __grid_constant__ layer) {
   __shared__ Shared shared;
+  wait_for_previous();
   const Head head(layer, blockIdx.x, layer.chosen == nullptr);
   const int count = head.selects ? static_cast<int>(layer.top_k[head.row]) : head.length;
   const int* chosen = head.selects ? layer.chosen + head.index * layer.most_chosen : nullptr;

@@ -133,8 +133,11 @@ __device__ __forceinline__ void write_chosen(const unsigned* scores, int length,
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) choose(const __grid_constant__ Layer layer) {
+extern "C" __global__ void __launch_bounds__(THREADS) choose(const Layer __grid_constant__ layer) {
   __shared__ Shared shared;
+  let_next_start();
+  for (int bin = threadIdx.x; bin < BINS; bin += THREADS) shared.bins[bin] = 0;
+  wait_for_previous();
   const Head head(layer, blockIdx.x, false);
   const int page_size = IS_PAGED ? static_cast<int>(layer.page_size[head.row]) : 1;
   // No block still chooses channels by the earlier spread.
@@ -149,7 +152,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(const __grid_consta
       layer.scores ? layer.scores + head.index * layer.num_units : reinterpret_cast<unsigned*>(dynamic_shared);
 
   merge_partials(layer, head, (units + PART - 1) / PART, shared);
-  for (int bin = threadIdx.x; bin < BINS; bin += THREADS) shared.bins[bin] = 0;
   __syncthreads();
   const float* logits = layer.logits + head.index * G * layer.num_units;
   int shift = 31 - DIGIT;

@@ -1,4 +1,4 @@
-// What only a GPU has: conversions and loads in PTX. The tests compile everything but this file for a CPU, where
+// What only a GPU has: conversions in PTX, and how launches overlap. The tests compile everything but this file for a CPU, where
 // tests/backends/cuda/emulator.h defines the same names.
 #pragma once
 
@@ -20,4 +20,21 @@ __device__ __forceinline__ unsigned short float_to_bfloat16(float x) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
+}
+
+// Launches overlap by programmatic dependent launch. A kernel that may start early begins once all blocks of the one
+// before it have called `let_next_start` or ended; its own threads may do no more before `wait_for_previous` than clear
+// shared memory. Every thread waits there until the kernel before has ended and all that it wrote can be seen. So no
+// kernel of a step ends before those earlier in the step have, and none reads or writes memory while an earlier one
+// still does; the first kernel of a step starts in the ordinary way, after all that came before it on the stream.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
