@@ -1,6 +1,6 @@
 """Tests of right and wrong calls of a `LayerCache` in any order, against a model of the cache in plain lists.
 
-ROCKETKV_TEST_EXAMPLES sets how many sequences of calls are tried; `make sanitize` tries more of them.
+ROCKETKV_TEST_EXAMPLES sets how many sequences of calls are tried; `make sanitize` tries fewer of them.
 """
 
 import os
