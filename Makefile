@@ -113,7 +113,7 @@ sanitizers: setup
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
 	$(BIN)/cmake --build build/sanitize -j2 --target $$($(BIN)/python tests/sanitized.py) > /dev/null
 
-# This runs the kernels' own tests, 2,500 right and wrong calls of a cache and 20 sequences of such calls under
+# This runs the kernels' own tests, 10,000 right and wrong calls of a cache and 20 sequences of such calls under
 # AddressSanitizer and UBSan, in the first and the last of the instruction sets that the CPU has.
 sanitize: sanitizers
 	ROCKETKV_TEST_KERNELS=build/sanitize ROCKETKV_TEST_EXAMPLES=20 ASAN_OPTIONS=detect_leaks=0 \
