@@ -7,11 +7,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
+from rocketkv.backends import Spec, cuda
 from rocketkv.bench.attention import measure_attention
 from rocketkv.bench.capacity import measure_capacity
 from rocketkv.bench.decode import measure_decode
@@ -139,14 +142,7 @@ def kernels(sizes: Sizes) -> Rows:
 
 def _kernel_times(sizes: Sizes, seq_len: int, token_budget: int, batch: int) -> dict[str, float]:
     """Return the microseconds of each kernel by torch's profiler, as the mean over the layers and replays."""
-    geometry, num_layers = sizes.geometry, 8 if sizes.device == "cuda" else 1
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": sizes.device}
-    tokens = random_tokens(batch, geometry.num_kv_heads, seq_len, geometry.head_dim, **options)
-    config = sparse_config(token_budget)
-    caches = [loaded_cache(config, tokens, tokens, seq_len) for _ in range(num_layers)]
-    query = torch.randn(batch, geometry.num_heads, 1, geometry.head_dim, **options)
-    key = torch.randn(batch, geometry.num_kv_heads, 1, geometry.head_dim, **options)
-    step = Replayed(lambda: torch.cat([cache.decode(query, key, key) for cache in caches]), caches, sizes.device)
+    step, num_layers = _lowbit_step(sizes, seq_len, token_budget, batch)
     activities = torch.profiler.ProfilerActivity
     activity = activities.CUDA if sizes.device == "cuda" else activities.CPU
     with torch.inference_mode():
@@ -159,6 +155,41 @@ def _kernel_times(sizes: Sizes, seq_len: int, token_budget: int, batch: int) -> 
         total = getattr(event, "device_time_total", 0.0) or getattr(event, "cpu_time_total", 0.0)
         times[event.key] += total / (num_layers * sizes.repeats)
     return times
+
+
+def launches(sizes: Sizes) -> Rows:
+    """Time a low-bit step with and without overlapped launches and clusters, where the CUDA kernels have them."""
+    ways, gpu = [(False, 1)], None
+    if cuda.decline(Spec(sizes.device, torch.bfloat16, sizes.geometry.head_dim)) is None:
+        from rocketkv.backends.cuda.gpu import gpu_of
+
+        gpu = gpu_of(torch.device(sizes.device, torch.cuda.current_device()))
+        ways = list(product(sorted({gpu.overlaps, False}), sorted({gpu.most_cluster, 1})))
+    rows: Rows = []
+    for case in dict.fromkeys((sizes.steps[0], sizes.steps[-1])):
+        for overlaps, most_cluster in ways:
+            if gpu is not None:
+                gpu.overlaps, gpu.most_cluster = overlaps, most_cluster
+            step, num_layers = _lowbit_step(sizes, *case)
+            with torch.inference_mode():
+                step()
+                us = 1000 * median(step() for _ in range(sizes.repeats)) / num_layers
+            name = f"{'overlapped' if overlaps else 'one by one'}, clusters of at most {most_cluster}"
+            rows.append(dict(zip(("seq_len", "token_budget", "batch"), case, strict=True)) | {"kernel": name, "us": us})
+    return rows
+
+
+def _lowbit_step(sizes: Sizes, seq_len: int, token_budget: int, batch: int) -> tuple[Replayed, int]:
+    """Return a low-bit step in each of several layers, and the number of layers."""
+    geometry, num_layers = sizes.geometry, 8 if sizes.device == "cuda" else 1
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": sizes.device}
+    tokens = random_tokens(batch, geometry.num_kv_heads, seq_len, geometry.head_dim, **options)
+    config = sparse_config(token_budget)
+    caches = [loaded_cache(config, tokens, tokens, seq_len) for _ in range(num_layers)]
+    query = torch.randn(batch, geometry.num_heads, 1, geometry.head_dim, **options)
+    key = torch.randn(batch, geometry.num_kv_heads, 1, geometry.head_dim, **options)
+    step = Replayed(lambda: torch.cat([cache.decode(query, key, key) for cache in caches]), caches, sizes.device)
+    return step, num_layers
 
 
 def prefills(sizes: Sizes) -> Rows:
@@ -192,6 +223,7 @@ PARTS: dict[str, tuple[Callable[[Sizes], Rows], int]] = {
     "tests": (tests, 90),
     "steps": (steps, 60),
     "kernels": (kernels, 40),
+    "launches": (launches, 40),
     "models": (models, 90),
     "capacity": (capacity, 60),
     "prefills": (prefills, 30),

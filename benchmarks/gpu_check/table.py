@@ -27,6 +27,7 @@ def show(record: Mapping[str, Any]) -> str:
         *_steps(rows.get("steps", [])),
     ]
     lines += ["", "Kernels of the low-bit step, microseconds", *_kernels(rows.get("kernels", []))]
+    lines += ["", "The low-bit step by how its kernels are launched, microseconds", *_kernels(rows.get("launches", []))]
     for name in ("models", "capacity", "prefills"):
         lines += ["", name, *_times(rows.get(name, []))]
     for row in rows.get("tests", []):

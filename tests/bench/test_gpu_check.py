@@ -31,7 +31,14 @@ def test_every_part_runs_at_tiny_sizes_and_is_shown(monkeypatch: pytest.MonkeyPa
         assert rows, name
         record["parts"][name] = {"state": "done", "seconds": 1.0, "rows": rows}
     shown = table.show(record)
-    for text in ("| 600, 64, 1 |", "prototype", "| rocketkv | 600 | 32 |", "3 passed, 0 failed", "| dense | 600 |"):
+    for text in (
+        "| 600, 64, 1 |",
+        "prototype",
+        "| rocketkv | 600 | 32 |",
+        "3 passed, 0 failed",
+        "| dense | 600 |",
+        "one by one",
+    ):
         assert text in shown
     assert record["parts"]["sanitizer"]["rows"] == [{"state": "compute-sanitizer is not installed"}]
 

@@ -1,6 +1,8 @@
-// The fibers behind emulator.h. Blocks run one after the other in a shuffled order. Of a block's fibers any that can go
-// on does: drawn at random, or the last that became ready, so that one warp runs ahead of the others as far as barriers
-// let it. Kernels that depend on an order of threads that no barrier gives them come to grief.
+// The fibers behind emulator.h. Clusters run one after the other in a shuffled order. Of a cluster any block that can
+// go on does, until all its fibers wait for other blocks; its shared memory is put in its place meanwhile. Of a block's
+// fibers any that can go on does: drawn at random, or the last that became ready, so that one warp runs ahead of the
+// others as far as barriers let it. Kernels that depend on an order of threads that no barrier gives them come to
+// grief.
 #include "emulator.h"
 
 #include <ucontext.h>
@@ -21,7 +23,6 @@ struct Fiber {
   ucontext_t start;
   jmp_buf context;
   std::vector<char> stack;
-  uint3 index;
   std::vector<char> argument;  // the thread's own
   bool is_new = true, has_waited;
 };
@@ -32,16 +33,27 @@ struct Warp {
   int turn = 0, arrived = 0, line = 0;
 };
 
-std::vector<Fiber> fibers;
-std::vector<Warp> warps;
-std::vector<int> ready;  // fibers that can go on
-int current, num_threads, at_barrier, barrier_line, num_done;
+struct Block {
+  uint3 index;
+  std::vector<char> shared;  // while another block runs
+  std::vector<uint4> dynamic;
+  std::vector<Warp> warps;
+  std::vector<int> ready;  // fibers that can go on
+  int at_barrier = 0, barrier_line = 0, num_done = 0;
+};
+
+std::vector<Fiber> fibers;  // of the cluster, block by block
+std::vector<Block> blocks;
+int current, num_threads, at_cluster, cluster_line;
+char* shared;  // where the running block's memory is
 jmp_buf scheduler, failed;
 char failure[200];
 void (*kernel)(const void*);
 const char* argument;
 int argument_bytes;
 unsigned random_state = 1;
+
+Block& block_of(int fiber) { return blocks[fiber / num_threads]; }
 
 unsigned draw(unsigned below) {
   random_state ^= random_state << 13, random_state ^= random_state >> 17, random_state ^= random_state << 5;
@@ -55,15 +67,15 @@ unsigned draw(unsigned below) {
 
 __attribute__((noinline)) void pause() {
   if (_setjmp(fibers[current].context) == 0) _longjmp(scheduler, 1);
-  threadIdx = fibers[current].index;
+  threadIdx = {static_cast<unsigned>(current % num_threads), 0, 0};
 }
 
 void run_fiber() {
   for (;;) {
-    threadIdx = fibers[current].index;
+    threadIdx = {static_cast<unsigned>(current % num_threads), 0, 0};
     kernel(fibers[current].argument.data());
     if (!fibers[current].has_waited) fail("a thread ends that has not waited for the kernel before", 0, 0);
-    ++num_done;
+    ++block_of(current).num_done;
     pause();
   }
 }
@@ -82,25 +94,42 @@ __attribute__((noinline)) void resume(int fiber) {
   setcontext(&next.start);
 }
 
-void run_block() {
-  num_done = at_barrier = 0;
-  warps.assign(num_threads / kWarp, Warp());
-  const bool is_random = draw(2), is_reversed = draw(2);
-  for (int i = 0; i < num_threads; ++i) ready.push_back(is_reversed ? num_threads - 1 - i : i);
-  while (!ready.empty()) {
-    const unsigned place = is_random ? draw(ready.size()) : ready.size() - 1;
-    const int fiber = ready[place];
-    ready[place] = ready.back();
-    ready.pop_back();
+// Run a block as far as it can go; once it has ended, its memory is no number.
+void run_block(Block& block) {
+  blockIdx = block.index;
+  dynamic_shared = block.dynamic.data();
+  std::memcpy(shared, block.shared.data(), block.shared.size());
+  const bool is_random = draw(2);
+  while (!block.ready.empty()) {
+    const unsigned place = is_random ? draw(block.ready.size()) : block.ready.size() - 1;
+    const int fiber = block.ready[place];
+    block.ready[place] = block.ready.back();
+    block.ready.pop_back();
     resume(fiber);
   }
-  if (num_done < num_threads) fail("threads wait for others that have ended or wait elsewhere", barrier_line, 0);
+  block.shared.assign(shared, shared + block.shared.size());
+  if (block.num_done == num_threads) block.shared.assign(block.shared.size(), -1);
+}
+
+void run_cluster() {
+  at_cluster = 0;
+  for (;;) {
+    std::vector<Block*> able;
+    for (Block& block : blocks)
+      if (!block.ready.empty()) able.push_back(&block);
+    if (able.empty()) break;
+    run_block(*able[draw(able.size())]);
+  }
+  for (const Block& block : blocks)
+    if (block.num_done < num_threads)
+      fail("threads wait for others that have ended or wait elsewhere", block.barrier_line, cluster_line);
 }
 
 // Take part in a turn of the warp, and go on once all lanes have.
 const unsigned* hand_over(unsigned number, int line) {
   const int first = current / kWarp * kWarp;
-  Warp& warp = warps[current / kWarp];
+  Block& block = block_of(current);
+  Warp& warp = block.warps[current % num_threads / kWarp];
   unsigned* numbers = warp.numbers[warp.turn % 2];
   if (warp.arrived > 0 && warp.line != line) fail("lanes of a warp are at different operations", warp.line, line);
   warp.line = line;
@@ -112,19 +141,40 @@ const unsigned* hand_over(unsigned number, int line) {
   warp.arrived = 0;
   ++warp.turn;
   for (int lane = first; lane < first + kWarp; ++lane)
-    if (lane != current) ready.push_back(lane);
+    if (lane != current) block.ready.push_back(lane);
   return numbers;
 }
 
 }  // namespace
 
 void wait_for_block(int line) {
-  if (at_barrier > 0 && barrier_line != line) fail("threads of a block are at different barriers", barrier_line, line);
-  barrier_line = line;
-  if (++at_barrier < num_threads) return pause();
-  at_barrier = 0;
-  for (int i = 0; i < num_threads; ++i)
-    if (i != current) ready.push_back(i);
+  Block& block = block_of(current);
+  if (block.at_barrier > 0 && block.barrier_line != line)
+    fail("threads of a block are at different barriers", block.barrier_line, line);
+  block.barrier_line = line;
+  if (++block.at_barrier < num_threads) return pause();
+  block.at_barrier = 0;
+  const int first = current / num_threads * num_threads;
+  for (int i = first; i < first + num_threads; ++i)
+    if (i != current) block.ready.push_back(i);
+}
+
+void wait_for_blocks(int line) {
+  if (at_cluster > 0 && cluster_line != line)
+    fail("threads of a cluster are at different barriers", cluster_line, line);
+  cluster_line = line;
+  const int num_fibers = blocks.size() * num_threads;
+  if (++at_cluster < num_fibers) return pause();
+  at_cluster = 0;
+  for (int i = 0; i < num_fibers; ++i)
+    if (i != current) block_of(i).ready.push_back(i);
+}
+
+float of_block(const float* own, int rank) {
+  if (rank == current / num_threads) return *own;
+  float x;
+  std::memcpy(&x, blocks[rank].shared.data() + (reinterpret_cast<const char*>(own) - shared), sizeof(x));
+  return x;
 }
 
 unsigned exchange(unsigned number, int lane, int line) { return hand_over(number, line)[lane]; }
@@ -144,46 +194,52 @@ void wait_for_previous() {
 namespace {
 
 struct Launch {
-  unsigned grid[3], threads, dynamic_bytes, overlaps, seed;
+  unsigned grid[3], threads, dynamic_bytes, cluster, overlaps, seed;
 };
 
-// Run all blocks. Before each block, its memory is filled with what is no number.
-void run_grid(const Launch& launch, std::vector<unsigned>& blocks, std::vector<uint4>& dynamic, char* shared,
-              char* shared_end) {
-  for (unsigned left = blocks.size(); left > 0; --left) {
-    const unsigned place = draw(left), block = blocks[place];
-    blocks[place] = blocks[left - 1];
-    blockIdx = {block % launch.grid[0], block / launch.grid[0] % launch.grid[1], block / launch.grid[0] / launch.grid[1]};
-    std::memset(shared, 0xff, shared_end - shared);
-    std::memset(dynamic.data(), 0xff, dynamic.size() * sizeof(uint4));
-    for (unsigned i = 0; i < launch.threads; ++i) {
-      fibers[i].argument.assign(argument, argument + argument_bytes);
-      fibers[i].has_waited = !launch.overlaps;
-      if (launch.overlaps) fibers[i].argument.assign(argument_bytes, -1);
-    }
-    run_block();
+// Make the blocks of a cluster ready, from this one on along y. Their memory is no number.
+void begin_cluster(const Launch& launch, uint3 index, size_t shared_bytes) {
+  blocks.assign(launch.cluster, Block());
+  for (Block& block : blocks) {
+    block.index = index;
+    ++index.y;
+    block.shared.assign(shared_bytes, -1);
+    block.dynamic.resize(launch.dynamic_bytes / sizeof(uint4) + 1);
+    std::memset(block.dynamic.data(), 0xff, block.dynamic.size() * sizeof(uint4));
+    block.warps.resize(num_threads / kWarp);
+    const int first = (&block - blocks.data()) * num_threads;
+    const bool is_reversed = draw(2);
+    for (int i = 0; i < num_threads; ++i) block.ready.push_back(first + (is_reversed ? num_threads - 1 - i : i));
+  }
+  for (Fiber& fiber : fibers) {
+    fiber.argument.assign(argument, argument + argument_bytes);
+    if (launch.overlaps) fiber.argument.assign(argument_bytes, -1);
+    fiber.has_waited = !launch.overlaps;
   }
 }
 
 }  // namespace
 
-// Run a launch; return what was wrong with the kernel, or null.
+// Run all blocks of a launch; return what was wrong with the kernel, or null.
 extern "C" const char* launch(void (*function)(const void*), const char* layer, int layer_bytes, const Launch* launch,
-                              char* shared, char* shared_end) {
-  kernel = function, argument = layer, argument_bytes = layer_bytes, num_threads = launch->threads;
+                              char* start, char* end) {
+  const unsigned *grid = launch->grid, rows = grid[1] / launch->cluster;
+  kernel = function, argument = layer, argument_bytes = layer_bytes, num_threads = launch->threads, shared = start;
   random_state = launch->seed * 2654435761u | 1u;
   blockDim = {launch->threads, 1, 1};
-  if (fibers.size() < launch->threads) fibers.resize(launch->threads);
-  for (unsigned i = 0; i < launch->threads; ++i) fibers[i].index = {i, 0, 0};
-  std::vector<uint4> dynamic(launch->dynamic_bytes / sizeof(uint4) + 1);
-  dynamic_shared = dynamic.data();
-  std::vector<unsigned> blocks(launch->grid[0] * launch->grid[1] * launch->grid[2]);
-  for (unsigned i = 0; i < blocks.size(); ++i) blocks[i] = i;
-  if (_setjmp(failed) == 0) {
-    run_grid(*launch, blocks, dynamic, shared, shared_end);
-    return nullptr;
+  fibers.resize(launch->cluster * launch->threads);
+  std::vector<unsigned> clusters(grid[0] * rows * grid[2]);
+  for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i;
+  if (_setjmp(failed) != 0) {
+    fibers.clear();
+    return failure;
   }
-  fibers.clear();
-  ready.clear();
-  return failure;
+  for (unsigned left = clusters.size(); left > 0; --left) {
+    const unsigned place = draw(left), cluster = clusters[place];
+    clusters[place] = clusters[left - 1];
+    begin_cluster(*launch, {cluster % grid[0], cluster / grid[0] % rows * launch->cluster, cluster / grid[0] / rows},
+                  end - start);
+    run_cluster();
+  }
+  return nullptr;
 }

@@ -28,6 +28,11 @@ extern uint4* dynamic_shared;
 // Wait for all threads of the block, which must be at the same line.
 void wait_for_block(int line);
 
+// Wait for all threads of the cluster; then read what another block of the cluster has in its shared memory.
+void wait_for_blocks(int line);
+float of_block(const float* own, int rank);
+#define wait_for_cluster() wait_for_blocks(__LINE__)
+
 // Of a kernel that may start before the one before it has ended, a thread has no argument before it waits.
 inline void let_next_start() {}
 void wait_for_previous();

@@ -46,6 +46,7 @@ class Emulator:
 
     num_cores = 4
     overlaps = True
+    most_cluster = 2
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -68,7 +69,7 @@ class Emulator:
         def run(layer: ctypes.Structure, shape: Shape) -> None:
             assert end - start + shape.shared_bytes <= SHARED_BYTES
             self.seed += 1
-            numbers = (*shape.grid, shape.threads, shape.shared_bytes, shape.overlaps, self.seed)
+            numbers = (*shape.grid, shape.threads, shape.shared_bytes, shape.cluster, shape.overlaps, self.seed)
             size, memory = ctypes.sizeof(structure), (ctypes.c_void_p(start), ctypes.c_void_p(end))
             launch = (ctypes.c_uint * len(numbers))(*numbers)  # `Launch` in emulator.cpp
             failure = fibers().launch(library.call, ctypes.byref(layer), size, launch, *memory)

@@ -31,6 +31,7 @@ class Nowhere:
 
     num_cores = 132
     overlaps = True
+    most_cluster = 8
 
     def load(self, program: Program) -> Kernel:
         return lambda *launch: None
@@ -101,10 +102,12 @@ def test_the_driver_gets_the_grid_and_the_layer(monkeypatch: pytest.MonkeyPatch)
     kernel = gpu.GpuKernel(SimpleNamespace(handle=5), torch.device("cuda", 0))
     kernel(Layer(num_units=3, scale=0.5), Shape((1, 2, 3), 128, 64))
     assert started == [(5, dict(zip(NUMBERS, (1, 2, 3, 128, 1, 1, 64, 0), strict=True)), 7, {}, 3, 0.5, 0)]
-    kernel(Layer(), Shape((1, 2, 3), 128, 64, overlaps=True))
-    (overlap,) = started[1][3].items()
-    assert overlap[0] == gpu.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    assert overlap[1].programmaticStreamSerializationAllowed == 1
+    kernel(Layer(), Shape((1, 2, 3), 128, 64, overlaps=True, cluster=2))
+    kinds, values = zip(*started[1][3].items(), strict=True)
+    names = ("PROGRAMMATIC_STREAM_SERIALIZATION", "CLUSTER_DIMENSION")
+    assert [kind.name for kind in kinds] == [f"CU_LAUNCH_ATTRIBUTE_{name}" for name in names]
+    assert values[0].programmaticStreamSerializationAllowed == 1
+    assert [getattr(values[1].clusterDim, axis) for axis in "xyz"] == [1, 2, 1]
     with pytest.raises(RuntimeError, match=r"grid \(9, 2, 3\): CUDA_ERROR_INVALID_VALUE"):
         kernel(Layer(), Shape((9, 2, 3), 128, 64))
 

@@ -1,6 +1,7 @@
 """The emulator finds what a CPU's order of threads would hide: it does run threads in any order, up to a barrier.
 
-It also finds a kernel that starts early and does not wait for the one before.
+It also finds blocks of a cluster that do not wait for each other, and a kernel that starts early and does not wait for
+the one before.
 """
 
 import ctypes
@@ -30,6 +31,17 @@ extern "C" void early(const Numbers __grid_constant__ numbers) {
   before[threadIdx.x] = numbers.out;
   wait_for_previous();
   numbers.out[threadIdx.x] = before[threadIdx.x] == numbers.out;
+}
+"""
+# Each block reads from the shared memory of the other block of its cluster.
+SWAP = """
+struct Numbers { int* out; };
+extern "C" void swap(const Numbers numbers) {
+  __shared__ float own[32];
+  own[threadIdx.x] = blockIdx.y;
+  BEFORE;
+  numbers.out[blockIdx.y * 32 + threadIdx.x] = of_block(&own[threadIdx.x], 1 - blockIdx.y % 2);
+  AFTER;
 }
 """
 RIGHT = [(i + 1) % 64 + 1000 * (i ^ 1) for i in range(64)]
@@ -64,3 +76,19 @@ def test_a_missing_wait_for_the_kernel_before_shows(overlaps: bool) -> None:
             kernels[1](numbers, shape)
     else:
         kernels[1](numbers, shape)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("wait_for_cluster()", "wait_for_cluster()"),
+        ("__syncthreads()", "wait_for_cluster()"),
+        ("wait_for_cluster()", ""),
+    ],
+)
+def test_a_missing_barrier_of_a_cluster_shows(before: str, after: str) -> None:
+    out = (ctypes.c_int * 128)()
+    source = SWAP.replace("BEFORE", before).replace("AFTER", after)
+    kernel = Emulator().kernel(source, "swap", "Numbers", Numbers)
+    kernel(Numbers(ctypes.addressof(out)), Shape((1, 4, 1), 32, cluster=2))
+    assert (list(out[::32]) == [1, 0, 3, 2]) == (before == after)

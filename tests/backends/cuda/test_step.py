@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends.cuda.emulator import Emulated
+from backends.cuda.emulator import Emulated, Emulator
 from layers import DTYPES, SCORINGS, check_8_bits_of_extremes, check_steps, make_layer
 from rocketkv.backends import Scoring
 from rocketkv.backends.cuda import step as cuda_step
@@ -89,6 +89,17 @@ def test_long_rows(seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> 
         layer = make_layer(seeded, scoring, [[1087, 2110]], page_size=1, num_channels=9, top_k=300, recents=64)
         check_steps(Emulated, layer, seeded, steps=2)
         monkeypatch.setattr(cuda_step, "MOST_SCORES_IN_BLOCK", 1024)  # as of much longer rows
+
+
+@pytest.mark.parametrize("most_cluster", [1, 4, 8])
+def test_clusters_merge_their_pieces(
+    seeded: torch.Generator, monkeypatch: pytest.MonkeyPatch, most_cluster: int
+) -> None:
+    monkeypatch.setattr(Emulator, "num_cores", 12)
+    monkeypatch.setattr(Emulator, "most_cluster", most_cluster)
+    layer = make_layer(seeded, Scoring.DENSE, [[700, 90]])  # several clusters, and some blocks of one
+    assert Emulated.bind(layer).launches[-1].shape.cluster == most_cluster
+    check_steps(Emulated, layer, seeded, steps=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ TENSORS = (  # their addresses are the first fields
     *("logits", "partials", "scores", "chosen", "pieces", "states", "pieces_done", "read_bytes"),
 )
 LONG_SIZES = ("token_capacity", "position_capacity", "num_blocks", "num_units", "num_parts", "most_chosen")
-SIZES = (*LONG_SIZES, "num_kv_heads", "num_rows", "parts_per_block", "num_pieces")
+SIZES = (*LONG_SIZES, "num_kv_heads", "num_rows", "parts_per_block", "num_pieces", "cluster")
 
 
 class Layer(Structure):

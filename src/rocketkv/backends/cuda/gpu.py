@@ -14,7 +14,8 @@ from rocketkv.backends.cuda.arguments import Layer
 from rocketkv.backends.cuda.launch import Kernel, Program, Shape
 from rocketkv.folders import cache_folder
 
-OVERLAPPING_MAJOR = 9  # of the compute capability: the first with programmatic dependent launch
+LINKED_MAJOR = 9  # of the compute capability: the first with programmatic dependent launch, and with clusters
+MOST_CLUSTER = 8  # blocks of a cluster that every such GPU takes, if it is no slice with fewer multiprocessors
 
 
 def check_compiler() -> None:
@@ -58,7 +59,8 @@ class Gpu:
         self._device = device
         properties = torch.cuda.get_device_properties(device)
         self.num_cores: int = properties.multi_processor_count
-        self.overlaps: bool = properties.major >= OVERLAPPING_MAJOR
+        self.overlaps: bool = properties.major >= LINKED_MAJOR
+        self.most_cluster = MOST_CLUSTER if self.overlaps and self.num_cores >= MOST_CLUSTER else 1
         self._architecture = f"sm_{properties.major}{properties.minor}"
         self._kernels: dict[Program, Kernel] = {}
 
@@ -95,9 +97,12 @@ def _config(shape: Shape) -> driver.CUlaunchConfig:
     config.gridDimX, config.gridDimY, config.gridDimZ = shape.grid
     config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
     config.sharedMemBytes = shape.shared_bytes
-    if shape.overlaps:
-        overlap = driver.CUlaunchAttribute()
-        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        overlap.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [overlap], 1
+    overlap, cluster = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = int(shape.overlaps)
+    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    dimension = cluster.value.clusterDim
+    dimension.x, dimension.y, dimension.z = 1, shape.cluster, 1
+    config.attrs = shape.overlaps * [overlap] + (shape.cluster > 1) * [cluster]
+    config.numAttrs = len(config.attrs)
     return config

@@ -44,12 +44,15 @@ class Shape(NamedTuple):
         shared_bytes: the bytes of `dynamic_shared` of a block, 48 KiB less the kernel's own at most.
         overlaps: whether the kernel may start before the one before it on the stream has ended. All threads of such a
             kernel call `wait_for_previous` (device.cuh).
+        cluster: the blocks along y of a cluster, which run at the same time and read each other's shared memory; a
+            divisor of the grid's.
     """
 
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int = 0
     overlaps: bool = False
+    cluster: int = 1
 
 
 class Kernel(Protocol):
@@ -66,10 +69,12 @@ class Device(Protocol):
     Attributes:
         num_cores: the number of multiprocessors.
         overlaps: whether a kernel can start before the one before it has ended.
+        most_cluster: the most blocks of a cluster, a power of two; 1 where there are no clusters.
     """
 
     num_cores: int
     overlaps: bool
+    most_cluster: int
 
     def load(self, program: Program) -> Kernel:
         """Compile a kernel, unless that was done before."""

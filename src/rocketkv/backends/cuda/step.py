@@ -75,6 +75,8 @@ def _sizes(layer: LayerTensors, scoring: Scoring, device: Device) -> dict[str, i
     most_chosen = 0 if is_dense else min(int(layer.top_k.max()), capacity)
     most_attended = capacity if is_dense else max(most_chosen, min(int(layer.dense_lengths.max()), capacity))
     pieces = max(1, PIECES_PER_CORE * device.num_cores // heads)
+    pieces = min(-(-most_attended // PIECE_TOKENS), pieces, MOST_PIECES)
+    cluster = min(1 << (pieces - 1).bit_length(), device.most_cluster)
     return {
         "token_capacity": token_capacity,
         "position_capacity": capacity,
@@ -85,14 +87,15 @@ def _sizes(layer: LayerTensors, scoring: Scoring, device: Device) -> dict[str, i
         "num_kv_heads": num_kv_heads,
         "num_rows": 0 if layer.pages is None else layer.pages.bounds.shape[3],
         "parts_per_block": WARPS * max(1, rounds),
-        "num_pieces": min(-(-most_attended // PIECE_TOKENS), pieces, MOST_PIECES),
+        "num_pieces": -(-pieces // cluster) * cluster,
+        "cluster": cluster,
         "heads": heads,
     }
 
 
 def _scratch(layer: LayerTensors, sizes: dict[str, int]) -> dict[str, Tensor | None]:
     """Return the scratch memory by name."""
-    heads, units, pieces = sizes["heads"], sizes["num_units"], sizes["num_pieces"]
+    heads, units, pieces = sizes["heads"], sizes["num_units"], sizes["num_pieces"] // sizes["cluster"]
     group, head_dim = layer.num_heads // layer.keys.shape[1], layer.keys.shape[3]
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -154,7 +157,8 @@ def _launches(layer: LayerTensors, scoring: Scoring, sizes: dict[str, int], devi
     blocks = max(1, -(-sizes["num_parts"] // sizes["parts_per_block"]))
     score = launch("append_and_score", numbers | rows | scored, Shape((heads, blocks, 1), WARPS * WARP))
     pieces = (heads, sizes["num_pieces"], -(-group // at_once))
-    attend = launch("attend", numbers | rows, Shape(pieces, WARPS * WARP, overlaps=device.overlaps))
+    work = Shape(pieces, WARPS * WARP, overlaps=device.overlaps, cluster=sizes["cluster"])
+    attend = launch("attend", numbers | rows, work)
     if scoring == Scoring.DENSE:
         return [score, attend]
     scores_bytes = 4 * units if units <= MOST_SCORES_IN_BLOCK else 0

@@ -1,10 +1,11 @@
-// The last launch of a decode step: attend to the chosen tokens of a head, or to all, in pieces; the block that ends
-// last merges the pieces, in order, and counts the new token.
+// The last launch of a decode step: attend to the chosen tokens of a head, or to all. Each block has a piece of them; a
+// cluster merges the pieces of its blocks into one, and the cluster that ends last merges those, if there are several,
+// and counts the new token. Pieces are merged in their order.
 //
-// Grid: heads, pieces, chunks of HEADS query heads. The kernel hands over
-//   pieces       [heads][num_pieces][G][D]: the sum of a piece's weighted values
-//   states       [heads][num_pieces][2][G]: the largest logit of a piece, and its sum of weights
-//   pieces_done  [heads]: the number of blocks that are done, zero between steps
+// Grid: heads, pieces, chunks of HEADS query heads; clusters along the pieces. The kernel hands over
+//   pieces       [heads][num_pieces / cluster][G][D]: the sum of a cluster's weighted values
+//   states       [heads][num_pieces / cluster][2][G]: the largest logit of a cluster, and its sum of weights
+//   pieces_done  [heads]: the number of clusters that are done, zero between steps
 #include "layer.cuh"
 #include "rows.cuh"
 
@@ -22,9 +23,14 @@ struct State {
   float best, total;
 };
 
+// A piece: the sums of the weighted values, and the states.
+struct Piece {
+  float sums[HEADS][D];
+  State states[HEADS];
+};
+
 struct Shared {
-  float sums[WARPS][HEADS][D];
-  State states[WARPS][HEADS];
+  Piece warps[WARPS], block;
   float weights[WARPS][MOST_PIECES];
   bool is_last;
 };
@@ -109,36 +115,70 @@ struct Attention {
 #pragma unroll
         for (int j = 0; j < NUMBERS; ++j) sums[h][j] += __shfl_xor_sync(ALL, sums[h][j], step);
       }
-      if (lane == 0) shared.states[warp][h] = {best[h], total[h]};
+      if (lane == 0) shared.warps[warp].states[h] = {best[h], total[h]};
       for (int j = 0; j < NUMBERS; ++j)
-        if (lane < ROW_LANES && channel_of(lane, j) < D) shared.sums[warp][h][channel_of(lane, j)] = sums[h][j];
+        if (lane < ROW_LANES && channel_of(lane, j) < D) shared.warps[warp].sums[h][channel_of(lane, j)] = sums[h][j];
     }
   }
 };
 
-// Merge what the warps of a block have into its piece.
-__device__ __forceinline__ void store_piece(const Layer& layer, int64 piece, int first, const Shared& shared) {
+// One channel of pieces that are merged one after the other, beside a sink.
+struct Merged {
+  State state;
+  float sum = 0.0f;
+
+  __device__ __forceinline__ explicit Merged(float sink) {
+    state.best = fmaxf(-MOST, sink);
+    state.total = __expf(sink - state.best);
+  }
+
+  __device__ __forceinline__ void take(State other, float other_sum) {
+    const float best = fmaxf(state.best, other.best);
+    const float shrunk = __expf(state.best - best), weight = __expf(other.best - best);
+    state = {best, shrunk * state.total + weight * other.total};
+    sum = shrunk * sum + weight * other_sum;
+  }
+};
+
+// Merge what the warps of a block have.
+__device__ __forceinline__ void merge_warps(Shared& shared) {
   for (int i = threadIdx.x; i < HEADS * D; i += blockDim.x) {
     const int h = i / D, channel = i % D;
-    if (first + h >= G) break;
-    float best = -MOST, total = 0.0f, sum = 0.0f;
-    for (int w = 0; w < WARPS; ++w) best = fmaxf(best, shared.states[w][h].best);
-    for (int w = 0; w < WARPS; ++w) {
-      const float weight = __expf(shared.states[w][h].best - best);
-      total += weight * shared.states[w][h].total;
-      sum += weight * shared.sums[w][h][channel];
-    }
-    layer.pieces[(piece * G + first + h) * D + channel] = sum;
-    if (channel > 0) continue;
-    layer.states[piece * (2 * G) + first + h] = best;
-    layer.states[piece * (2 * G) + G + first + h] = total;
+    Merged merged(-infinity());
+    for (int w = 0; w < WARPS; ++w) merged.take(shared.warps[w].states[h], shared.warps[w].sums[h][channel]);
+    shared.block.sums[h][channel] = merged.sum;
+    if (channel == 0) shared.block.states[h] = merged.state;
   }
 }
 
-// Merge the pieces of a head into its output; a warp takes one query head at a time.
+// Merge what `count` blocks of a cluster have, each block a share of the channels: into the output if no other cluster
+// has tokens, or else into the cluster's piece.
+__device__ __forceinline__ void merge_blocks(const Layer& layer, const Head& head, int rank, int count, bool is_whole,
+                                             int first, const Shared& shared) {
+  const int64 piece = (head.index * layer.num_pieces + blockIdx.y) / layer.cluster;
+  for (int i = rank * blockDim.x + threadIdx.x; i < HEADS * D; i += layer.cluster * blockDim.x) {
+    const int h = i / D, channel = i % D, g = first + h;
+    if (g >= G || count <= 0) break;
+    Merged merged(is_whole ? head.sink_of(layer, g) : -infinity());
+    const State* state = &shared.block.states[h];
+#pragma unroll 4
+    for (int b = 0; b < count; ++b)
+      merged.take({of_block(&state->best, b), of_block(&state->total, b)}, of_block(&shared.block.sums[h][channel], b));
+    if (is_whole) {
+      layer.output[(head.index * G + g) * D + channel] = from_float<T>(merged.sum / merged.state.total);
+      continue;
+    }
+    layer.pieces[(piece * G + g) * D + channel] = merged.sum;
+    if (channel > 0) continue;
+    layer.states[piece * (2 * G) + g] = merged.state.best;
+    layer.states[piece * (2 * G) + G + g] = merged.state.total;
+  }
+}
+
+// Merge the pieces of a head's clusters into its output; a warp takes one query head at a time.
 __device__ __forceinline__ void merge_pieces(const Layer& layer, const Head& head, int num_pieces, Shared& shared) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int64 first = head.index * layer.num_pieces;
+  const int64 first = head.index * (layer.num_pieces / layer.cluster);
   float* weights = shared.weights[warp];
   for (int g = warp; g < G; g += WARPS) {
     float best = -MOST, total = 0.0f;
@@ -186,16 +226,21 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) attend(const Layer __g
       attention.take(layer, head, chosen, start, min(TOKENS, end - start), queries, lane);
     attention.hand_over(shared, warp, lane);
     __syncthreads();
-    store_piece(layer, head.index * layer.num_pieces + blockIdx.y, first, shared);
+    merge_warps(shared);
   }
-  __threadfence();  // what this block has stored comes before its count
-  __syncthreads();
-  const int blocks = layer.num_pieces * HEAD_CHUNKS;
-  if (threadIdx.x == 0) shared.is_last = atomicAdd(layer.pieces_done + head.index, 1) == blocks - 1;
+  wait_for_cluster();
+  const int rank = blockIdx.y % layer.cluster, from_cluster_on = used - static_cast<int>(blockIdx.y) + rank;
+  const bool is_whole = used <= layer.cluster;
+  merge_blocks(layer, head, rank, min(from_cluster_on, layer.cluster), is_whole, first, shared);
+  __threadfence();     // what this block has stored comes before the count of its cluster
+  wait_for_cluster();  // no block ends while others read its memory
+  if (rank > 0) return;
+  const int clusters = layer.num_pieces / layer.cluster * HEAD_CHUNKS;
+  if (threadIdx.x == 0) shared.is_last = atomicAdd(layer.pieces_done + head.index, 1) == clusters - 1;
   __syncthreads();
   if (!shared.is_last) return;
   __threadfence();
-  merge_pieces(layer, head, used, shared);
+  if (!is_whole) merge_pieces(layer, head, (used + layer.cluster - 1) / layer.cluster, shared);
   if (threadIdx.x > 0) return;
   layer.read_bytes[head.index] += count * TOKEN_BYTES;
   if (layer.report && count < layer.position_capacity) layer.report[head.index * layer.position_capacity + count] = -1;

@@ -32,8 +32,9 @@ struct Layer {
   int64* read_bytes;
   // Sizes.
   int64 token_capacity, position_capacity, num_blocks, num_units, num_parts, most_chosen;
-  int num_kv_heads, num_rows, parts_per_block, num_pieces;
-  float scale, softcap;  // logits are not capped if the cap is 0
+  int num_kv_heads, num_rows, parts_per_block;
+  int num_pieces, cluster;  // the blocks that attend: of a head, and of a cluster
+  float scale, softcap;     // logits are not capped if the cap is 0
 };
 
 // A dot product times its scale, as the soft cap leaves it. See LogitTerms in ops/terms.py.
