@@ -33,6 +33,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves 
         finally:
             CppStep.__call__ = plain_step  # type: ignore[method-assign]
 
+    @torch.inference_mode()  # whose tensors a device may write to in any mode
     def replay(self) -> None:
         for part in self.parts:
             part()
@@ -71,3 +72,36 @@ def copy_results(new: Any, recorded: Any) -> None:
     for source, target in zip(tree_leaves(new), tree_leaves(recorded), strict=True):
         if isinstance(target, Tensor) and target is not source:
             target.copy_(source)
+
+
+class Recorder:
+    """Makes tapes, and counts them and their replays; in none of them may a layer bind its step anew."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+        self.replays = 0
+        self.log: list[str] = []  # the compiled steps and the captures, in order
+
+    def compile(self, function: Any, **options: object) -> Any:
+        def logged(*args: Any) -> Any:
+            self.log.append("step")
+            return function(*args)
+
+        return logged
+
+    def bind(self, original: Any, *args: Any) -> None:
+        assert self.log[-2:] != ["capture", "step"], "a layer binds its step in a capture"
+        original(*args)
+
+    def __call__(self, work: Any, device: torch.device) -> Tape:
+        self.log.append("capture")
+        self.tapes.append(Tape(work, device))
+        self.log.append("captured")
+        original = self.tapes[-1].replay
+
+        def replay() -> None:
+            self.replays += 1
+            original()
+
+        self.tapes[-1].replay = replay  # type: ignore[method-assign]
+        return self.tapes[-1]

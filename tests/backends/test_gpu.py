@@ -143,6 +143,19 @@ def test_a_compiled_model_generates_the_same_tokens_from_one_graph(mode: str, mo
     assert len(captured) == 1
 
 
+def test_a_capture_that_breaks_off_leaves_the_device_usable() -> None:
+    numbers, stream = torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    other = CudaRecording(lambda: 2 * numbers, numbers.device)
+    with pytest.raises(RuntimeError):
+        CudaRecording(lambda: numbers * numbers.sum().item(), numbers.device)
+    assert torch.cuda.current_stream() == stream
+    assert int(torch.multinomial(numbers, 1)) < 4  # the device's generator is not left in a capture
+    numbers.fill_(3.0)
+    other.replay()
+    assert other.output.tolist() == [6.0] * 4
+    assert CudaRecording(lambda: numbers + 1, numbers.device).output.tolist() == [4.0] * 4
+
+
 def test_stage_1_takes_the_same_tokens_of_plateaus_as_on_the_cpu() -> None:
     levels = torch.randint(0, 9, (3, 4, 5000), generator=torch.Generator().manual_seed(0)) / 9
     scores = torch.nn.functional.max_pool1d(levels, 63, stride=1, padding=31)

@@ -1,6 +1,8 @@
 """Benchmarks that replay graphs: here a tape takes a graph's place. What they time is what a step is."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,9 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from rocketkv.backends import Spec, cpp
-from rocketkv.bench import graphs, paths
+from rocketkv.bench import device, graphs, paths
+from rocketkv.bench.decode import measure_decode
 from rocketkv.bench.geometries import GEOMETRIES, Geometry
+from rocketkv.bench.model import build_model
 from rocketkv.bench.tensors import loaded_cache, random_tokens, sparse_config
+from rocketkv.bench.timing import Pace, Point
 from rocketkv.cli import app
 from rocketkv.hf.recording import RECORDERS
 from tape import Tape
@@ -42,6 +47,53 @@ def test_replays_are_steps_and_outlast_a_buffer(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(outputs[-1], expected, rtol=0, atol=0)
     assert len(outputs) > 2  # the first capture did not last
     assert len(outputs) < 20
+
+
+def test_a_capture_that_takes_the_last_step_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECORDERS, "cpu", Tape)
+    keys, values = (random_tokens(1, 2, 300, 32, torch.float32) for _ in range(2))
+    cache, twin = (loaded_cache(sparse_config(64), keys, values, 300) for _ in range(2))
+    query, key = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 1, 32)
+    work, decoder = partial(cache.decode, query, key, key), cache._decoder
+    replayed = graphs.Replayed(work, [cache], "cpu")
+    with torch.inference_mode():
+        work()
+        while decoder._steps_left > 2:  # one for the call that prepares, and one for the capture
+            work()
+        assert replayed() > 0
+        assert decoder._steps_left > 0
+        while twin.num_seen < cache.num_seen:
+            expected = twin.decode(query, key, key)
+        assert replayed._recording is not None
+        torch.testing.assert_close(replayed._recording.output, expected, rtol=0, atol=0)
+
+
+def test_a_layer_without_a_step_to_replay_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECORDERS, "cpu", Tape)
+    keys = random_tokens(1, 2, 300, 32, torch.float32)
+    cache = loaded_cache(replace(sparse_config(64), backend="reference"), keys, keys, 300)
+    query, key = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 1, 32)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no step that a graph can replay"):
+        graphs.Replayed(lambda: cache.decode(query, key, key), [cache], "cpu")()
+
+
+def test_a_models_step_and_its_attention_alone_share_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    tapes: list[Tape] = []
+
+    def record(work: Any, where: torch.device) -> Tape:
+        tapes.append(Tape(work, where))
+        return tapes[-1]
+
+    monkeypatch.setitem(RECORDERS, "cpu", record)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(device, "READ_BYTES", 2**20)
+    monkeypatch.setattr(device, "last_level_cache_bytes", lambda: 2**17)
+    model = build_model(TINY, torch.float32)
+    rows, comparisons, _ = measure_decode(model, Point(300, 1, [64], Pace(8)), ["fast"])
+    names = {row.name for row in rows}
+    assert names == {"rest", "rocketkv", "sparse_attention", "dense", "full", "static"}
+    assert len(comparisons) == 2
+    assert len(tapes) == len(names) - 1  # each but `full` is captured once
 
 
 def test_what_a_gpu_is_compared_with_is_attention_to_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

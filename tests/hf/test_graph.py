@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 import rocketkv
 from rocketkv import RocketKVCache, RocketKVConfig, enable, ragged
 from rocketkv.backends import cpp
+from rocketkv.decode import Decoder
 from rocketkv.hf import graph, recording
 from rocketkv.hf.versions import pass_cache
-from tape import Tape
+from tape import Recorder
 from tiny import generate, prompts, tiny_model
 
 if (reason := cpp.decline(rocketkv.backends.Spec("cpu", torch.float32, 16))) is not None:
@@ -31,30 +32,12 @@ CONFIGS = {
 }
 
 
-class Recorder:
-    """Makes tapes, and counts them and their replays."""
-
-    def __init__(self) -> None:
-        self.tapes: list[Tape] = []
-        self.replays = 0
-
-    def __call__(self, work: Any, device: torch.device) -> Tape:
-        self.tapes.append(Tape(work, device))
-        original = self.tapes[-1].replay
-
-        def replay() -> None:
-            self.replays += 1
-            original()
-
-        self.tapes[-1].replay = replay  # type: ignore[method-assign]
-        return self.tapes[-1]
-
-
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Let steps on the CPU be recorded on tapes, around the uncompiled model."""
-    recorder = Recorder()
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    recorder, original = Recorder(), Decoder.bind
+    monkeypatch.setattr(torch, "compile", recorder.compile)
+    monkeypatch.setattr(Decoder, "bind", lambda *args: recorder.bind(original, *args))
     monkeypatch.setitem(recording.RECORDERS, "cpu", recorder)
     return recorder
 
@@ -157,7 +140,7 @@ def test_weights_that_move_and_tracing_are_noticed(recorder: Recorder) -> None:
 
     eager, captured = both(CONFIGS["single_turn"], run)
     torch.testing.assert_close(captured, eager, rtol=1e-5, atol=1e-5)
-    assert (len(recorder.tapes), recorder.replays) == (2, 2 + 2)
+    assert (len(recorder.tapes), recorder.replays) == (2, 2 + 1)
 
 
 @torch.inference_mode()
@@ -194,6 +177,77 @@ def test_a_step_that_breaks_off_leaves_the_cache_as_it_was(
         output = model(input_ids=ids[:, 9:10], **pass_cache(cache)).logits
     expected = rocketkv.uncompile(model)(input_ids=ids[:, 9:10], **pass_cache(twin)).logits
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_nothing_is_captured_that_has_not_run_as_it_is(recorder: Recorder) -> None:
+    ids = prompts(60)[0]
+    model = enable(tiny_model("llama"))
+    cache = RocketKVCache(model.config, CONFIGS["single_turn"])
+
+    def step(count: int, **options: Any) -> None:
+        for i in range(count):
+            model(input_ids=ids[:, i : i + 1], **pass_cache(cache), **options)
+
+    model(ids, **pass_cache(cache))
+    step(3)
+    rocketkv.compile(model)
+    step(1, output_hidden_states=True)  # runs uncompiled
+    assert recorder.log == []
+    step(2)
+    assert recorder.log == ["step", "capture", "step", "captured"]
+    for layer in cache.compressed_layers:  # each binds another step
+        assert layer.cache.working is not None
+        tokens = [torch.randn(1, heads, 1, layer.cache.working.head_dim) for heads in (4, 2, 2)]
+        layer.cache.decode(*tokens, scale=0.5)
+    recorder.log.clear()
+    step(3)
+    assert recorder.log == ["step", "capture", "step", "captured"]
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_a_step_may_be_captured_and_replayed_in_another_mode(recorder: Recorder, first: Any) -> None:
+    second = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+
+    def run(model: PreTrainedModel, cache: RocketKVCache) -> Tensor:
+        ids, logits = prompts(60)[0], []
+        with first():
+            model(ids, **pass_cache(cache))
+        for i, mode in enumerate((first, second, second, first, first, second)):
+            with mode():
+                logits.append(model(input_ids=ids[:, i : i + 1], **pass_cache(cache)).logits.clone())
+        with torch.inference_mode():
+            return torch.stack(logits)
+
+    eager, captured = both(CONFIGS["single_turn"], run)
+    with torch.inference_mode():
+        torch.testing.assert_close(captured, eager, rtol=1e-5, atol=1e-5)
+    assert (len(recorder.tapes), recorder.replays) == (1, 3)  # what ran in one mode is not captured in the other
+
+
+@torch.inference_mode()
+def test_too_little_memory_for_a_capture_is_raised_and_refuses_no_later_one(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rocketkv.compile(tiny_model("llama"))
+    ids = prompts(60)[0]
+    cache = RocketKVCache(model.config, CONFIGS["single_turn"])
+    model(ids, **pass_cache(cache))
+
+    def broken(work: Any, device: torch.device) -> Any:
+        try:
+            raise torch.OutOfMemoryError("no memory")
+        finally:
+            raise RuntimeError("a previous error during capture")  # as the end of a capture does
+
+    with monkeypatch.context() as patch:
+        patch.setitem(recording.RECORDERS, "cpu", broken)
+        model(input_ids=ids[:, :1], **pass_cache(cache))
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            model(input_ids=ids[:, 1:2], **pass_cache(cache))
+    for step in range(1, 4):
+        model(input_ids=ids[:, step : step + 1], **pass_cache(cache))
+    assert (len(recorder.tapes), recorder.replays) == (1, 1)
 
 
 def test_a_step_that_waits_for_the_device_goes_on_without_a_graph(recorder: Recorder) -> None:

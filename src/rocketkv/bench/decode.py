@@ -209,17 +209,19 @@ def _attention(setting: Setting, cache: RocketKVCache) -> Call:
     hidden = query.flatten(1)
     weight = torch.randn(hidden.shape[1], hidden.shape[1], **options)
     layers = [layer.cache for layer in cache.compressed_layers]
+    # With the model's own scale the layers keep the steps that they have bound for the model.
+    scale = next(float(module.scaling) for module in setting.model.modules() if hasattr(module, "scaling"))
 
     @torch.inference_mode()
     def work() -> Tensor:
-        return torch.cat([layer.decode(query, key, key) for layer in layers])
+        return torch.cat([layer.decode(query, key, key, scale=scale) for layer in layers])
 
     @torch.inference_mode()
     def call() -> float:
         total = 0.0
         for layer in layers:
             torch.mm(hidden, weight)
-            total += timed(lambda layer=layer: layer.decode(query, key, key), setting.device)  # type: ignore[misc]
+            total += timed(lambda layer=layer: layer.decode(query, key, key, scale=scale), setting.device)  # type: ignore[misc]
         return total
 
     return Replayed(work, layers, setting.device) if setting.device in RECORDERS else call

@@ -211,7 +211,8 @@ def compile(model: PreTrainedModel, *, weight_dtype: str | None = None) -> PreTr
 
     On a GPU each cache gets a CUDA graph of the whole step. The graph is captured anew when the buffers grow, by 256
     tokens or more, when the plan changes, and when the weights lie elsewhere; a layer that takes another's place after
-    the first decoded token is not seen. Beam search reorders the rows after each step and runs without a graph.
+    the first decoded token is not seen, and neither is an adapter that is switched on or off while a cache decodes; go
+    on with a copy of the cache then. Beam search reorders the rows after each step and runs without a graph.
 
     Args:
         model: a decoder of transformers; a model that is not enabled is enabled first.
@@ -274,5 +275,6 @@ def _compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Any:
 
 
 def _canonical(tokens: Tensor) -> Tensor:
-    """Return a copy of `[B, 1]` with the strides that the graph was made for."""
-    return tokens.clone(memory_format=torch.contiguous_format)
+    """Return a copy of `[B, 1]` with the strides that the graph was made for, and not of torch's inference mode."""
+    with torch.inference_mode(False):
+        return tokens.clone(memory_format=torch.contiguous_format)

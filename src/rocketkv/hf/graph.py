@@ -1,8 +1,9 @@
 """A whole decode step of a model as one captured graph, which a GPU runs without the host's work for every layer.
 
-A step whose layers must prepare something (grow a buffer, make a plan, build an index) runs as it is. The next one is
-captured, and those after it replay the capture until a layer must prepare something again. The host then only copies
-the tokens in, counts them in every layer, and copies the logits out; sampling and stopping stay outside.
+A step whose layers must prepare something (grow a buffer, make a plan, build an index) runs as it is, and so does the
+first step after anything else has changed, since it may compile. The next one is captured, and those after it replay
+the capture until something changes again. The host then only copies the tokens in, counts them in every layer, and
+copies the logits out; sampling and stopping stay outside.
 """
 
 import warnings
@@ -26,6 +27,22 @@ from rocketkv.replay import bound_step, count_step, counts, return_to
 ModelStep = Callable[[Tensor, Tensor, Pass], Tensor]  # input ids and positions, [B, 1] int64 each, to logits [B, 1, V]
 
 
+class Warm(NamedTuple):
+    """A step that ran with one cache as it is; the same work can be captured, because nothing is left to compile.
+
+    Attributes:
+        steps: the layers' bound steps after it.
+        is_inference: whether it ran in torch's inference mode, on which compiled code depends.
+    """
+
+    steps: list[ReferenceType[Step]]
+    is_inference: bool
+
+    def fits(self, steps: Sequence[Step]) -> bool:
+        """Return whether the layers have the same bound steps, and the mode is the same."""
+        return _are(self.steps, steps) and self.is_inference == torch.is_inference_mode_enabled()
+
+
 class Captured(NamedTuple):
     """A captured step of a model with one cache.
 
@@ -45,9 +62,7 @@ class Captured(NamedTuple):
 
     def fits(self, steps: Sequence[Step]) -> bool:
         """Return whether the layers have the same bound steps, and the weights lie where they lay."""
-        return all(own() is step for own, step in zip(self.steps, steps, strict=True)) and all(
-            weight.data_ptr() == address for weight, address in self.weights
-        )
+        return _are(self.steps, steps) and all(weight.data_ptr() == address for weight, address in self.weights)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> None:
         """Run the work with these tokens."""
@@ -66,7 +81,7 @@ class StepGraphs:
 
     def __init__(self, model: PreTrainedModel, step: ModelStep) -> None:
         self._model, self._step = model, step
-        self._captured: WeakKeyDictionary[RocketKVCache, Captured] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[RocketKVCache, Warm | Captured] = WeakKeyDictionary()
         self._is_refused = False
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, current: Pass, cache: RocketKVCache) -> Tensor:
@@ -82,23 +97,24 @@ class StepGraphs:
             The logits, `[B, 1, V]`.
         """
         layers = [layer.cache for layer in cache.compressed_layers]
-        captured, device = self._captured.pop(cache, None), input_ids.device.type
-        if device in RECORDERS and not self._is_refused and not torch.is_autocast_enabled(device):
-            steps = [step for layer in layers if (step := bound_step(layer)) is not None]
-            if len(steps) < len(layers):
-                captured = None  # a layer must prepare its step first
-            elif captured is not None and captured.fits(steps):
-                with _undone_if_broken(layers, current):
-                    captured.replay(input_ids, position_ids)
-                    for layer in layers:
-                        count_step(layer)
-                    current.waits = [False] * len(layers)
-            else:
-                captured = self._capture(input_ids, position_ids, current, layers, steps)
-            if captured is not None:
-                self._captured[cache] = captured
-                return captured.recording.output.clone()
-        return self._step(input_ids, position_ids, current)
+        known, device = self._known.pop(cache, None), input_ids.device.type
+        if device not in RECORDERS or self._is_refused or torch.is_autocast_enabled(device):
+            return self._step(input_ids, position_ids, current)
+        steps = _bound_steps(layers)
+        if known is None or len(steps) < len(layers) or not known.fits(steps):
+            output = self._step(input_ids, position_ids, current)
+            self._known[cache] = Warm([ref(step) for step in _bound_steps(layers)], torch.is_inference_mode_enabled())
+            return output
+        if isinstance(known, Captured):
+            with _undone_if_broken(layers, current):
+                known.replay(input_ids, position_ids)
+                for layer in layers:
+                    count_step(layer)
+                current.waits = [False] * len(layers)
+        elif (known := self._capture(input_ids, position_ids, current, layers, steps)) is None:
+            return self._step(input_ids, position_ids, current)
+        self._known[cache] = known
+        return known.recording.output.clone()
 
     def _capture(
         self,
@@ -108,9 +124,14 @@ class StepGraphs:
         layers: Sequence[LayerCache],
         steps: Sequence[Step],
     ) -> Captured | None:
-        """Capture a step while it is taken; warn and return None if that cannot be, and nothing was computed."""
+        """Capture a step while it is taken; warn and return None if that cannot be, and nothing was computed.
+
+        Raises:
+            torch.OutOfMemoryError: the device has too little memory for the capture.
+        """
         weights = [(x, x.data_ptr()) for x in chain(self._model.parameters(), self._model.buffers())]
-        input_ids, position_ids = input_ids.clone(), position_ids.clone()
+        with torch.inference_mode(False):  # so that a replay may write to them in any mode
+            input_ids, position_ids = input_ids.clone(), position_ids.clone()
         try:
             with _undone_if_broken(layers, current):
                 if len({weight.device for weight, _ in weights}) > 1:
@@ -118,14 +139,27 @@ class StepGraphs:
                 record = RECORDERS[input_ids.device.type]
                 recording = record(lambda: self._step(input_ids, position_ids, current), input_ids.device)
         except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a capture that broke off raises an error of its own
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             warnings.warn(
                 f"the decode step of {type(self._model).__name__} cannot be captured in a graph and goes on without "
-                f"one, only slower ({' '.join(str(error).split()[:20])}).",
+                f"one, only slower ({' '.join(str(cause).split()[:20])}).",
                 stacklevel=5,
             )
             self._is_refused = True
+            self._known.clear()
             return None
         return Captured(recording, input_ids, position_ids, [ref(step) for step in steps], weights)
+
+
+def _bound_steps(layers: Sequence[LayerCache]) -> list[Step]:
+    """Return the bound steps of those layers that have one."""
+    return [step for layer in layers if (step := bound_step(layer)) is not None]
+
+
+def _are(own: Sequence[ReferenceType[Step]], steps: Sequence[Step]) -> bool:
+    return len(own) == len(steps) and all(each() is step for each, step in zip(own, steps, strict=True))
 
 
 @contextmanager
