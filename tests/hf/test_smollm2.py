@@ -19,7 +19,7 @@ from rocketkv.hf.session import Session
 from rocketkv.hf.versions import pass_cache
 
 PROSE = default_text()
-NEW = 12
+NEW = 8
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def generate(loaded: LoadedModel, texts: list[str], **options: Any) -> list[list
     return output[:, batch.input_ids.shape[1] :].tolist()
 
 
-TEXTS = [PROSE[20000:21800], PROSE[50000:50700], PROSE[90000:90150]]  # about 450, 160 and 35 tokens
+TEXTS = [PROSE[20000:20900], PROSE[50000:50400], PROSE[90000:90150]]  # about 225, 90 and 35 tokens
 
 
 @pytest.fixture(scope="module")
