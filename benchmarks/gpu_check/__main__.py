@@ -5,9 +5,10 @@
     PYTHONPATH=src python -m benchmarks.gpu_check build/gpu-check.json
 
 The check needs torch, Triton and transformers, pytest for the tests, and no network. Each part runs in a process of
-its own, and the record is written after each: a part that fails or takes too long does not lose the others, and a
-second call with the same file runs only what is missing. Without a GPU every part runs at tiny sizes on the CPU, which
-shows that the check works and no more.
+its own, which prints each row once it is measured, and the record is written after each part: a part that fails or
+takes too long keeps its rows and does not lose the others. A part gets its own seconds and those that earlier parts
+have left. A second call with the same file runs only what is not done, with all the time for that. Without a GPU every
+part runs at tiny sizes on the CPU, which shows that the check works and no more.
 """
 
 import json
@@ -24,7 +25,7 @@ TOTAL_SECONDS = 290
 
 
 def run_part(name: str, seconds: float) -> dict[str, Any]:
-    """Run a part in a process of its own; return its state, its seconds and its rows."""
+    """Run a part in a process of its own; return its state, its seconds and the rows that it has printed."""
     paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name]
@@ -34,14 +35,33 @@ def run_part(name: str, seconds: float) -> dict[str, Any]:
     )
     try:
         output, errors = process.communicate(timeout=seconds)
+        state = "done" if process.returncode == 0 else f"failed with status {process.returncode}"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with the processes that the part has started, which keep the GPU busy
-        process.communicate()
-        return {"state": f"stopped after {seconds:.0f} s", "seconds": time.monotonic() - begin}
-    part: dict[str, Any] = {"state": "done", "seconds": time.monotonic() - begin}
-    if process.returncode != 0:
-        return part | {"state": f"failed with status {process.returncode}", "error": errors[-3000:]}
-    return part | {"rows": json.loads(output.splitlines()[-1])}
+        output, errors = process.communicate()
+        state = f"stopped after {seconds:.0f} s"
+    rows, others = read_rows(output)
+    if state == "done" and not rows:
+        state = "failed, as it printed no row"
+    part: dict[str, Any] = {"state": state, "seconds": time.monotonic() - begin, "rows": rows}
+    if state != "done":
+        part |= {"state": f"{state}; rows until then: {len(rows)}", "error": (others + errors)[-3000:]}
+    return part
+
+
+def read_rows(output: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows that a part has printed, one JSON object a line, and all other lines."""
+    rows, others = [], []
+    for line in output.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            others.append(line + "\n")
+    return rows, "".join(others)
 
 
 def main(arguments: list[str]) -> int:
@@ -53,8 +73,11 @@ def main(arguments: list[str]) -> int:
 
     sizes = FULL if torch.cuda.is_available() else TINY
     if arguments[:1] == ["--part"]:
-        print(json.dumps(PARTS[arguments[1]][0](sizes), default=str))
-        return 0
+        failed = False
+        for row in PARTS[arguments[1]][0](sizes):
+            print(json.dumps(row, default=str), flush=True)
+            failed = failed or "error" in row
+        return int(failed)
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(f"usage: python -m benchmarks.gpu_check FILE.json\n\n{__doc__}", file=sys.stderr)
         return 2
@@ -64,15 +87,14 @@ def main(arguments: list[str]) -> int:
         print(f"{file} is of a check on {record['device']}, and this one is on {sizes.device}; give another file.")
         return 2
     begin = time.monotonic()
-    for name, (_, seconds) in PARTS.items():
-        if record["parts"].get(name, {}).get("state") == "done":
-            continue
-        left = TOTAL_SECONDS - (time.monotonic() - begin)
-        if left < 10:
-            record["parts"][name] = {"state": "not run, as the time was up; run the check again", "seconds": 0.0}
-        else:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            record["parts"][name] = run_part(name, min(seconds, left))
+    todo = [name for name in PARTS if record["parts"].get(name, {}).get("state") != "done"]
+    for number, name in enumerate(todo, start=1):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        later = sum(PARTS[other][1] for other in todo[number:])
+        part = run_part(name, TOTAL_SECONDS - later - (time.monotonic() - begin))
+        earlier = record["parts"].get(name, {"rows": []})
+        if part["state"] == "done" or len(part["rows"]) >= len(earlier["rows"]):
+            record["parts"][name] = part
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(record, indent=2))
     table = show(record)

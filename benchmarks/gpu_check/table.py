@@ -1,5 +1,6 @@
 """The tables of a check, beside what an H200 said of an earlier state of the kernels (docs/gpu.md)."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ def show(record: Mapping[str, Any]) -> str:
     parts = record["parts"]
     lines = ["| part | state | seconds |", "|---|---|---:|"]
     lines += [f"| {name} | {part['state']} | {part['seconds']:.0f} |" for name, part in parts.items()]
-    rows = {name: part.get("rows", []) for name, part in parts.items()}
+    rows = {name: [row for row in part["rows"] if "error" not in row] for name, part in parts.items()}
     lines += [
         "",
         "One layer's step, microseconds (the H200's earlier figure in brackets)",
@@ -28,21 +29,31 @@ def show(record: Mapping[str, Any]) -> str:
     ]
     lines += ["", "Kernels of the low-bit step, microseconds", *_kernels(rows.get("kernels", []))]
     lines += ["", "The low-bit step by how its kernels are launched, microseconds", *_kernels(rows.get("launches", []))]
-    for name in ("models", "capacity", "prefills"):
+    for name in ("models", "prefills"):
         lines += ["", name, *_times(rows.get(name, []))]
-    for row in rows.get("tests", []):
-        lines += ["", f"tests: {row.get('passed', 0)} passed, {row.get('failed', 0)} failed, "
-                  f"{row.get('skipped', 0)} skipped {' '.join(row['failures'])}"]  # fmt: skip
+    for name in ("tests", "sanitizer"):
+        outcomes = Counter(row["outcome"] for row in rows.get(name, []) if "outcome" in row)
+        lines += ["", f"{name}: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.items()) or 'none ran'}"]
+        lines += [f"- {row['test']} {row['outcome']}" for row in rows.get(name, [])
+                  if row.get("outcome") in ("failed", "error")]  # fmt: skip
+    for row in rows.get("machine", []):
+        lines += ["", *(f"- {name}: {value}" for name, value in row.items())]
+    errors = [(name, row) for name, part in parts.items() for row in part["rows"] if "error" in row]
+    lines += ["", *(f"{name}: {row}" for name, row in errors)]
     return "\n".join(lines) + "\n"
 
 
 def _steps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     found: dict[tuple[int, int, int], dict[str, float]] = {}
+    backends: dict[str, str] = {}
     for row in rows:
         case = (row["seq_len"], row["case_budget"], row["batch"])
+        backend = f" by {row['backend']}" if row.get("backend") else ""
+        backends[row["name"]] = row["name"] + backend
         found.setdefault(case, {})[row["name"]] = 1000 * row["median_ms"]
     names = list(dict.fromkeys([*NAMES, *(name for times in found.values() for name in times)]))
-    lines = [f"| S, t, batch | {' | '.join(names)} | prototype |", "|---|" + "---:|" * (len(names) + 1)]
+    titles = [backends.get(name, name) for name in names]
+    lines = [f"| S, t, batch | {' | '.join(titles)} | prototype |", "|---|" + "---:|" * (len(names) + 1)]
     for case, times in found.items():
         earlier = dict(zip((*NAMES, "prototype"), H200.get(case, ()), strict=False))
         cells = [f"{times[name]:.1f}" if name in times else "-" for name in names]
@@ -54,17 +65,18 @@ def _steps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _kernels(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    lines = ["| S, t, batch | kernel | microseconds |", "|---|---|---:|"]
+    lines = ["| S, t, batch | backend | kernel | microseconds |", "|---|---|---|---:|"]
     for row in rows:
         case = f"{row['seq_len']:,}, {row['token_budget']}, {row['batch']}"
-        lines.append(f"| {case} | {row['kernel'][:60]} | {row['us']:.1f} |")
+        lines.append(f"| {case} | {row['backend']} | {row['kernel'][:60]} | {row['us']:.1f} |")
     return lines
 
 
 def _times(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    lines = ["| what | S | t | batch | ms | tokens/s |", "|---|---:|---:|---:|---:|---:|"]
+    lines = ["| what | S | t | batch | backend | ms | tokens/s |", "|---|---:|---:|---:|---|---:|---:|"]
     for row in rows:
         speed = row.get("tokens_per_second")
-        cells = [row["name"], f"{row['seq_len']:,}", row["token_budget"] or "", row["batch"], f"{row['median_ms']:.3f}"]
+        case = [row["name"], f"{row['seq_len']:,}", row["token_budget"] or "", row["batch"]]
+        cells = [*case, row.get("backend") or "", f"{row['median_ms']:.3f}"]
         lines.append(f"| {' | '.join(map(str, cells))} | {'' if speed is None else f'{speed:,.0f}'} |")
     return lines

@@ -60,6 +60,8 @@ def measure_attention(
     rows = []
     for i, path in enumerate(paths):
         details: dict[str, object] = {"layers": path.num_layers}
+        if path.caches:
+            details["backend"] = path.caches[0].backend
         rows.append(Row(path.name, times[i], path.read_bytes(), point.seq_len, path.token_budget, point.batch, details))
     return rows, 1000 * read.num_bytes / median(times[len(paths)])
 

@@ -39,7 +39,7 @@ class Plan:
 
 def measure_capacity(
     model: PreTrainedModel, point: Point, memory_bytes: int | None, most_rows: int, on_round: OnRound | None = None
-) -> list[Row]:
+) -> Iterator[Row]:
     """Find the largest batch of `point.seq_len` tokens that fits beside the weights, and time a compiled decode step.
 
     Args:
@@ -49,7 +49,7 @@ def measure_capacity(
         most_rows: the largest batch to try.
         on_round: see `run_rounds`.
 
-    Returns:
+    Yields:
         A row `dense` and a row `rocketkv` for each budget, each with its own batch; `bytes` are those of the caches.
 
     Raises:
@@ -58,7 +58,8 @@ def measure_capacity(
     sizes = sizes_of(model)
     rocketkv.compile(model)
     try:
-        return [_measure(model, plan, point, on_round) for plan in _plans(model, sizes, point, memory_bytes, most_rows)]
+        for plan in _plans(model, sizes, point, memory_bytes, most_rows):
+            yield _measure(model, plan, point, on_round)
     finally:
         disable(model)
 
@@ -98,6 +99,7 @@ def _measure(model: PreTrainedModel, plan: Plan, point: Point, on_round: OnRound
         try:
             step, cache = _step(model, plan.config, batch, point.seq_len)
             (times_ms,) = run_rounds({plan.name: step}, point.pace, on_round).values()
+            backend = cache.compressed_layers[0].cache.backend
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise InputError(f"not even one row of {point.seq_len} tokens fits; lower --seq-len.") from None
@@ -106,6 +108,7 @@ def _measure(model: PreTrainedModel, plan: Plan, point: Point, on_round: OnRound
             continue
         row = Row(plan.name, times_ms, cache_stats(cache).total.kv_bytes, point.seq_len, plan.token_budget, batch)
         row.details["tokens_per_second"] = 1000 * batch / row.median_ms
+        row.details["backend"] = backend
         return row
 
 

@@ -22,7 +22,7 @@ from rocketkv.ops import NO_TERMS, LogitTerms
 from rocketkv.stats import LayerStats
 
 Prepare = Callable[[PreTrainedModel], PreTrainedModel]  # `disable` undoes it
-
+NAMES = ("rest", "rocketkv", "dense", "full", "static")  # the contenders; `static` takes part on a GPU only
 
 PATHS: dict[str, Prepare] = {"eager": enable, "fast": rocketkv.compile}  # the ways to run a model
 
@@ -32,7 +32,7 @@ class Contender:
     """A cache to decode with.
 
     Attributes:
-        name: the row's name, `rocketkv`, `dense`, `full` or `rest`.
+        name: the row's name, one of `NAMES`.
         token_budget: the budget in tokens; None for a cache without one.
         needed_bytes: about how many bytes of memory the cache needs.
         build: a function that makes the cache and fills it.
@@ -80,9 +80,16 @@ class NoAttention(LayerCache):
 
 
 def measure_decode(
-    model: PreTrainedModel, point: Point, paths: Sequence[str], on_round: OnRound | None = None
+    model: PreTrainedModel,
+    point: Point,
+    paths: Sequence[str],
+    on_round: OnRound | None = None,
+    *,
+    names: Sequence[str] = NAMES,
 ) -> tuple[list[Row], list[dict[str, object]], float]:
-    """Measure one point on these `paths` of `PATHS`.
+    """Measure one point on these `paths` of `PATHS`, with those contenders that `names` has.
+
+    After one path the model stays as the path needs it, so that the next point compiles nothing anew.
 
     Returns:
         Rows `rocketkv`, `dense`, `full`, on a GPU `static`, `rest` and `sparse_attention` per path; `bytes` are those
@@ -93,7 +100,7 @@ def measure_decode(
         InputError: the point does not fit in memory.
     """
     setting = Setting(model, sizes_of(model), point)
-    contenders = _contenders(setting)
+    contenders = [contender for contender in _contenders(setting) if contender.name in names]
     largest = max(contender.needed_bytes for contender in contenders)
     together = sum(contender.needed_bytes for contender in contenders)
     available = available_bytes(setting.device)
@@ -109,7 +116,8 @@ def measure_decode(
         try:
             measured = [row for group in groups for row in _measure_group(setting, group, on_round)]
         finally:
-            disable(model)
+            if len(paths) > 1:
+                disable(model)
         for row in measured:
             row.details.update(path=name, interleaved=is_interleaved)
         rows += measured
@@ -167,6 +175,8 @@ def _measure_group(setting: Setting, contenders: Sequence[Contender], on_round: 
         num_bytes = kv_read_bytes + (0 if name == "sparse_attention" else setting.sizes.weight_bytes)
         row = Row(name, times_ms, num_bytes, setting.point.seq_len, contenders[i].token_budget, setting.point.batch)
         row.details.update(kv_read_bytes=kv_read_bytes, kv_bytes=0 if name == "rest" else stats.kv_bytes)
+        if name in ("rocketkv", "sparse_attention", "dense"):
+            row.details["backend"] = caches[i].compressed_layers[0].cache.backend
         if name not in ("rest", "sparse_attention"):
             row.details["tokens_per_second"] = 1000 * setting.point.batch / row.median_ms
         rows.append(row)
@@ -235,7 +245,7 @@ def _compare(path: str, rows: Sequence[Row]) -> list[dict[str, object]]:
         if row.name != "rocketkv":
             continue
         best_ms = medians["rest", None] + medians["sparse_attention", row.token_budget]
-        for baseline in ("dense", "full"):
+        for baseline in [name for name in ("dense", "full") if (name, None) in medians]:
             amdahl = medians[baseline, None] / best_ms
             achieved = medians[baseline, None] / row.median_ms
             comparisons.append(
