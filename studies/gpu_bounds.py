@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from rocketkv.backends.triton.sizes import LEAST_DOT, LEAST_WINDOW_PART, PART, PROGRAMS_PER_CORE, TILE, WAYS_BITS
+from rocketkv.backends.triton.sizes import (
+    DIGIT,
+    LEAST_DOT,
+    LEAST_PARTS,
+    LEAST_WINDOW_PART,
+    PART,
+    PROGRAMS_PER_CORE,
+    SCORING_PROGRAMS_PER_CORE,
+    TILE,
+)
 from rocketkv.bench.geometries import GEOMETRIES
 from rocketkv.config import RocketKVConfig
 from rocketkv.eval.report.markdown import table
@@ -22,6 +31,9 @@ MODEL = GEOMETRIES["llama-3.1-8b"]
 ELEMENT = 2  # bytes
 LENGTHS, BUDGETS, BATCHES = (16384, 32768, 65536, 131072), (256, 512), (1, 8, 32)
 SELECTIONS = ("lowbit", "hybrid")
+# The operations of `tl.histogram` per number, from how Triton compiles it for warps of 32 lanes: a test and a ballot of
+# each bit, the choice of the lane's bins by five of the bits, and a mask, a population count and a sum for each bin.
+HISTOGRAM = 3 * DIGIT + 2 * 5 + 5 * 2**DIGIT // 32
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,10 @@ def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: 
     held, size, num_channels, top_k = budget
     units = -(-held // size)
     part = GROUP if selection == "lowbit" else PART
-    parts = -(-units // part)
+    parts, heads = -(-units // part), batch * MODEL.num_kv_heads
+    parts_per_program = max(LEAST_PARTS, heads * parts // (SCORING_PROGRAMS_PER_CORE * cores))
+    programs = -(-parts // parts_per_program)
+    parts_of_one = min(parts, parts_per_program)
     sizes = (torch.tensor([[number]]) for number in (held, size, num_channels))
     index = int(config.selection_method().scored_bytes(*sizes, dim, ELEMENT))
     query = group * dim * ELEMENT
@@ -88,24 +103,25 @@ def kernels(selection: str, seq_len: int, token_budget: int, batch: int, cores: 
     appended = (2 + 2 + (selection == "lowbit")) * dim * ELEMENT
     choice = dim * dim + 4 * group * dim  # channels, each of which is compared with each other
     unpacked = 3 * part * num_channels if selection == "lowbit" else 0
+    # A program reads the query for the choice of channels and for its products, with low-bit keys part by part.
+    query_reads = programs + (parts if selection == "lowbit" else programs)
     yield Work(
         "append_and_score",
         index + query + appended,
-        logits + partials + 2 * (parts - 1) * query,
-        parts,
-        choice + unpacked + 8 * part * group,
-        2 * LEAST_DOT * part * dim,
+        logits + partials + (query_reads - 1) * query,
+        programs,
+        choice + parts_of_one * (unpacked + 8 * part * group),
+        parts_of_one * 2 * LEAST_DOT * part * dim,
     )
-    passes, ways = 32 // WAYS_BITS, 2**WAYS_BITS
+    walks = 32 // DIGIT  # the first of them writes the scores, the others read them, and so does the walk that chooses
     yield Work(
         "choose",
         0,
-        logits + partials + 4 * units * (1 + passes + 2) + 4 * top_k,
+        logits + partials + 4 * units * (walks + 1) + 4 * top_k,
         1,
-        8 * group * units + passes * 2 * ways * units + 8 * held,
+        8 * group * units + walks * (8 + HISTOGRAM) * units + 12 * held,
         0,
     )
-    heads = batch * MODEL.num_kv_heads
     pieces = min(-(-top_k // TILE), max(1, PROGRAMS_PER_CORE * cores // heads))
     tokens = -(-top_k // pieces)
     yield Work(

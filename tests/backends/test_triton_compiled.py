@@ -40,6 +40,7 @@ TARGETS = {  # and the shared memory of a program there, in KiB
 }
 
 
+MANY = 160  # rows with work for so many programs that one with low-bit keys has one warp
 BOTH_TERMS = LogitTerms(torch.zeros(8), 50.0)
 KERNELS = (  # of a prefill
     "build_lowbit",
@@ -67,18 +68,18 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 
 # Every target has the default; AMD's has all the rest, and each of the rest one of NVIDIA's.
 CASES: list[tuple[Any, ...]] = [
-    ("lowbit", torch.bfloat16, 128, False, False, NO_TERMS, ("sm_80", "sm_90", "sm_100")),
-    *((scoring, torch.bfloat16, 128, False, False, NO_TERMS, ("sm_90",)) for scoring in triton.SCORINGS[:-1]),
-    ("pages", torch.float32, 256, True, False, NO_TERMS, ("sm_100",)),  # the widest
-    ("lowbit", torch.float32, 256, True, False, NO_TERMS, ("sm_80",)),
-    ("lowbit", torch.bfloat16, 128, False, True, NO_TERMS, ("sm_80",)),
-    ("lowbit", torch.bfloat16, 256, True, True, NO_TERMS, ("sm_90",)),
-    ("lowbit", torch.bfloat16, 128, False, False, BOTH_TERMS, ("sm_100",)),
+    ("lowbit", torch.bfloat16, 128, False, False, NO_TERMS, 1, ("sm_80", "sm_90", "sm_100")),
+    *((scoring, torch.bfloat16, 128, False, False, NO_TERMS, 1, ("sm_90",)) for scoring in triton.SCORINGS[:-1]),
+    ("pages", torch.float32, 256, True, False, NO_TERMS, 1, ("sm_100",)),  # the widest
+    ("lowbit", torch.float32, 256, True, False, NO_TERMS, 1, ("sm_80",)),
+    ("lowbit", torch.bfloat16, 128, False, True, NO_TERMS, MANY, ("sm_80",)),
+    ("lowbit", torch.bfloat16, 256, True, True, NO_TERMS, 1, ("sm_90",)),
+    ("lowbit", torch.bfloat16, 128, False, False, BOTH_TERMS, 1, ("sm_100",)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("scoring", "dtype", "head_dim", "archived", "int8", "terms", "target"),
+    ("scoring", "dtype", "head_dim", "archived", "int8", "terms", "rows", "target"),
     [(*case, target) for *case, targets in CASES for target in (*targets, "gfx942")],
 )
 def test_kernels_compile_fit_and_do_not_spill(
@@ -89,11 +90,13 @@ def test_kernels_compile_fit_and_do_not_spill(
     archived: bool,
     int8: bool,
     terms: LogitTerms,
+    rows: int,
     target: str,
 ) -> None:
     options = {"group": 4, "head_dim": head_dim, "dtype": dtype, "archived": archived, "int8": int8, "terms": terms}
-    small = make_layer(seeded, scoring, [[8, 8]], **options)
+    small = make_layer(seeded, scoring, [[8, 8]] * rows, **options)
     step = triton.bind(replace(small, top_k=torch.tensor([256])))
+    assert step.launches[0].options["num_warps"] == (1 if rows == MANY else 4)
     x = torch.empty(0, dtype=dtype)
     token = {"query": x, "key": x, "value": x, "output": x, "report": None}
     for launch in step.launches:

@@ -16,11 +16,11 @@ def choose(
     lengths, page_size, top_k, dense_lengths, sinks, recents, sink_logits, logits, partials, scores, chosen, bounds,
     ranges, open_keys, spread, num_blocks, num_units, num_parts, most_chosen, HKV: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, NUM_ROWS: tl.constexpr, D_PAD: tl.constexpr, G_POW: tl.constexpr, PART: tl.constexpr,
-    BLOCK: tl.constexpr, WAYS_BITS: tl.constexpr
+    BLOCK: tl.constexpr, DIGIT: tl.constexpr
 ):  # fmt: skip
     """Update a head's spread, if there is one, with the new token; then choose the head's tokens. Grid: heads.
 
-    The kernel reads the logits once and the scores at most `32 / WAYS_BITS + 2` times, mostly from the cache.
+    The kernel reads the logits once and the scores at most `32 / DIGIT` times, mostly from the cache.
     """
     head = tl.program_id(0).to(tl.int64)
     row = head // HKV
@@ -31,15 +31,19 @@ def choose(
     if length <= tl.load(dense_lengths + row):
         return
     units = (length + size - 1) // size
-    if sink_logits is not None:
-        sink_logits += head % HKV * G
-    _store_scores(scores, logits, partials, sink_logits, head, units, num_units, num_parts, G, G_POW, PART, BLOCK)
-    tl.debug_barrier()
     first = tl.minimum(tl.load(sinks + row).to(tl.int32), length)
     end = length - tl.minimum(tl.load(recents + row).to(tl.int32), length - first)
-    wanted = tl.load(top_k + row).to(tl.int32) - first - (length - end)
-    cut = _find_cut(scores, head, units, num_units, size, first, end, wanted, BLOCK, WAYS_BITS)
-    _store_chosen(chosen, scores, head, length, units, num_units, most_chosen, size, first, end, wanted, cut, BLOCK)
+    wanted = tl.load(top_k + row).to(tl.int32) - first - (length - end)  # tokens to choose by their scores
+    if sink_logits is not None:
+        sink_logits += head % HKV * G
+    partials += head * num_parts * (2 * G)
+    logits += head * G * num_units
+    scores += head * num_units
+    best, total = _merge_partials(partials, sink_logits, units, G, G_POW, PART)
+    counts = _store_scores(scores, logits, best, total, units, num_units, size, first, end, G, G_POW, BLOCK, DIGIT)
+    tl.debug_barrier()
+    bound, shift, wanted = _find_cut(scores, counts, units, size, first, end, wanted, BLOCK, DIGIT)
+    _store_chosen(chosen + head * most_chosen, scores, length, size, first, end, bound, shift, wanted, BLOCK)
 
 
 @triton.jit
@@ -64,84 +68,139 @@ def _extend_spread(
 
 
 @triton.jit
-def _store_scores(
-    scores, logits, partials, sink_logits, head, units, num_units, num_parts, G: tl.constexpr, G_POW: tl.constexpr,
-    PART: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Store the scores of a head's units: the softmax over all tokens and the sink, as a mean over the group."""
+def _merge_partials(partials, sink_logits, units, G: tl.constexpr, G_POW: tl.constexpr, PART: tl.constexpr):
+    """Return each query head's largest logit, `[G_POW]`, and its sum of exponentials relative to that logit."""
     group = tl.arange(0, G_POW)
     best = tl.full([G_POW], -float("inf"), tl.float32)
     total = tl.zeros([G_POW], tl.float32)
     if sink_logits is not None:
         best, total = tl.load(sink_logits + group, mask=group < G, other=0.0), total + 1.0
     parts = (units + PART - 1) // PART
-    part_lane = tl.arange(0, PART)
     for start in range(0, parts, PART):
-        is_part = (group[:, None] < G) & (start + part_lane < parts)[None, :]
-        at = partials + (head * num_parts + start + part_lane[None, :]) * (2 * G) + group[:, None]
+        part = start + tl.arange(0, PART)
+        is_part = (group[:, None] < G) & (part < parts)[None, :]
+        at = partials + part[None, :] * (2 * G) + group[:, None]
         part_best = tl.load(at, mask=is_part, other=-float("inf"))
         part_total = tl.load(at + G, mask=is_part, other=0.0)
         higher = tl.maximum(best, tl.max(part_best, 1))
         total = total * tl.exp(best - higher) + tl.sum(part_total * tl.exp(part_best - higher[:, None]), 1)
         best = higher
+    return best, total
+
+
+@triton.jit
+def _store_scores(
+    scores, logits, best, total, units, num_units, size, first, end, G: tl.constexpr, G_POW: tl.constexpr,
+    BLOCK: tl.constexpr, DIGIT: tl.constexpr
+):  # fmt: skip
+    """Store the scores of a head's units: the softmax over all tokens and the sink, as a mean over the group.
+
+    Returns what `_count_digits` counts by the highest digit.
+    """
+    group = tl.arange(0, G_POW)
+    counts = tl.zeros([2**DIGIT], tl.int32)
     for start in range(0, units, BLOCK):
         unit = start + tl.arange(0, BLOCK)
         mask = (group[:, None] < G) & (unit < units)[None, :]
-        logit = tl.load(logits + (head * G + group[:, None]) * num_units + unit[None, :], mask=mask, other=0.0)
+        logit = tl.load(logits + group[:, None] * num_units + unit[None, :], mask=mask, other=0.0)
         shares = tl.where(mask, tl.exp(logit - best[:, None]) / (total * G)[:, None], 0.0)
-        tl.store(scores + head * num_units + unit, tl.sum(shares, 0), mask=unit < units)
+        score = tl.sum(shares, 0)
+        tl.store(scores + unit, score, mask=unit < units)
+        counts += _count_digits(ordered(score), 0, 32 - DIGIT, unit, size, first, end, DIGIT)
+    return counts
 
 
 @triton.jit
-def _find_cut(scores, head, units, num_units, size, first, end, wanted, BLOCK: tl.constexpr, WAYS_BITS: tl.constexpr):
-    """Return the cut: the largest number, as `ordered`, such that at least `wanted` open tokens are not below it.
+def _find_cut(scores, counts, units, size, first, end, wanted, BLOCK: tl.constexpr, DIGIT: tl.constexpr):
+    """Find the cut, the score of the last token wanted as `ordered`, one digit of `DIGIT` bits a walk over the scores.
 
-    Open tokens have ranks from `first` to before `end` and are chosen by their scores alone. The search finds
-    `WAYS_BITS` bits of the cut at a time, and ends early once exactly `wanted` tokens are not below the number so far.
+    Open tokens have ranks from `first` to before `end` and are chosen by their scores alone. `counts` has those of
+    wholly open units by their highest digit. The search ends early once all open tokens that share the digits found so
+    far are wanted.
+
+    Returns:
+        The digits of the cut that were found, the number of bits below them, and how many of the open tokens that share
+        these digits are wanted.
     """
+    edge, edge_tokens = _edges(size, first, end)
+    edge_order = ordered(tl.load(scores + edge, mask=edge < units, other=0.0))
     cut = tl.full([], 0, tl.uint32)
-    from_cut = tl.full([], -1, tl.int32)  # the number of open tokens with a score not below the cut
-    way = tl.arange(0, 2**WAYS_BITS)
-    shift = 32 - WAYS_BITS
-    while (shift >= 0) & (from_cut != wanted):
-        cuts = cut | (way.to(tl.uint32) << shift)
-        counts = tl.zeros([2**WAYS_BITS], tl.int32)
+    shift = 32 - DIGIT
+    counts += _count_edges(edge_order, edge_tokens, cut, shift, DIGIT)
+    digit, wanted, sharing = _find_digit(counts, wanted, DIGIT)
+    cut |= digit << shift
+    while (shift > 0) & (sharing != wanted):
+        shift -= DIGIT
+        counts = _count_edges(edge_order, edge_tokens, cut, shift, DIGIT)
         for start in range(0, units, BLOCK):
             unit = start + tl.arange(0, BLOCK)
-            order = ordered(tl.load(scores + head * num_units + unit, mask=unit < units, other=0.0))
-            tokens = _count_open(unit, size, first, end)
-            counts += tl.sum(tl.where(order[:, None] >= cuts[None, :], tokens[:, None], 0), 0)
-        best_way = tl.sum((counts >= wanted).to(tl.int32)) - 1
-        cut += best_way.to(tl.uint32) << shift
-        from_cut = tl.sum(tl.where(way == best_way, counts, 0))
-        shift -= WAYS_BITS
-    return cut
+            order = ordered(tl.load(scores + unit, mask=unit < units, other=0.0))
+            counts += _count_digits(order, cut, shift, unit, size, first, end, DIGIT)
+        digit, wanted, sharing = _find_digit(counts, wanted, DIGIT)
+        cut |= digit << shift
+    return cut >> shift, shift, wanted
 
 
 @triton.jit
-def _store_chosen(
-    chosen, scores, head, length, units, num_units, most_chosen, size, first, end, wanted, cut, BLOCK: tl.constexpr
-):
-    """Store the ranks of the pinned tokens and of `wanted` open ones: those above the cut, then the earliest at it."""
-    above = tl.full([], 0, tl.int32)
-    for start in range(0, units, BLOCK):
-        unit = start + tl.arange(0, BLOCK)
-        order = ordered(tl.load(scores + head * num_units + unit, mask=unit < units, other=0.0))
-        above += tl.sum(tl.where(order > cut, _count_open(unit, size, first, end), 0))
+def _find_digit(counts, wanted, DIGIT: tl.constexpr):
+    """Return the digit of the last token wanted, how many tokens with it are wanted, and how many there are."""
+    digits = tl.arange(0, 2**DIGIT)
+    from_digit = tl.cumsum(counts, 0, reverse=True)
+    digit = tl.sum((from_digit >= wanted).to(tl.int32)) - 1
+    sharing = tl.sum(tl.where(digits == digit, counts, 0))
+    above = tl.sum(tl.where(digits > digit, counts, 0))
+    return digit.to(tl.uint32), wanted - above, sharing
+
+
+@triton.jit
+def _count_digits(order, cut, shift, unit, size, first, end, DIGIT: tl.constexpr):
+    """Count the tokens of wholly open units by the digit of their score that begins at bit `shift`: `[2**DIGIT]` int32.
+
+    Only those count whose score has the bits of the cut above this digit.
+    """
+    is_counted = (_count_open(unit, size, first, end) == size) & ((order ^ cut) >> shift >> DIGIT == 0)
+    return tl.histogram((order >> shift & (2**DIGIT - 1)).to(tl.int32), 2**DIGIT, mask=is_counted) * size
+
+
+@triton.jit
+def _edges(size, first, end):
+    """Return the two units that may be open in part, `[2]`, and how many open tokens each has if it is."""
+    is_last = tl.arange(0, 2) > 0
+    edge = tl.where(is_last, end, first) // size
+    tokens = _count_open(edge, size, first, end)
+    is_partial = (tokens < size) & (is_last | (first // size < end // size))  # a unit counts once
+    return edge, tl.where(is_partial, tokens, 0)
+
+
+@triton.jit
+def _count_edges(order, tokens, cut, shift, DIGIT: tl.constexpr):
+    """Count the tokens of `_edges` by digit as `_count_digits` does."""
+    tokens = tl.where((order ^ cut) >> shift >> DIGIT == 0, tokens, 0)
+    has_digit = (order >> shift & (2**DIGIT - 1))[None, :] == tl.arange(0, 2**DIGIT)[:, None]
+    return tl.sum(tl.where(has_digit, tokens[None, :], 0), 1)
+
+
+@triton.jit
+def _store_chosen(chosen, scores, length, size, first, end, bound, shift, wanted, BLOCK: tl.constexpr):
+    """Store the ranks of the pinned tokens, of the open ones with a score above the bound, and of `wanted` at it.
+
+    Scores are compared without their last `shift` bits. Of the tokens at the bound the first ones are taken.
+    """
+    num_sure = tl.full([], 0, tl.int32)
     num_tied = tl.full([], 0, tl.int32)
-    num_taken = tl.full([], 0, tl.int32)
     for start in range(0, length, BLOCK):
         rank = start + tl.arange(0, BLOCK)
         is_token = rank < length
-        order = ordered(tl.load(scores + head * num_units + rank // size, mask=is_token, other=0.0))
-        is_pinned = (rank < first) | (rank >= end)
-        ties = (is_token & (order == cut) & ~is_pinned).to(tl.int32)
-        is_early = (ties > 0) & (num_tied + tl.cumsum(ties, 0) <= wanted - above)
-        takes = (is_token & (is_pinned | (order > cut) | is_early)).to(tl.int32)
-        at = num_taken + tl.cumsum(takes, 0) - 1
-        tl.store(chosen + head * most_chosen + at, rank, mask=takes > 0)
-        num_tied += tl.sum(ties)
-        num_taken += tl.sum(takes)
+        is_open = (rank >= first) & (rank < end)
+        score = ordered(tl.load(scores + rank // size, mask=is_token, other=0.0)) >> shift
+        is_sure = is_token & ((score > bound) | ~is_open)
+        is_tied = is_open & (score == bound)
+        sure_to_here = num_sure + tl.cumsum(is_sure.to(tl.int32), 0)
+        tied_to_here = num_tied + tl.cumsum(is_tied.to(tl.int32), 0)
+        takes = is_sure | (is_tied & (tied_to_here <= wanted))
+        tl.store(chosen + sure_to_here + tl.minimum(tied_to_here, wanted) - 1, rank, mask=takes)
+        num_sure += tl.sum(is_sure.to(tl.int32))
+        num_tied += tl.sum(is_tied.to(tl.int32))
 
 
 @triton.jit

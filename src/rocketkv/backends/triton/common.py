@@ -13,6 +13,7 @@ UNSPECIALIZED = (
     "num_blocks",
     "num_units",
     "num_parts",
+    "parts_per_program",
     "num_pieces",
     "most_chosen",
 )

@@ -8,6 +8,7 @@ The kernels take the dense tensors of `LayerTensors` and the scratch tensors bel
 launch. A unit is what has a score: a page, or a token where each token is scored.
 
 - `channel_sizes`, `[B, Hkv, D_PAD]` float32: the size of the queries along each channel, by which channels are chosen.
+- `channel_ranks`, `[B, Hkv, D_PAD]` int32: the number of channels that are chosen before each channel.
 - `logits`, `[B, Hkv, G, units]` float32.
 - `partials`, `[B, Hkv, parts, 2, G]` float32: a part's largest logit, and its tokens' sum of exponentials relative to
   that logit.
@@ -51,9 +52,17 @@ class TritonStep:
         rows = sizes.TILE_BYTES // (head_dim_padded * layer.dtype.itemsize)  # the rows of a tile
         arguments = _storage(layer) | _dimensions(layer, scoring, rows) | _index(layer)
         arguments |= _scratch(layer, arguments)
-        num_heads, num_parts, num_pieces = layer.lengths.numel(), arguments["num_parts"], arguments["num_pieces"]
+        num_heads, num_pieces, parts = layer.lengths.numel(), arguments["num_pieces"], arguments["parts_per_program"]
+        # Where every core has many programs, a program of low-bit keys needs one warp, which waits for no other. With
+        # more channels, a soft cap, or products in float32, one warp would spill registers to memory.
+        is_small = head_dim <= 128 and layer.terms.softcap is None
+        fits_in_warp = scoring == Scoring.LOWBIT and layer.dtype == torch.bfloat16 and is_small
         self._append_and_score = Launch(
-            append_and_score, (num_heads, max(1, num_parts)), arguments, device=device, num_warps=4
+            append_and_score,
+            (num_heads, max(1, -(-arguments["num_parts"] // parts))),
+            arguments,
+            device=device,
+            num_warps=1 if fits_in_warp and parts > sizes.LEAST_PARTS else 4,
         )
         self._choose = None
         if scoring != Scoring.DENSE:
@@ -128,11 +137,12 @@ def _dimensions(layer: LayerTensors, scoring: Scoring, rows: int) -> dict[str, A
     num_units = 0 if is_dense else capacity  # there are at most as many pages as tokens
     most_chosen = 0 if is_dense else min(int(layer.top_k.max()), capacity)
     most_dense = capacity if is_dense else min(int(layer.dense_lengths.max()), capacity)
-    programs = sizes.PROGRAMS_PER_CORE * num_cores(layer.keys.device)
+    num_parts, heads, cores = -(-num_units // part), batch * num_kv_heads, num_cores(layer.keys.device)
     return {
         "num_units": num_units,
-        "num_parts": -(-num_units // part),
-        "num_pieces": min(-(-max(most_dense, most_chosen) // tile), max(1, programs // (batch * num_kv_heads))),
+        "num_parts": num_parts,
+        "parts_per_program": max(sizes.LEAST_PARTS, heads * num_parts // (sizes.SCORING_PROGRAMS_PER_CORE * cores)),
+        "num_pieces": min(-(-max(most_dense, most_chosen) // tile), max(1, sizes.PROGRAMS_PER_CORE * cores // heads)),
         "most_chosen": most_chosen,
         "SCORING": str(scoring),
         "HKV": num_kv_heads,
@@ -145,7 +155,7 @@ def _dimensions(layer: LayerTensors, scoring: Scoring, rows: int) -> dict[str, A
         "TILE": tile,
         "WIDTH": min(head_dim_padded, sizes.TILE_BYTES // (2 * GROUP * layer.dtype.itemsize)),  # half a low-bit tile
         "BLOCK": sizes.BLOCK,
-        "WAYS_BITS": sizes.WAYS_BITS,
+        "DIGIT": sizes.DIGIT,
     }
 
 
@@ -158,6 +168,7 @@ def _scratch(layer: LayerTensors, dimensions: dict[str, Any]) -> dict[str, Tenso
 
     return {
         "channel_sizes": zeros(dimensions["D_PAD"]),
+        "channel_ranks": zeros(dimensions["D_PAD"], dtype=torch.int32),
         "logits": zeros(group, dimensions["num_units"]),
         "partials": zeros(dimensions["num_parts"], 2, group),
         "scores": zeros(dimensions["num_units"]),
