@@ -54,15 +54,18 @@ class TritonStep:
         arguments |= _scratch(layer, arguments)
         num_heads, num_pieces, parts = layer.lengths.numel(), arguments["num_pieces"], arguments["parts_per_program"]
         # Where every core has many programs, a program of low-bit keys needs one warp, which waits for no other. With
-        # more channels, a soft cap, or products in float32, one warp would spill registers to memory.
-        is_small = head_dim <= 128 and layer.terms.softcap is None
-        fits_in_warp = scoring == Scoring.LOWBIT and layer.dtype == torch.bfloat16 and is_small
+        # more channels, a soft cap, or products in float32, one warp would spill registers to memory, and with a soft
+        # cap four warps would, too.
+        fits_in_warp = scoring == Scoring.LOWBIT and layer.dtype == torch.bfloat16 and head_dim <= 128
+        num_warps = 1 if fits_in_warp and parts > sizes.LEAST_PARTS else 4
+        if layer.terms.softcap is not None:
+            num_warps = 8
         self._append_and_score = Launch(
             append_and_score,
             (num_heads, max(1, -(-arguments["num_parts"] // parts))),
             arguments,
             device=device,
-            num_warps=1 if fits_in_warp and parts > sizes.LEAST_PARTS else 4,
+            num_warps=num_warps,
         )
         self._choose = None
         if scoring != Scoring.DENSE:
