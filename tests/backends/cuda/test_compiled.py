@@ -1,6 +1,7 @@
 """The CUDA kernels compile for every architecture without a GPU, and need no more of a block than any GPU has."""
 
 import re
+import sys
 from contextlib import nullcontext
 from ctypes import c_void_p
 from io import StringIO
@@ -110,6 +111,19 @@ def test_the_driver_gets_the_grid_and_the_layer(monkeypatch: pytest.MonkeyPatch)
     assert [getattr(values[1].clusterDim, axis) for axis in "xyz"] == [1, 2, 1]
     with pytest.raises(RuntimeError, match=r"grid \(9, 2, 3\): CUDA_ERROR_INVALID_VALUE"):
         kernel(Layer(), Shape((9, 2, 3), 128, 64))
+
+
+def test_it_declines_an_older_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda-core before 1.0 keeps no kernels on disk."""
+    monkeypatch.delitem(sys.modules, "rocketkv.backends.cuda.gpu")
+    monkeypatch.delattr("cuda.core.utils.FileStreamProgramCache")
+    cuda._load.cache_clear()
+    try:
+        reason = cuda.decline(Spec("cuda", torch.float32, 64))
+    finally:
+        cuda._load.cache_clear()
+    assert reason is not None
+    assert re.search(r"cannot import name 'FileStreamProgramCache'.*; install rocketkv\[cuda\]", reason)
 
 
 def test_it_declines_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
