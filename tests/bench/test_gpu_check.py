@@ -122,7 +122,7 @@ def test_each_test_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it begins sooner without them
     file = tmp_path / "test_it.py"
     file.write_text("def test_one(): pass\ndef test_two(): assert False\n")
-    *rows, end = run_tests.run_tests([sys.executable], [str(file)])
+    *rows, end = run_tests.run_tests([sys.executable], ["--noconftest", str(file)])
     assert [(row["test"].partition("::")[2], row["outcome"]) for row in rows] == [
         ("test_one", "passed"),
         ("test_two", "failed"),
