@@ -190,7 +190,7 @@ smollm2-squad-turns: setup
 # fewer methods and samples, and so has RULER, because a base model does not end its answers: each takes 128 tokens.
 GEMMA_METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,$(OURS),rocketkv_paper
 GEMMA_LONG := full,exact_topk,snapkv,$(OURS),rocketkv_paper
-GEMMA_RULER := niah_single_1,niah_multikey_1
+GEMMA_RULER := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1
 GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --dtype bfloat16 --budgets 128,256,512 $(NEEDLES_IN) \
     --methods
 GEMMA_CORE := gemma-niah-long gemma-niah gemma-fidelity gemma-ruler gemma-fidelity-long
