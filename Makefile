@@ -190,7 +190,7 @@ smollm2-squad-turns: setup
 # fewer methods and samples, and so has RULER, because a base model does not end its answers: each takes 128 tokens.
 GEMMA_METHODS := full,exact_topk,snapkv,streaming_llm,quest,sparq,hybrid,$(OURS),rocketkv_paper
 GEMMA_LONG := full,exact_topk,snapkv,$(OURS),rocketkv_paper
-GEMMA_RULER := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1
+GEMMA_RULER := niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,qa_1  # those that the model can do
 GEMMA_RUN := $(BIN)/rocketkv eval run --model gemma3-270m --dtype bfloat16 --budgets 128,256,512 $(NEEDLES_IN) \
     --methods
 GEMMA_CORE := gemma-niah-long gemma-niah gemma-fidelity gemma-ruler gemma-fidelity-long
@@ -204,7 +204,8 @@ gemma-fidelity: setup $(NOVELS)
 gemma-fidelity-long: setup $(NOVELS)
 	$(GEMMA_RUN) $(GEMMA_LONG) --suite fidelity --lengths 16384 --samples 1 --data $(NOVELS) --out $(EVAL)/$@
 gemma-ruler: setup $(NOVELS)
-	$(GEMMA_RUN) $(GEMMA_LONG) --suite ruler --tasks $(GEMMA_RULER) --lengths 2048 --samples 10 --out $(EVAL)/$@
+	$(GEMMA_RUN) $(GEMMA_LONG) --suite ruler --tasks $(GEMMA_RULER) --lengths 2048 --samples 10 \
+	    --data $(DATA) --out $(EVAL)/$@
 
 RUNS := $(GEMMA_CORE) $(SMOLLM2_CORE) smollm2-ruler smollm2-squad-turns smollm2-qa
 .PHONY: $(RUNS)
