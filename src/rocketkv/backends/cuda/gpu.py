@@ -97,12 +97,18 @@ def _config(shape: Shape) -> driver.CUlaunchConfig:
     config.gridDimX, config.gridDimY, config.gridDimZ = shape.grid
     config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
     config.sharedMemBytes = shape.shared_bytes
-    overlap, cluster = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
-    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    overlap.value.programmaticStreamSerializationAllowed = int(shape.overlaps)
-    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    dimension = cluster.value.clusterDim
-    dimension.x, dimension.y, dimension.z = 1, shape.cluster, 1
-    config.attrs = shape.overlaps * [overlap] + (shape.cluster > 1) * [cluster]
+    config.attrs = _attributes(shape.overlaps, shape.cluster)
     config.numAttrs = len(config.attrs)
     return config
+
+
+@cache
+def _attributes(overlaps: bool, cluster: int) -> list[driver.CUlaunchAttribute]:
+    """Return the attributes of such launches; making them takes the host some microseconds."""
+    overlap, clusters = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    clusters.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    dimension = clusters.value.clusterDim
+    dimension.x, dimension.y, dimension.z = 1, cluster, 1
+    return overlaps * [overlap] + (cluster > 1) * [clusters]
