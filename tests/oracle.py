@@ -56,11 +56,10 @@ def window_scores(
     return scores
 
 
-def pooled(scores: np.ndarray, window: int, kernel: int) -> np.ndarray:
-    """Max-pool the scores before the window: [Hkv, S] -> [Hkv, S - window]."""
-    before = scores[:, : scores.shape[1] - window]
-    half = kernel // 2
-    return np.array([[row[max(0, i - half) : i + half + 1].max() for i in range(len(row))] for row in before])
+def pooled(scores: np.ndarray, window: int, before: int, after: int) -> np.ndarray:
+    """Give each score to so many tokens before and after its own, without the window: [Hkv, S] -> [Hkv, S - window]."""
+    rows = scores[:, : scores.shape[1] - window]
+    return np.array([[row[max(0, i - after) : i + before + 1].max() for i in range(len(row))] for row in rows])
 
 
 def spread(keys: np.ndarray, run: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""SnapKV with a vote of our own: a token stays if any query of the window attends to it strongly in any head."""
+"""SnapKV with a vote of our own: a token and what follows it stay if any query attends to it strongly in any head."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,10 +8,17 @@ from rocketkv.eviction.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class Peak(SnapKV):
-    """Score a token by the largest attention that one query gives it; all else is as in SnapKV.
+    """Score a token by the largest attention that one query gives it; pool the scores further forward than back.
 
     In a sum over the window and the heads of a group, tokens to which every query attends a little outvote a token to
-    which one query alone attends, such as one of several values that a question asks for (docs/lowbit.md).
+    which one query alone attends, such as one of several values that a question asks for. A question looks most at the
+    words that it repeats, and the answer follows them; a pool as wide to both sides keeps as much of what stands before
+    and cuts long answers off (docs/lowbit.md).
     """
 
     by_peak: ClassVar[bool] = True
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Few tokens before a token, many after it: what a question looks for stands after what it looks at."""
+        return self.kernel_size // 4, self.kernel_size - 1

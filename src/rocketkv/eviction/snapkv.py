@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d
+from torch.nn.functional import max_pool1d, pad
 
 from rocketkv.backends import score_window
 from rocketkv.ops import NO_TERMS, LogitTerms, topk_mask
@@ -35,6 +35,11 @@ class SnapKV:
         """Return the policy with the options of this configuration."""
         return cls(config.window_size, config.kernel_size)
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many tokens before and after a token the max-pooling gives that token's score."""
+        return self.kernel_size // 2, self.kernel_size // 2
+
     def keep(
         self,
         query: Tensor,
@@ -55,7 +60,8 @@ class SnapKV:
         before = (lengths - window[:, None]).clamp(min=0)  # [B, Hkv], the number of tokens before the window
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)
-        scores = max_pool1d(scores, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        before_it, after_it = self.reach
+        scores = max_pool1d(pad(scores, (after_it, before_it)), after_it + 1 + before_it, stride=1)
         stays = window.minimum(num_tokens)  # if the row may keep fewer tokens than the window, the window's end stays
         in_window = (slots >= (lengths - stays[:, None])[..., None]) & (slots < lengths[..., None])
         return topk_mask(scores, candidates=before, num_tokens=num_tokens - stays) | in_window
