@@ -7,6 +7,7 @@ import torch
 import oracle
 from inputs import SIZES, arrays, make_inputs, poisoned
 from rocketkv import ops
+from rocketkv.eviction import Peak, SnapKV
 from rocketkv.ops.scores import _cut, _cut_on_cpu
 
 
@@ -114,3 +115,17 @@ def test_best_tokens_pin_and_break_ties_by_position() -> None:
     assert chosen(3, sinks=1) == [0, 1, 2]
     assert chosen(3, sinks=1, recents=2) == [0, 4, 5]
     assert chosen(9, length=3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("policy", "kept"), [(Peak, range(85, 163)), (SnapKV, range(69, 132))], ids=["peak", "snapkv"])
+def test_stage_1_keeps_what_surrounds_a_token_that_a_query_looks_at(policy: type[SnapKV], kept: range) -> None:
+    keys = torch.zeros(1, 1, 400, 8)
+    keys[0, 0, 100] = 9.0
+    counts = {
+        "lengths": torch.tensor([[400]]),
+        "num_queries": torch.tensor([4]),
+        "num_tokens": torch.tensor([4 + len(kept)]),
+    }
+    stays = policy(4, 63).keep(torch.ones(1, 2, 4, 8), keys, **counts, scale=1.0)
+    assert stays is not None
+    assert stays[0, 0].nonzero().flatten().tolist() == [*kept, *range(396, 400)]

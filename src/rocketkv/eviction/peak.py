@@ -12,13 +12,13 @@ class Peak(SnapKV):
 
     In a sum over the window and the heads of a group, tokens to which every query attends a little outvote a token to
     which one query alone attends, such as one of several values that a question asks for. A question looks most at the
-    words that it repeats, and the answer follows them; a pool as wide to both sides keeps as much of what stands before
-    and cuts long answers off (docs/lowbit.md).
+    words that it repeats, and the answer follows them; a pool that reaches as far back as forward cuts long answers off
+    (docs/lowbit.md).
     """
 
     by_peak: ClassVar[bool] = True
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Few tokens before a token, many after it: what a question looks for stands after what it looks at."""
+        """The number of tokens before a token, and after it, that the max-pooling gives that token's score."""
         return self.kernel_size // 4, self.kernel_size - 1
