@@ -42,8 +42,8 @@ class RocketKVConfig:
             that all queries of the window together attend to.
         selection: stage 2, a name of `SELECTION_METHODS` or an object with the methods of `SelectionMethod`.
         window_size: the number of last prompt tokens that vote in stage 1 and always stay, >= 1.
-        kernel_size: how far, in tokens, stage 1's max-pooling over the sequence reaches, odd, >= 1. `snapkv` pools over
-            so many tokens; `peak` gives a token's score to `kernel_size // 4` tokens before it and `kernel_size - 1`
+        kernel_size: the width, in tokens, of stage 1's max-pooling over the sequence, odd, >= 1. `snapkv` gives a
+            token's score to as many tokens before it as after it, `peak` to `kernel_size // 4` before it and the rest
             after it.
         sink_tokens: the number of first kept tokens that every step attends to, >= 0, counted inside `top_k`.
         recent_tokens: the number of last tokens that every step attends to, >= 0, counted inside `top_k`; None means

@@ -21,4 +21,4 @@ class Peak(SnapKV):
     @property
     def reach(self) -> tuple[int, int]:
         """The number of tokens before a token, and after it, that the max-pooling gives that token's score."""
-        return self.kernel_size // 4, self.kernel_size - 1
+        return self.kernel_size // 4, self.kernel_size - 1 - self.kernel_size // 4

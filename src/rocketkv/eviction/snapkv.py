@@ -22,7 +22,7 @@ class SnapKV:
 
     Attributes:
         window_size: the number of last prompt tokens that vote and always stay, >= 1.
-        kernel_size: how far, in tokens, the max-pooling over the sequence reaches, odd, >= 1; see `reach`.
+        kernel_size: the width, in tokens, of the max-pooling over the sequence, odd, >= 1.
         by_peak: True scores a token by its largest attention weight, False by the sum of the weights of all queries.
     """
 
@@ -61,7 +61,7 @@ class SnapKV:
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)
         back, forward = self.reach
-        scores = max_pool1d(pad(scores, (forward, back)), forward + 1 + back, stride=1)
+        scores = max_pool1d(pad(scores, (forward, back)), self.kernel_size, stride=1)
         stays = window.minimum(num_tokens)  # if the row may keep fewer tokens than the window, the window's end stays
         in_window = (slots >= (lengths - stays[:, None])[..., None]) & (slots < lengths[..., None])
         return topk_mask(scores, candidates=before, num_tokens=num_tokens - stays) | in_window
