@@ -43,16 +43,6 @@ def total(weights: Tensor) -> Tensor:
     return weights.sum((1, 2))
 
 
-def peak_of_last(weights: Tensor) -> Tensor:
-    """The peak of the last `SHORT` queries alone."""
-    return peak(weights[:, :, -SHORT:])
-
-
-def two_votes(share: float) -> Votes:
-    """Return the peak, in which queries before the last `SHORT` count by `share`."""
-    return lambda weights: torch.maximum(peak_of_last(weights), share * peak(weights))
-
-
 def fading(factor: Callable[[Tensor], Tensor]) -> Votes:
     """Return the peak, in which a query counts by a factor that depends on the number of queries after it."""
 
@@ -61,6 +51,11 @@ def fading(factor: Callable[[Tensor], Tensor]) -> Votes:
         return peak(weights * factor(later)[:, None])
 
     return score
+
+
+def two_votes(share: float) -> Votes:
+    """Return the peak, in which queries before the last `SHORT` count by `share`."""
+    return fading(lambda later: torch.where(later < SHORT, 1.0, share))
 
 
 @dataclass(frozen=True)
@@ -159,9 +154,9 @@ POLICIES = {
     "valuesum": Policy(total, by_value=True),
     "floor8": Policy(peak, floor=Fraction(1, 8)),
     "floor4": Policy(peak, floor=Fraction(1, 4)),
-    "quota8": Policy(peak_of_last, LONG, quota=Fraction(1, 8)),
-    "quota4": Policy(peak_of_last, LONG, quota=Fraction(1, 4)),
-    "quota2": Policy(peak_of_last, LONG, quota=Fraction(1, 2)),
+    "quota8": Policy(two_votes(0), LONG, quota=Fraction(1, 8)),
+    "quota4": Policy(two_votes(0), LONG, quota=Fraction(1, 4)),
+    "quota2": Policy(two_votes(0), LONG, quota=Fraction(1, 2)),
     **{
         f"a{forward}b{back}": Policy(peak, back=back, forward=forward)
         for forward, back in ((23, 23), (47, 47), (63, 63), (47, 15), (55, 7), (63, 15), (63, 31), (79, 15), (95, 31))

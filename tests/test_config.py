@@ -38,7 +38,7 @@ from rocketkv.selection import Exact, LowBit
         ),
         (
             {"token_budget": 256, "kernel_size": 64},
-            "kernel_size=64 is even; give an odd number, so that the pooling window has a centre.",
+            "kernel_size=64 is even; give an odd number.",
         ),
         (
             {"token_budget": 256, "sink_tokens": 200, "recent_tokens": 57},

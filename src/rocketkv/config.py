@@ -136,9 +136,7 @@ class RocketKVConfig:
         if not self.format.is_exact and getattr(self.selection_method(), "scoring", None) == Scoring.EXACT:
             raise ConfigError("selection='exact' cannot read keys in 8 bits; set kv_dtype='auto' or another selection.")
         if self.kernel_size % 2 == 0:
-            raise ConfigError(
-                f"kernel_size={self.kernel_size} is even; give an odd number, so that the pooling window has a centre."
-            )
+            raise ConfigError(f"kernel_size={self.kernel_size} is even; give an odd number.")
         if self.eviction in ("snapkv", "peak") and self.token_budget < self.window_size:
             raise ConfigError(
                 f"token_budget={self.token_budget} is smaller than window_size={self.window_size}; "

@@ -61,7 +61,7 @@ class SnapKV:
         slots = torch.arange(keys.shape[2], device=keys.device)
         scores = scores.masked_fill(slots >= before[..., None], 0.0)
         back, forward = self.reach
-        scores = max_pool1d(pad(scores, (forward, back)), self.kernel_size, stride=1)
+        scores = max_pool1d(pad(scores, (forward, back)), back + 1 + forward, stride=1)
         stays = window.minimum(num_tokens)  # if the row may keep fewer tokens than the window, the window's end stays
         in_window = (slots >= (lengths - stays[:, None])[..., None]) & (slots < lengths[..., None])
         return topk_mask(scores, candidates=before, num_tokens=num_tokens - stays) | in_window
