@@ -1,7 +1,8 @@
 r"""How should stage 1 score tokens, and how far should its pool reach? The `rocketkv` command with more policies.
 
 Each policy is a name for `eviction=` (`POLICIES` below), and needs its number of queries as `window_size`, 32 or 128.
-All but the last ones pool as published, over 31 tokens to both sides:
+The pool of `a47b15` reaches 47 tokens after and 15 before a token, and so on; all others pool as published, over 31
+tokens to both sides:
 
     .venv/bin/python studies/votes.py eval run --model gemma3-270m --dtype bfloat16 --budgets 128,256 \
         --methods exact_topk,rocketkv:eviction=p32,rocketkv:eviction=quota4:window_size=128 \
