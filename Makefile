@@ -14,7 +14,8 @@ INSTALL := install -q --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
 # What builds the kernels lies in $(VENV), so that `make wheel` and the editable installation share what was compiled.
-BUILDS := cmake nanobind ninja scikit-build-core
+# setuptools builds the packages that the registry has as source only; the one that comes with Python 3.11 cannot.
+BUILDS := cmake nanobind ninja scikit-build-core setuptools
 
 setup: $(VENV)/.ready
 
