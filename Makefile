@@ -136,9 +136,9 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# This builds the documentation site into build/site; a warning is an error.
+# This builds the documentation site into build/site; a warning is an error (with `--quiet`, mkdocs would not count them).
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # This executes the notebooks of examples/ on the real small model and writes their outputs into them.
 notebooks: setup

@@ -1,8 +1,8 @@
 r"""How should stage 1 score tokens, and how far should its pool reach? The `rocketkv` command with more policies.
 
 Each policy is a name for `eviction=` (`POLICIES` below), and needs its number of queries as `window_size`, 32 or 128.
-The pool of `a47b15` reaches 47 tokens after and 15 before a token, and so on; all others pool as published, over 31
-tokens to both sides:
+The scores `p32`, `sum32` and so on are pooled as published, over 31 tokens to both sides; `sum32a47b15` and so on are
+pooled as by default, over 47 tokens after and 15 before a token. `a23b23` and so on are further pools of the peak:
 
     .venv/bin/python studies/votes.py eval run --model gemma3-270m --dtype bfloat16 --budgets 128,256 \
         --methods exact_topk,rocketkv:eviction=p32,rocketkv:eviction=quota4:window_size=128 \
@@ -11,7 +11,7 @@ tokens to both sides:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -138,7 +138,7 @@ def half_life(queries: int) -> Policy:
     return Policy(fading(lambda later: 0.5 ** (later / queries)), LONG)
 
 
-POLICIES = {
+SCORES = {
     "p32": Policy(peak),
     "p128": Policy(peak, LONG),
     "sum32": Policy(total),
@@ -158,6 +158,10 @@ POLICIES = {
     "quota8": Policy(two_votes(0), LONG, quota=Fraction(1, 8)),
     "quota4": Policy(two_votes(0), LONG, quota=Fraction(1, 4)),
     "quota2": Policy(two_votes(0), LONG, quota=Fraction(1, 2)),
+}
+POLICIES = {
+    **SCORES,
+    **{f"{name}a47b15": replace(score, back=15, forward=47) for name, score in SCORES.items()},
     **{
         f"a{forward}b{back}": Policy(peak, back=back, forward=forward)
         for forward, back in ((23, 23), (47, 47), (63, 63), (47, 15), (55, 7), (63, 15), (63, 31), (79, 15), (95, 31))

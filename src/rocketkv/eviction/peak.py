@@ -13,7 +13,7 @@ class Peak(SnapKV):
     In a sum over the window and the heads of a group, tokens to which every query attends a little outvote a token to
     which one query alone attends, such as one of several values that a question asks for. A question looks most at the
     words that it repeats, and the answer follows them; a pool as wide that reaches as far back as forward cuts off the
-    end of a long answer (docs/lowbit.md).
+    end of a long answer (docs/eviction.md).
     """
 
     by_peak: ClassVar[bool] = True
