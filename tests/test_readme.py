@@ -50,6 +50,12 @@ def test_the_readme_is_one_screen() -> None:
     assert README.read_text(encoding="utf-8").count("\n") < 60
 
 
+def test_the_readme_has_the_number_of_types_that_work() -> None:
+    rows = re.findall(r"^\| yes .*", DOCS.joinpath("models.md").read_text(encoding="utf-8"), re.MULTILINE)
+    types = {name for row in rows for name in re.findall(r"`(.*?)`", row)}
+    assert f"[{len(types)} types in all]" in README.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", [guide for guide in GUIDES if blocks(guide)], ids=lambda path: path.stem)
 def test_the_code_of_a_guide_runs(page: Path, folder: Path) -> None:
     model = enable(AutoModelForCausalLM.from_pretrained(folder))

@@ -35,8 +35,8 @@ class RocketKVConfig:
         archive_on_host: True puts the archive of `multi_turn` into the host's memory, so that a GPU stores the working
             set alone; each turn's prefill then moves the archive to the GPU and back, layer by layer.
         kv_dtype: the format of stored keys and values: `auto` stores them as they come; `int8` stores them in half the
-            memory of 16 bits, so that a selecting method attends to nearly twice as many tokens for the same traffic
-            (docs/lowbit.md). A first prompt is attended exactly in both cases.
+            memory of 16 bits, so that a step with low-bit keys attends to about 1.7 times as many tokens for the same
+            traffic (docs/lowbit.md). A first prompt is attended exactly in both cases.
         eviction: stage 1, a name of `EVICTION_POLICIES` or an object with the method of `EvictionPolicy`. `peak` keeps
             the tokens that any query of the window attends to strongly; `snapkv`, the published policy, keeps those
             that all queries of the window together attend to.
