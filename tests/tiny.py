@@ -46,7 +46,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**GROUPED),
     "phi3_long_window": Phi3Config(**{**GROUPED, "sliding_window": 2048}),  # as long as the context: no window at all
     "olmo2": Olmo2Config(**GROUPED),
-    "gpt_neox": GPTNeoXConfig(**COMMON),
+    "gpt_neox": GPTNeoXConfig(**COMMON, rotary_pct=1.0),  # by 0.25, keys of equal tokens would tie where not rotated
     "gemma3": Gemma3TextConfig(
         **GROUPED,
         head_dim=32,

@@ -17,7 +17,6 @@ from rocketkv.hf import compiled
 from rocketkv.hf.versions import pass_cache
 from tiny import prompts, tiny_model
 
-# A budget for several channels: along two, keys of the same token tie where a model rotates only a part of them.
 SMALL = RocketKVConfig(dense_below=0, token_budget=40, window_size=8, kernel_size=5)
 SMALL_MT = RocketKVConfig(dense_below=0, token_budget=40, window_size=8, kernel_size=5, mode="multi_turn")
 
