@@ -139,6 +139,18 @@ def test_a_refused_run_leaves_nothing_that_refuses_the_next(loaded: LoadedModel,
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_later_run_on_another_machine_is_noted(tmp_path: Path) -> None:
+    for cpu in ("first", "second", "first", "second"):
+        with Journal(tmp_path, {"seed": 0}, Shard(), facts={"machine": {"cpu": cpu}}, command="run") as journal:
+            journal.begin()
+    assert json.loads((tmp_path / "run.json").read_text()) == {
+        "seed": 0,
+        "machine": {"cpu": "first"},
+        "commands": ["run"],
+        "also_ran_with": [{"machine": {"cpu": "second"}}],
+    }
+
+
 def test_a_folder_that_cannot_be_used_is_named(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file cannot be used \(File exists\); give another --out"):

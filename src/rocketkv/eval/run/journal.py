@@ -1,8 +1,8 @@
 """The folder that a run fills with its settings, every answer and every fault. A killed run goes on where it stopped.
 
-run.json: the settings of the run, the machine, versions and commands. records.jsonl: one object per sample, method,
-budget and turn. faults.jsonl: the samples that the last run could not evaluate. Shard i of n has `-i-of-n` in the names
-of the latter two.
+run.json: the settings of the run, the machine, versions and commands, and other machines and versions that later
+commands ran with. records.jsonl: one object per sample, method, budget and turn. faults.jsonl: the samples that the
+last run could not evaluate. Shard i of n has `-i-of-n` in the names of the latter two.
 """
 
 import fcntl
@@ -41,7 +41,7 @@ class Journal:
         folder: the folder of these files, made if it does not exist.
         settings: the values, by name of the option, on which all runs into this folder must agree.
         shard: the part of all samples that is run.
-        facts: further facts to note in run.json when that file is new.
+        facts: further facts to note in run.json, beside those that earlier runs noted.
         command: the command that started this run.
 
     Attributes:
@@ -104,17 +104,25 @@ class Journal:
             InputError: a file cannot be written.
         """
         with self._writing():
-            if self._command not in self._known["commands"]:
-                self._known["commands"].append(self._command)
+            if (known := self._with_this_run()) != self._known:
                 path = self._folder / "run.json"
                 new = path.with_name(f"{path.name}.{os.getpid()}")
-                new.write_text(json.dumps(self._known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                new.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
                 new.replace(path)
             self._faults_path.write_text("")
             if self._is_torn:
                 self._file.truncate(0)
         if self._is_torn:
             self._write(self._own)
+
+    def _with_this_run(self) -> dict[str, Any]:
+        """Return the content of run.json with this run's command and, if they are others, its facts."""
+        known, facts = dict(self._known), dict(self._facts)
+        known["commands"] = list(dict.fromkeys([*known["commands"], self._command]))
+        also = known.get("also_ran_with", [])
+        if facts not in also and any(known.get(name) != fact for name, fact in facts.items()):
+            known["also_ran_with"] = [*also, facts]
+        return known
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
