@@ -169,3 +169,20 @@ def test_a_damaged_file_is_refused_or_right(tmp_path: Path) -> None:
         assert record == RECORD
         assert_same(found, expected)
     assert refused > 0.8 * DAMAGES
+
+
+def test_a_file_that_is_removed_meanwhile_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    save(path, some_tensors(), RECORD)
+    look = Path.stat
+
+    def look_and_remove(self: Path, **options: bool) -> os.stat_result:
+        status = look(self, **options)
+        if self == path:
+            path.unlink()
+        return status
+
+    monkeypatch.setattr(Path, "stat", look_and_remove)
+    with pytest.raises(CacheFileError, match="is not there") as caught:
+        load(path)
+    assert isinstance(caught.value.__context__, FileNotFoundError)  # by which a store tells that from damage

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -84,7 +85,7 @@ def save(path: Path, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, 
         CacheFileError: the path is no file's, or the file cannot be written.
     """
     try:
-        if path.exists() and not path.is_file():
+        if _is_other_than_file(path):
             raise CacheFileError(f"{path} is no file that could be replaced; give the path of a new file.")
         handle, temporary = mkstemp(prefix=f".{path.name}.", dir=path.parent)  # with mode 0600
         try:
@@ -103,6 +104,14 @@ def save(path: Path, tensors: Mapping[str, Tensor | Rows], record: Mapping[str, 
         raise CacheFileError(
             f"{path} cannot be written ({error.strerror or error}); give a path in a folder of yours with room."
         ) from None
+
+
+def _is_other_than_file(path: Path) -> bool:
+    """Return whether a folder, a pipe or the like is there, by one look: others may remove a file meanwhile."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def half_written(folder: Path, name: re.Pattern[str]) -> dict[Path, int]:
@@ -159,7 +168,7 @@ def load(path: Path, *, check: bool = True) -> tuple[dict[str, Any], dict[str, T
         OutOfMemoryError: the system has no room to map the file.
     """
     try:
-        if path.exists() and not path.is_file():
+        if _is_other_than_file(path):
             raise CacheFileError(f"{path} is no file; give the path of a saved cache.")
         with telling_memory("to map a saved cache"), torch.inference_mode(False), path.open("rb") as opened:
             with safe_open(
