@@ -46,6 +46,14 @@ SHORT_ROW: dict[str, Any] = {
 }
 
 
+def test_the_row_of_the_guide_is_a_sample(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[3] / "docs" / "guides" / "compare.md"
+    (tmp_path / "rows.jsonl").write_text("\n".join(re.findall(r"^    (\{.*)", guide.read_text("utf-8"), re.MULTILINE)))
+    (sample,) = load_samples(tmp_path / "rows.jsonl")
+    assert isinstance(sample, Sample)
+    assert sample.turns == (Turn("\nWho signed it?", ("harbour master",), 20),)
+
+
 def test_rows_read_back_as_they_were_written(tmp_path: Path) -> None:
     text = json.dumps(asdict(FULL), ensure_ascii=False) + "\n\n" + json.dumps(SHORT_ROW) + "\n"
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
